@@ -1,0 +1,27 @@
+/* Bitmaps whose bits may be claimed by several threads. Header only. */
+#ifndef VMCP_BASE_BITMAP_H
+#define VMCP_BASE_BITMAP_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define BITMAP_WORDS(bits) (((bits) + 63) / 64)
+
+static inline bool bitmap_test(const _Atomic uint64_t *map, uint64_t bit)
+{
+	return (atomic_load_explicit(&map[bit / 64], memory_order_acquire) >> (bit % 64)) & 1;
+}
+/* Sets the bit; true if it was clear before: exactly one of several callers gets true. */
+static inline bool bitmap_claim(_Atomic uint64_t *map, uint64_t bit)
+{
+	uint64_t mask = (uint64_t)1 << (bit % 64);
+	return !(atomic_fetch_or_explicit(&map[bit / 64], mask, memory_order_acq_rel) & mask);
+}
+static inline void bitmap_clear(_Atomic uint64_t *map, uint64_t bit)
+{
+	atomic_fetch_and_explicit(&map[bit / 64], ~((uint64_t)1 << (bit % 64)), memory_order_acq_rel);
+}
+
+#endif
