@@ -1,0 +1,68 @@
+/*
+ * Guest memory: one memfd, mapped once, shown to the guest in one or two ranges.
+ *
+ * RAM is a flat array of pages, offset 0 up to size; "ram offset" and "ram page" always mean a place in it. The guest
+ * sees offsets below the hole at the same guest-physical address (gpa), and the rest from 4 GiB up:
+ *
+ *     ram [0, MEM_HOLE_START)    gpa [0, MEM_HOLE_START)
+ *     ram [MEM_HOLE_START, size) gpa [4 GiB, 4 GiB + size - MEM_HOLE_START)
+ *
+ * The hole holds the PCI window, IOAPIC, LAPIC, flash. Checkpoints save by ram page, so a layer file knows no holes.
+ *
+ * Every write of the VMM to guest memory goes through mem_write, or through a pointer from mem_at with `write`: that is
+ * the one place where such pages are marked as dirty. An asynchronous writer (io_uring into guest memory) calls
+ * mem_mark_dirty again when it is done.
+ *
+ * Threads: all functions but create/destroy may be called from any thread.
+ */
+#ifndef VMCP_VMM_MEMORY_H
+#define VMCP_VMM_MEMORY_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/err.h"
+
+#define MEM_HOLE_START 0xc0000000ull /* 3 GiB */
+#define MEM_HOLE_END 0x100000000ull  /* 4 GiB */
+#define MEM_MIN_BYTES (16ull << 20)
+#define MEM_MAX_BYTES (1024ull << 30)
+
+struct mem;
+
+struct mem_region {
+	uint64_t gpa;
+	uint64_t ram_offset;
+	uint64_t bytes;
+};
+
+/* size_bytes: a multiple of 2 MiB within MEM_MIN_BYTES..MEM_MAX_BYTES (else -EINVAL, ERR_USAGE). Memory is zero. */
+int mem_create(uint64_t size_bytes, struct mem **out, struct err *err);
+void mem_destroy(struct mem *mem);
+
+uint64_t mem_size(const struct mem *mem);  /* bytes of RAM */
+uint64_t mem_pages(const struct mem *mem); /* mem_size / 4096 */
+int mem_fd(const struct mem *mem);	   /* the memfd; stays the memory's */
+/* The whole RAM as the VMM maps it, by ram offset. For the checkpoint engine; it reads and restores pages by it. */
+uint8_t *mem_base(const struct mem *mem);
+/* The ranges in guest-physical order. Returns how many (1 or 2). */
+unsigned mem_regions(const struct mem *mem, struct mem_region out[2]);
+
+/* Host address of [gpa, gpa + length), or NULL if any of it is not RAM or lies in both ranges. length may be 0. With
+ * `write`, the caller is about to write there. gpa and length are untrusted. */
+void *mem_at(struct mem *mem, uint64_t gpa, uint64_t length, bool write);
+/* Copies; -EFAULT, ERR_FAILED if the range is not RAM. */
+int mem_read(struct mem *mem, uint64_t gpa, void *data, uint64_t length, struct err *err);
+int mem_write(struct mem *mem, uint64_t gpa, const void *data, uint64_t length, struct err *err);
+/* Marks pages that are (or just were) written through a pointer or by asynchronous I/O. */
+void mem_mark_dirty(struct mem *mem, uint64_t gpa, uint64_t length);
+/* What the VMM wrote, for a tracker of changes, as KVM's dirty log does not see it: one bit per ram page, from bit 0
+ * for first_page, a multiple of 64. mem_take_dirty_word also clears them. As a writer marks before it writes, bits
+ * are taken only while vCPUs and I/O threads stand still; a tracker may look (mem_dirty_word) at any time. */
+uint64_t mem_dirty_word(const struct mem *mem, uint64_t first_page);
+uint64_t mem_take_dirty_word(struct mem *mem, uint64_t first_page);
+/* gpa -> ram offset; false if not RAM. */
+bool mem_ram_offset(const struct mem *mem, uint64_t gpa, uint64_t *ram_offset);
+
+#endif
