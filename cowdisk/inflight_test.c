@@ -1,0 +1,466 @@
+/* Requests in flight at an overlay switch, with a layer below that holds operations back for as long as a test
+ * likes. */
+#include <criterion/criterion.h>
+#include <errno.h>
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include "base/buf.h"
+#include "base/clock.h"
+#include "base/file.h"
+#include "cowdisk/check.h"
+#include "cowdisk/disk_internal.h"
+
+#define CLUSTER 65536u
+#define KIND(k) (1u << (k))
+
+struct fixture {
+	char folder[64];
+	struct cow_io *io;
+	struct cow_disk *disk;
+	unsigned hold;	       /* kinds that are held back */
+	const char *hold_name; /* only for files of this name, if set */
+	int fail;	       /* errno for writes, 0: none */
+	unsigned layer_syncs;
+};
+
+struct pending {
+	struct cow_request request;
+	struct iovec iov;
+	uint8_t *data;
+	bool done;
+	int result;
+};
+
+static bool names_file(const struct io_op *op, const char *name)
+{
+	char link[64], path[PATH_MAX] = "";
+	snprintf(link, sizeof(link), "/proc/self/fd/%d", op->fd);
+	if (readlink(link, path, sizeof(path) - 1) < 0)
+		return false;
+	const char *slash = strrchr(path, '/');
+	return slash && strcmp(slash + 1, name) == 0;
+}
+
+static int hook(void *opaque, const struct io_op *op)
+{
+	struct fixture *f = opaque;
+	if (op->kind == IO_SYNC && names_file(op, "layer.qcow2"))
+		f->layer_syncs++;
+	if (f->fail && op->kind == IO_WRITE)
+		return -f->fail;
+	if (!(f->hold & KIND(op->kind)) || (f->hold_name && !names_file(op, f->hold_name)))
+		return IO_HOOK_PASS;
+	return IO_HOOK_HOLD;
+}
+
+static char *path_of(const struct fixture *f, const char *name) { return xasprintf("%s/%s", f->folder, name); }
+
+static void setup(struct fixture *f)
+{
+	struct err err = ERR_INIT;
+	*f = (struct fixture){.folder = "/tmp/vmcp-inflight-XXXXXX"};
+	cr_assert(mkdtemp(f->folder) != NULL);
+	CLEANUP_FREE char *path = path_of(f, "layer.qcow2");
+	struct cow_create create = {.size_bytes = 64 * CLUSTER, .cluster_bytes = CLUSTER};
+	cr_assert_eq(cow_create(path, &create, &err), 0, "%s", err.message);
+	cr_assert_eq(cow_io_create(NULL, &f->io, &err), 0, "%s", err.message);
+	cr_assert_eq(cow_open(f->io, path, 0, &f->disk, &err), 0, "%s", err.message);
+	cow_io_set_hook(f->io, hook, f);
+}
+
+static void teardown(struct fixture *f)
+{
+	struct err err = ERR_INIT;
+	cr_expect_eq(cow_close(f->disk, &err), 0, "%s", err.message);
+	cow_io_destroy(f->io);
+	static const char *const names[] = {"layer.qcow2", "top.qcow2", "third.qcow2"};
+	for (size_t i = 0; i < ARRAY_LENGTH(names); i++) {
+		struct cow_check check;
+		CLEANUP_FREE char *path = path_of(f, names[i]);
+		if (access(path, F_OK) == 0) {
+			cr_expect_eq(cow_check(path, &check, &err), 0, "%s", err.message);
+			cr_expect_eq(check.corruptions, 0, "%s: %s", names[i], check.first);
+			cr_expect_eq(check.leaks, 0, "%s: %llu leaks", names[i], (unsigned long long)check.leaks);
+		}
+	}
+	file_remove_tree(AT_FDCWD, f->folder, NULL);
+}
+
+static void on_done(struct cow_request *request, int result)
+{
+	struct pending *p = request->opaque;
+	p->done = true;
+	p->result = result;
+}
+
+static void start(struct fixture *f, struct pending *p, enum cow_op op, uint64_t offset, uint64_t length, int value)
+{
+	*p = (struct pending){.request = {.op = op, .offset = offset, .length = length, .done = on_done, .opaque = p}};
+	p->data = calloc(1, length + 1);
+	memset(p->data, value, length);
+	p->iov = (struct iovec){p->data, length};
+	p->request.iov = &p->iov;
+	p->request.iov_count = 1;
+	p->request.may_unmap = true;
+	cow_submit(f->disk, &p->request);
+	cr_expect(!p->done, "completed from within the submitting call");
+}
+
+/* Lets everything happen that can. */
+static void settle(struct fixture *f)
+{
+	for (int i = 0; i < 20; i++)
+		cow_io_drive(f->io, 5);
+}
+
+static int finish(struct fixture *f, struct pending *p)
+{
+	for (int i = 0; i < 1000 && !p->done; i++)
+		cow_io_drive(f->io, 10);
+	cr_assert(p->done, "a request does not end");
+	free(p->data);
+	return p->result;
+}
+
+static struct cow_overlay *prepare(struct fixture *f, const char *name, const char *layer)
+{
+	struct err err = ERR_INIT;
+	struct cow_overlay *o;
+	CLEANUP_FREE char *path = path_of(f, name);
+	cr_assert_eq(cow_overlay_prepare(f->disk, path, layer, &o, &err), 0, "%s", err.message);
+	return o;
+}
+
+static void seal(struct cow_overlay *o)
+{
+	struct err err = ERR_INIT;
+	cr_assert_eq(cow_overlay_seal(o, NULL, &err), 0, "%s", err.message);
+}
+
+/* True if all bytes of the range, read from the named file by somebody else, are `value`. */
+static bool file_holds(struct fixture *f, const char *name, uint64_t offset, uint64_t length, int value)
+{
+	struct err err = ERR_INIT;
+	struct cow_io *io;
+	struct cow_disk *disk;
+	CLEANUP_FREE char *path = path_of(f, name);
+	CLEANUP_FREE uint8_t *data = malloc(length);
+	cr_assert_eq(cow_io_create(NULL, &io, &err), 0);
+	cr_assert_eq(cow_open(io, path, COW_OPEN_READONLY | COW_OPEN_NO_LOCK, &disk, &err), 0, "%s", err.message);
+	cr_assert_eq(cow_read_sync(disk, offset, data, length, &err), 0, "%s", err.message);
+	cow_close(disk, NULL);
+	cow_io_destroy(io);
+	for (uint64_t i = 0; i < length; i++)
+		if (data[i] != value)
+			return false;
+	return true;
+}
+
+static bool disk_holds(struct fixture *f, uint64_t offset, uint64_t length, int value)
+{
+	struct err err = ERR_INIT;
+	CLEANUP_FREE uint8_t *data = malloc(length);
+	cr_assert_eq(cow_read_sync(f->disk, offset, data, length, &err), 0, "%s", err.message);
+	for (uint64_t i = 0; i < length; i++)
+		if (data[i] != value)
+			return false;
+	return true;
+}
+
+static uint64_t allocated_in(struct fixture *f, const char *name)
+{
+	struct cow_check check = {0};
+	struct err err = ERR_INIT;
+	CLEANUP_FREE char *path = path_of(f, name);
+	cr_expect_eq(cow_check(path, &check, &err), 0, "%s", err.message);
+	return check.allocated_clusters;
+}
+
+Test(inflight, pending_writes_land_in_the_layer_only)
+{
+	struct fixture f;
+	struct pending w[8], later;
+	setup(&f);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	f.hold = KIND(IO_WRITE);
+	for (unsigned i = 0; i < 8; i++)
+		start(&f, &w[i], COW_WRITE, i * 2 * CLUSTER + 4096, 8192, 0x10 + (int)i);
+	settle(&f);
+	uint64_t before = clock_now_ns();
+	cow_overlay_switch(o);
+	cr_expect_lt(clock_now_ns() - before, 1000000, "the switch waited for something");
+	cr_expect_eq(cow_overlay_pending(o), 8);
+
+	f.hold = 0;
+	start(&f, &later, COW_WRITE, 40 * CLUSTER, CLUSTER, 0x77);
+	cr_expect_eq(finish(&f, &later), 0, "a new write does not wait for old ones");
+	cr_expect_eq(cow_overlay_pending(o), 8);
+	cow_io_release_held(f.io);
+	for (unsigned i = 0; i < 8; i++)
+		cr_expect_eq(finish(&f, &w[i]), 0);
+	cr_expect_eq(cow_overlay_pending(o), 0);
+	seal(o);
+
+	for (unsigned i = 0; i < 8; i++) {
+		cr_expect(file_holds(&f, "layer.qcow2", i * 2 * CLUSTER + 4096, 8192, 0x10 + (int)i),
+			  "write %u is not in the layer", i);
+		cr_expect(disk_holds(&f, i * 2 * CLUSTER + 4096, 8192, 0x10 + (int)i), "write %u is not in the disk",
+			  i);
+	}
+	cr_expect(file_holds(&f, "layer.qcow2", 40 * CLUSTER, CLUSTER, 0), "a new write is in the layer");
+	cr_expect(disk_holds(&f, 40 * CLUSTER, CLUSTER, 0x77));
+	cr_assert_eq(cow_flush_sync(f.disk, NULL), 0);
+	struct cow_check c;
+	CLEANUP_FREE char *path = path_of(&f, "layer.qcow2");
+	cr_expect_eq(cow_check(path, &c, NULL), 0, "a sealed layer can be opened by readers");
+	cr_expect_eq(c.allocated_clusters, 8);
+	teardown(&f);
+}
+
+Test(inflight, overlay_holds_nothing_of_pending_writes)
+{
+	struct fixture f;
+	struct pending w;
+	setup(&f);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	f.hold = KIND(IO_WRITE);
+	start(&f, &w, COW_WRITE, 0, 3 * CLUSTER, 0x21);
+	settle(&f);
+	cow_overlay_switch(o);
+	f.hold = 0;
+	cow_io_release_held(f.io);
+	cr_expect_eq(finish(&f, &w), 0);
+	seal(o);
+	cr_assert_eq(cow_close(f.disk, NULL), 0);
+	cr_expect_eq(allocated_in(&f, "top.qcow2"), 0);
+	cr_expect_eq(allocated_in(&f, "layer.qcow2"), 3);
+	CLEANUP_FREE char *path = path_of(&f, "top.qcow2");
+	cr_assert_eq(cow_open(f.io, path, 0, &f.disk, NULL), 0);
+	cr_expect(disk_holds(&f, 0, 3 * CLUSTER, 0x21));
+	teardown(&f);
+}
+
+Test(inflight, copy_up_waits_for_pending_write_in_the_cluster)
+{
+	struct fixture f;
+	struct pending old, new, whole;
+	setup(&f);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	f.hold = KIND(IO_WRITE);
+	start(&f, &old, COW_WRITE, 0, 4096, 0xaa);
+	settle(&f);
+	cow_overlay_switch(o);
+	f.hold = 0;
+	start(&f, &new, COW_WRITE, 8192, 4096, 0xbb);	      /* copies up the rest of the cluster: must wait */
+	start(&f, &whole, COW_WRITE, CLUSTER, CLUSTER, 0xcc); /* copies nothing: must not */
+	settle(&f);
+	cr_expect(!new.done, "the cluster was copied up under a pending write");
+	cr_expect_eq(finish(&f, &whole), 0);
+	cow_io_release_held(f.io);
+	cr_expect_eq(finish(&f, &old), 0);
+	cr_expect_eq(finish(&f, &new), 0);
+	cr_expect(disk_holds(&f, 0, 4096, 0xaa), "the pending write was hidden by the copy");
+	cr_expect(disk_holds(&f, 8192, 4096, 0xbb));
+	cr_expect(disk_holds(&f, 4096, 4096, 0));
+	seal(o);
+	cr_expect(file_holds(&f, "layer.qcow2", 0, 4096, 0xaa));
+	cr_expect(file_holds(&f, "layer.qcow2", 8192, 4096, 0));
+	teardown(&f);
+}
+
+Test(inflight, pending_read_and_discard_and_flush)
+{
+	struct fixture f;
+	struct pending read, discard, flush;
+	uint8_t pattern[4096];
+	setup(&f);
+	memset(pattern, 0x42, sizeof(pattern));
+	for (unsigned i = 0; i < 32; i++)
+		cr_assert_eq(cow_write_sync(f.disk, i * 4096, pattern, sizeof(pattern), NULL), 0);
+	cr_assert_eq(cow_flush_sync(f.disk, NULL), 0);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	f.hold = KIND(IO_READ) | KIND(IO_SYNC);
+	start(&f, &read, COW_READ, 0, 4096, 0);
+	start(&f, &flush, COW_FLUSH, 0, 0, 0);
+	start(&f, &discard, COW_DISCARD, CLUSTER, CLUSTER, 0);
+	cow_overlay_switch(o);
+	settle(&f);
+	cr_expect(!read.done);
+	cr_expect_eq(cow_overlay_pending(o), 1 + !flush.done, "read, and the flush if it has to sync");
+	uint8_t *data = read.data;
+	cr_assert_eq(data[0], 0);
+	f.hold = 0;
+	cow_io_release_held(f.io);
+	while (!read.done)
+		cow_io_drive(f.io, 10);
+	cr_expect_eq(data[0], 0x42);
+	cr_expect_eq(finish(&f, &read), 0);
+	cr_expect_eq(finish(&f, &flush), 0);
+	cr_expect_eq(finish(&f, &discard), 0);
+	seal(o);
+	cr_expect(file_holds(&f, "layer.qcow2", CLUSTER, CLUSTER, 0), "the discard did not reach the layer");
+	cr_expect(disk_holds(&f, CLUSTER, CLUSTER, 0));
+	teardown(&f);
+}
+
+Test(inflight, flush_after_the_switch_covers_the_layer)
+{
+	struct fixture f;
+	uint8_t data[4096];
+	setup(&f);
+	memset(data, 0x33, sizeof(data));
+	cr_assert_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	cow_overlay_switch(o);
+	cr_expect(file_holds(&f, "layer.qcow2", 0, 4096, 0),
+		  "metadata is written back later, or this test tests nothing");
+	unsigned before = f.layer_syncs;
+	cr_assert_eq(cow_flush_sync(f.disk, NULL), 0);
+	cr_expect_gt(f.layer_syncs, before);
+	cr_expect(file_holds(&f, "layer.qcow2", 0, 4096, 0x33), "a flush left a completed write behind");
+	seal(o);
+	before = f.layer_syncs;
+	cr_assert_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	cr_assert_eq(cow_flush_sync(f.disk, NULL), 0);
+	cr_expect_eq(f.layer_syncs, before, "a sealed layer is left alone");
+	teardown(&f);
+}
+
+Test(inflight, cancelled_seal_names_the_request_and_goes_on)
+{
+	struct fixture f;
+	struct pending w;
+	struct err err = ERR_INIT;
+	volatile bool cancel = true;
+	setup(&f);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	f.hold = KIND(IO_WRITE);
+	start(&f, &w, COW_WRITE, 5 * CLUSTER, 4096, 0x11);
+	settle(&f);
+	cow_overlay_switch(o);
+	cr_expect_eq(cow_overlay_seal(o, &cancel, &err), -ECANCELED);
+	cr_expect(strstr(err.message, "a write of 4096 bytes at 327680") != NULL, "%s", err.message);
+	f.hold = 0;
+	cow_io_release_held(f.io);
+	cr_expect_eq(finish(&f, &w), 0);
+	seal(o);
+	cr_expect(file_holds(&f, "layer.qcow2", 5 * CLUSTER, 4096, 0x11));
+	teardown(&f);
+}
+
+Test(inflight, abandoned_and_left_overlays)
+{
+	struct fixture f;
+	struct err err = ERR_INIT;
+	volatile bool cancel = true;
+	uint8_t data[4096] = {1};
+	setup(&f);
+	cow_overlay_abandon(prepare(&f, "third.qcow2", "layer.qcow2"));
+	cr_assert_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	cow_overlay_switch(o);
+	/* Cancelled and never sealed: closing the disk still writes the layer's metadata. */
+	cr_expect_eq(cow_overlay_seal(o, &cancel, &err), -ECANCELED);
+	teardown(&f);
+}
+
+Test(inflight, two_layers_being_sealed)
+{
+	struct fixture f;
+	struct pending a, b, c;
+	setup(&f);
+	struct cow_overlay *first = prepare(&f, "top.qcow2", "layer.qcow2");
+	f.hold = KIND(IO_WRITE);
+	start(&f, &a, COW_WRITE, 0, 512, 0xa1);
+	settle(&f);
+	cow_overlay_switch(first);
+	f.hold = 0;
+	struct cow_overlay *second = prepare(&f, "third.qcow2", "top.qcow2");
+	start(&f, &b, COW_WRITE, 512, 512, 0xb2); /* waits for a */
+	settle(&f);
+	cow_overlay_switch(second);
+	start(&f, &c, COW_WRITE, 1024, 512, 0xc3); /* waits for both */
+	settle(&f);
+	cr_expect(!a.done && !b.done && !c.done);
+	cr_expect_eq(cow_overlay_pending(first), 1);
+	cr_expect_eq(cow_overlay_pending(second), 1);
+	cow_io_release_held(f.io);
+	cr_expect_eq(finish(&f, &a), 0);
+	cr_expect_eq(finish(&f, &b), 0);
+	cr_expect_eq(finish(&f, &c), 0);
+	seal(second);
+	seal(first);
+	cr_expect(file_holds(&f, "layer.qcow2", 0, 512, 0xa1) && file_holds(&f, "layer.qcow2", 512, 512, 0));
+	cr_expect(file_holds(&f, "top.qcow2", 0, 512, 0xa1) && file_holds(&f, "top.qcow2", 512, 512, 0xb2));
+	cr_expect(file_holds(&f, "top.qcow2", 1024, 512, 0));
+	cr_expect(disk_holds(&f, 0, 512, 0xa1) && disk_holds(&f, 512, 512, 0xb2) && disk_holds(&f, 1024, 512, 0xc3));
+	teardown(&f);
+}
+
+Test(inflight, error_of_a_pending_write_is_reported_and_harmless)
+{
+	struct fixture f;
+	struct pending w;
+	setup(&f);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	f.fail = EIO;
+	start(&f, &w, COW_WRITE, 0, 4096, 0x99);
+	cow_overlay_switch(o);
+	cr_expect_eq(finish(&f, &w), -EIO);
+	f.fail = 0;
+	seal(o);
+	cr_expect(disk_holds(&f, 0, CLUSTER, 0));
+	uint8_t data[4096] = {0x98};
+	cr_expect_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	teardown(&f);
+}
+
+Test(inflight, overlapping_allocations_wait_for_each_other)
+{
+	struct fixture f;
+	struct pending w[16];
+	setup(&f);
+	f.hold = KIND(IO_WRITE);
+	for (unsigned i = 0; i < 16; i++)
+		start(&f, &w[i], COW_WRITE, 3 * CLUSTER + i * 4096, 4096, (int)i + 1);
+	settle(&f);
+	cr_expect_eq(cow_io_held(f.io), 1, "one claims the cluster, the others wait");
+	f.hold = 0;
+	cow_io_release_held(f.io);
+	for (unsigned i = 0; i < 16; i++) {
+		cr_expect_eq(finish(&f, &w[i]), 0);
+		cr_expect(disk_holds(&f, 3 * CLUSTER + i * 4096, 4096, (int)i + 1));
+	}
+	cr_assert_eq(cow_flush_sync(f.disk, NULL), 0);
+	teardown(&f);
+}
+
+Test(inflight, replace_drops_what_was_not_written_back)
+{
+	struct fixture f;
+	struct err err = ERR_INIT;
+	uint8_t data[4096];
+	setup(&f);
+	memset(data, 0x44, sizeof(data));
+	cr_assert_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	cow_overlay_switch(o);
+	seal(o);
+	memset(data, 0x55, sizeof(data));
+	cr_assert_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	CLEANUP_FREE char *path = path_of(&f, "third.qcow2");
+	struct cow_create create = {.backing = "layer.qcow2", .backing_format = COW_FORMAT_QCOW2};
+	cr_assert_eq(cow_create(path, &create, &err), 0, "%s", err.message);
+	CLEANUP_FREE char *missing = path_of(&f, "missing.qcow2");
+	cr_expect_eq(cow_replace(f.disk, missing, &err), -ENOENT);
+	cr_expect(disk_holds(&f, 0, 4096, 0x55), "a failed replacement changed the disk");
+	cr_assert_eq(cow_replace(f.disk, path, &err), 0, "%s", err.message);
+	cr_expect(disk_holds(&f, 0, 4096, 0x44));
+	CLEANUP_FREE char *dropped = path_of(&f, "top.qcow2");
+	unlink(dropped);
+	teardown(&f);
+}

@@ -1,0 +1,392 @@
+/*
+ * The ring and its dispatcher. See io_internal.h.
+ *
+ *     cow_io_start -> queue -> (hook) -> kernel -> completion -> [rest of a short transfer: queue] -> done
+ *
+ * Operations gather in the queue while something is plugged (a request that is being split, the dispatcher, the
+ * caller's cow_io_plug) and go to the kernel with one system call at the end.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <liburing.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+
+#include "base/buf.h"
+#include "base/bytes.h"
+#include "base/log.h"
+#include "cowdisk/image_internal.h"
+#include "cowdisk/io_internal.h"
+
+enum { RING_ENTRIES = 256 };
+
+struct op_queue {
+	struct io_op *head, **tail;
+};
+
+/* Owner of all fields: the I/O thread, but for disks. */
+struct cow_io {
+	struct loop *loop;
+	struct loop_source *source;
+	int event_fd; /* signalled by the ring, by the threads, and by poke */
+	bool have_ring;
+	struct io_uring ring;
+	struct io_threads *threads; /* NULL with a ring */
+	struct op_queue queue;	    /* started, not yet with the kernel */
+	unsigned in_kernel;
+	struct io_task *tasks, **tasks_tail;
+	unsigned task_count;
+	unsigned plugged;
+	struct slice_cache *cache;
+	io_hook_fn *hook;
+	void *hook_opaque;
+	struct op_queue held;
+	unsigned held_count;
+	_Atomic unsigned disks;
+};
+
+static void queue_init(struct op_queue *q)
+{
+	q->head = NULL;
+	q->tail = &q->head;
+}
+
+static void queue_push(struct op_queue *q, struct io_op *op)
+{
+	op->next = NULL;
+	*q->tail = op;
+	q->tail = &op->next;
+}
+
+static struct io_op *queue_pop(struct op_queue *q)
+{
+	struct io_op *op = q->head;
+	if (op) {
+		q->head = op->next;
+		if (!q->head)
+			q->tail = &q->head;
+	}
+	return op;
+}
+
+static void poke(struct cow_io *io)
+{
+	uint64_t one = 1;
+	while (write(io->event_fd, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
+}
+
+static void prepare_sqe(struct io_uring_sqe *sqe, struct io_op *op)
+{
+	unsigned count;
+	const struct iovec *iov = io_op_iov(op, &count);
+	uint64_t offset = op->offset + op->transferred;
+	switch (op->kind) {
+	case IO_READ:
+		io_uring_prep_readv(sqe, op->fd, iov, count, offset);
+		break;
+	case IO_WRITE:
+		io_uring_prep_writev(sqe, op->fd, iov, count, offset);
+		break;
+	case IO_SYNC:
+		io_uring_prep_fsync(sqe, op->fd, IORING_FSYNC_DATASYNC);
+		break;
+	case IO_PUNCH:
+		io_uring_prep_fallocate(sqe, op->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
+					(off_t)op->length);
+		break;
+	case IO_ZERO:
+		io_uring_prep_fallocate(sqe, op->fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
+					(off_t)op->length);
+		break;
+	}
+	io_uring_sqe_set_data(sqe, op);
+}
+
+/* Gives the queue to the kernel, as far as it takes it. What it does not take now goes with the next completion. */
+static void submit_queue(struct cow_io *io)
+{
+	if (io->threads) {
+		for (struct io_op *op; (op = queue_pop(&io->queue));) {
+			io->in_kernel++;
+			io_threads_submit(io->threads, op);
+		}
+		return;
+	}
+	while (io->queue.head && io->in_kernel < RING_ENTRIES) {
+		struct io_uring_sqe *sqe = io_uring_get_sqe(&io->ring);
+		if (!sqe)
+			break;
+		prepare_sqe(sqe, queue_pop(&io->queue));
+		io->in_kernel++;
+	}
+	if (io_uring_sq_ready(&io->ring) == 0)
+		return;
+	int rc;
+	do
+		rc = io_uring_submit(&io->ring);
+	while (rc == -EINTR);
+	if (rc < 0)
+		poke(io); /* the kernel is short of something: try again after the next round of completions */
+}
+
+static void fail_task(struct io_task *task)
+{
+	struct io_op *op = container_of(task, struct io_op, task);
+	op->done(op, op->result);
+}
+
+void cow_io_start(struct cow_io *io, struct io_op *op)
+{
+	op->transferred = 0;
+	op->rest = NULL;
+	if (io->hook) {
+		int verdict = io->hook(io->hook_opaque, op);
+		if (verdict < 0) {
+			op->result = verdict;
+			op->task.run = fail_task;
+			cow_io_later(io, &op->task);
+			return;
+		}
+		if (verdict == IO_HOOK_HOLD) {
+			queue_push(&io->held, op);
+			io->held_count++;
+			return;
+		}
+	}
+	queue_push(&io->queue, op);
+	if (!io->plugged)
+		submit_queue(io);
+}
+
+void cow_io_later(struct cow_io *io, struct io_task *task)
+{
+	task->next = NULL;
+	if (!io->tasks && !io->plugged)
+		poke(io); /* plugged: unplug or the dispatcher looks after it */
+	*io->tasks_tail = task;
+	io->tasks_tail = &task->next;
+	io->task_count++;
+}
+
+void cow_io_plug(struct cow_io *io) { io->plugged++; }
+
+void cow_io_unplug(struct cow_io *io)
+{
+	if (--io->plugged)
+		return;
+	submit_queue(io);
+	if (io->tasks)
+		poke(io);
+}
+
+/* Makes op->rest from what was not yet transferred. */
+static void make_rest(struct io_op *op, uint64_t done_bytes)
+{
+	unsigned count;
+	const struct iovec *iov = io_op_iov(op, &count);
+	struct iovec *rest = xcalloc(count, sizeof(*rest));
+	unsigned n = 0;
+	for (unsigned i = 0; i < count; i++) {
+		uint64_t skip = min_u64(done_bytes, iov[i].iov_len);
+		done_bytes -= skip;
+		if (skip == iov[i].iov_len)
+			continue;
+		rest[n++] = (struct iovec){(char *)iov[i].iov_base + skip, iov[i].iov_len - skip};
+	}
+	free(op->rest);
+	op->rest = rest;
+	op->rest_count = n;
+}
+
+static void zero_rest(const struct io_op *op)
+{
+	unsigned count;
+	const struct iovec *iov = io_op_iov(op, &count);
+	for (unsigned i = 0; i < count; i++)
+		memset(iov[i].iov_base, 0, iov[i].iov_len);
+}
+
+static void complete_op(struct cow_io *io, struct io_op *op, int res)
+{
+	io->in_kernel--;
+	if (res == -EINTR || res == -EAGAIN) {
+		queue_push(&io->queue, op);
+		return;
+	}
+	int result = res < 0 ? res : 0;
+	if (res >= 0 && (op->kind == IO_READ || op->kind == IO_WRITE)) {
+		uint64_t left = op->length - op->transferred;
+		if ((uint64_t)res < left && res > 0) {
+			make_rest(op, (uint64_t)res);
+			op->transferred += (uint64_t)res;
+			queue_push(&io->queue, op);
+			return;
+		}
+		if (res == 0 && left > 0) {
+			if (op->kind == IO_READ)
+				zero_rest(op);
+			else
+				result = -EIO;
+		}
+	}
+	free(op->rest);
+	op->rest = NULL;
+	op->done(op, result);
+}
+
+static void reap(struct cow_io *io)
+{
+	if (io->threads) {
+		for (struct io_op *op = io_threads_reap(io->threads), *next; op; op = next) {
+			next = op->next;
+			complete_op(io, op, op->result);
+		}
+		return;
+	}
+	struct io_uring_cqe *cqe;
+	/* Bounded, so that completions that start further operations do not keep the thread from its other duties. */
+	for (unsigned n = 0; n < 2 * RING_ENTRIES && io_uring_peek_cqe(&io->ring, &cqe) == 0; n++) {
+		struct io_op *op = io_uring_cqe_get_data(cqe);
+		int res = cqe->res;
+		io_uring_cqe_seen(&io->ring, cqe);
+		complete_op(io, op, res);
+	}
+}
+
+/* Those that are due now; not those that they add. One at a time, as a task may drive the ring itself. */
+static void run_tasks(struct cow_io *io)
+{
+	for (unsigned n = io->task_count; n > 0 && io->tasks; n--) {
+		struct io_task *task = io->tasks;
+		io->tasks = task->next;
+		if (!io->tasks)
+			io->tasks_tail = &io->tasks;
+		io->task_count--;
+		task->run(task);
+	}
+}
+
+static void dispatch(struct cow_io *io)
+{
+	uint64_t count;
+	/* Before reaping: what ends after this read signals again. */
+	while (read(io->event_fd, &count, sizeof(count)) < 0 && errno == EINTR)
+		;
+	io->plugged++;
+	reap(io);
+	run_tasks(io);
+	io->plugged--;
+	submit_queue(io);
+	if (io->tasks || (io->have_ring && io_uring_cq_ready(&io->ring)))
+		poke(io);
+}
+
+static void on_event(void *opaque, uint32_t events)
+{
+	(void)events;
+	dispatch(opaque);
+}
+
+void cow_io_drive(struct cow_io *io, int timeout_ms)
+{
+	submit_queue(io);
+	struct pollfd p = {.fd = io->event_fd, .events = POLLIN};
+	if (!io->tasks)
+		poll(&p, 1, timeout_ms);
+	dispatch(io);
+}
+
+static int init_ring(struct cow_io *io)
+{
+	int rc = io_uring_queue_init(RING_ENTRIES, &io->ring, 0);
+	if (rc < 0)
+		return rc;
+	rc = io_uring_register_eventfd(&io->ring, io->event_fd);
+	if (rc < 0) {
+		io_uring_queue_exit(&io->ring);
+		return rc;
+	}
+	io->have_ring = true;
+	return 0;
+}
+
+int cow_io_create_kind(struct loop *loop, bool threads, struct cow_io **out, struct err *err)
+{
+	struct cow_io *io = xcalloc(1, sizeof(*io));
+	io->loop = loop;
+	io->tasks_tail = &io->tasks;
+	queue_init(&io->queue);
+	queue_init(&io->held);
+	int rc = 0;
+	io->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (io->event_fd < 0) {
+		rc = err_sys(err, errno, "eventfd for disk I/O");
+		goto fail;
+	}
+	rc = threads ? -ENOSYS : init_ring(io);
+	if (rc < 0) {
+		if (!threads)
+			log_info("io_uring cannot be used (%s): disk I/O by threads", strerror(-rc));
+		rc = io_threads_create(io->event_fd, &io->threads, err);
+		if (rc < 0)
+			goto fail;
+	}
+	if (loop) {
+		rc = loop_add(loop, io->event_fd, EPOLLIN, on_event, io, &io->source, err);
+		if (rc < 0)
+			goto fail;
+	}
+	io->cache = slice_cache_create();
+	*out = io;
+	return 0;
+fail:
+	cow_io_destroy(io);
+	return rc;
+}
+
+int cow_io_create(struct loop *loop, struct cow_io **out, struct err *err)
+{
+	return cow_io_create_kind(loop, false, out, err);
+}
+
+void cow_io_destroy(struct cow_io *io)
+{
+	if (!io)
+		return;
+	if (io->disks || io->in_kernel || io->queue.head)
+		log_error("disk I/O torn down with %u disks open and %u operations under way", io->disks,
+			  io->in_kernel);
+	if (io->source)
+		loop_remove(io->loop, io->source);
+	if (io->have_ring)
+		io_uring_queue_exit(&io->ring);
+	io_threads_destroy(io->threads);
+	if (io->event_fd >= 0)
+		close(io->event_fd);
+	slice_cache_destroy(io->cache);
+	free(io);
+}
+
+void cow_io_set_hook(struct cow_io *io, io_hook_fn *hook, void *opaque)
+{
+	io->hook = hook;
+	io->hook_opaque = opaque;
+}
+
+void cow_io_release_held(struct cow_io *io)
+{
+	for (struct io_op *op; (op = queue_pop(&io->held));) {
+		io->held_count--;
+		queue_push(&io->queue, op);
+	}
+	if (!io->plugged)
+		submit_queue(io);
+}
+
+unsigned cow_io_held(const struct cow_io *io) { return io->held_count; }
+struct slice_cache *cow_io_cache(struct cow_io *io) { return io->cache; }
+struct loop *cow_io_loop(struct cow_io *io) { return io->loop; }
+void cow_io_count_disk(struct cow_io *io, int change) { atomic_fetch_add(&io->disks, (unsigned)change); }

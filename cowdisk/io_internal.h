@@ -1,0 +1,96 @@
+/*
+ * The ring: file operations that end through a callback, in one thread, never from within the call that starts them.
+ *
+ * Served by io_uring, or by a few threads where the host has none. Short transfers are resumed here; a read beyond
+ * the end of the file reads zeroes. All functions run in the I/O thread (or while that thread is parked or does not
+ * exist).
+ */
+#ifndef VMCP_COWDISK_IO_INTERNAL_H
+#define VMCP_COWDISK_IO_INTERNAL_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "base/err.h"
+#include "cowdisk/block.h"
+
+struct io_uring_cqe;
+struct slice_cache;
+struct io_threads;
+
+/* Something to be done soon, in order, from the top of the dispatcher. Embedded in its owner; queued at most once. */
+struct io_task {
+	struct io_task *next;
+	void (*run)(struct io_task *task);
+};
+
+enum io_kind {
+	IO_READ,
+	IO_WRITE,
+	IO_SYNC,  /* fdatasync */
+	IO_PUNCH, /* fallocate: deallocate, reads as zeroes; keeps the size */
+	IO_ZERO,  /* fallocate: zeroes, stays allocated; keeps the size */
+};
+
+struct io_op {
+	enum io_kind kind;
+	int fd;
+	uint64_t offset;
+	uint64_t length;
+	const struct iovec *iov; /* sum of lengths == length; stays valid and unchanged until done */
+	unsigned iov_count;
+	void (*done)(struct io_op *op, int result); /* 0 or -errno; the op may be freed */
+	void *opaque;
+	/* private to io.c and io_threads.c */
+	uint64_t transferred;
+	struct iovec *rest; /* what a short transfer left over */
+	unsigned rest_count;
+	int result;
+	struct io_op *next;
+	struct io_task task;
+};
+
+/* A test's hook, asked before an operation goes to the kernel. */
+enum { IO_HOOK_PASS = 0, IO_HOOK_HOLD = 1 }; /* or a -errno that the operation shall end with */
+typedef int io_hook_fn(void *opaque, const struct io_op *op);
+
+/* As cow_io_create. loop may be NULL: then only cow_io_drive serves it. */
+int cow_io_create_kind(struct loop *loop, bool threads, struct cow_io **out, struct err *err);
+
+void cow_io_start(struct cow_io *io, struct io_op *op);
+void cow_io_later(struct cow_io *io, struct io_task *task);
+
+/* Waits at most timeout_ms (-1: no limit) until something ends or is due, and runs its callbacks. May be called from
+ * a callback. */
+void cow_io_drive(struct cow_io *io, int timeout_ms);
+
+/* Tests only. Held operations start when cow_io_release_held is called (in the order in which they came). */
+void cow_io_set_hook(struct cow_io *io, io_hook_fn *hook, void *opaque);
+void cow_io_release_held(struct cow_io *io);
+unsigned cow_io_held(const struct cow_io *io);
+
+/* The ring that serves a disk (in disk.c). */
+struct cow_io *cow_disk_io(const struct cow_disk *disk);
+struct slice_cache *cow_io_cache(struct cow_io *io);
+struct loop *cow_io_loop(struct cow_io *io);
+/* Keeps count, so that a ring with open disks is not destroyed. Any thread. */
+void cow_io_count_disk(struct cow_io *io, int change);
+
+/* The fallback: a few threads that carry out operations one system call at a time. */
+int io_threads_create(int event_fd, struct io_threads **out, struct err *err);
+void io_threads_destroy(struct io_threads *threads);
+void io_threads_submit(struct io_threads *threads, struct io_op *op);
+/* Takes what has ended: a list; op->result is what the system call returned (bytes or -errno). */
+struct io_op *io_threads_reap(struct io_threads *threads);
+
+/* The io vectors of what an operation has still to transfer. */
+static inline const struct iovec *io_op_iov(const struct io_op *op, unsigned *count)
+{
+	*count = op->rest ? op->rest_count : op->iov_count;
+	return op->rest ? op->rest : op->iov;
+}
+
+#endif

@@ -1,0 +1,254 @@
+/*
+ * The overlay switch. See overlay.h.
+ *
+ *     prepared --switch--> pending --last request ended--> flushing --clean--> sealed
+ *         |                   |  ^                            |
+ *      abandon          cancelled, called again          error: stays unsealed, flushes of the disk still cover it
+ *
+ * Lock order: cow_overlay.lock is innermost, and held only to publish the end.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/buf.h"
+#include "base/fault.h"
+#include "cowdisk/disk_internal.h"
+#include "cowdisk/request_internal.h"
+
+enum { CANCEL_POLL_MS = 20 };
+
+struct cow_overlay {
+	struct cow_disk *disk; /* immutable */
+	struct image *image;   /* the overlay; the disk's once switched */
+	/* owner: I/O thread, from the switch on */
+	struct image *layer;
+	struct cow_overlay *next; /* disk->overlays */
+	struct flush_wait flush;
+	bool flushing;
+	pthread_t starter; /* thread that ran seal_begin */
+	char waits_for[96];
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	/* under lock */
+	bool ended;
+	int result;
+};
+
+int cow_overlay_prepare(struct cow_disk *disk, const char *overlay_path, const char *layer_name,
+			struct cow_overlay **out, struct err *err)
+{
+	if (cow_is_readonly(disk))
+		return err_set(err, ERR_STATE, EROFS, "%s: read-only", cow_path(disk));
+	enum cow_format format = cow_format_of(disk);
+	struct cow_create create = {
+		.size_bytes = disk->size,
+		.cluster_bytes = format == COW_FORMAT_QCOW2 ? cow_cluster_bytes(disk) : 0,
+		.backing = layer_name,
+		.backing_format = format,
+	};
+	int rc = cow_create(overlay_path, &create, err);
+	if (rc == 0)
+		rc = fault_check(FAULT_COW_OVERLAY_CREATED, err);
+	if (rc < 0)
+		return rc;
+	struct image *image;
+	bool lock = !(disk->flags & COW_OPEN_NO_LOCK);
+	rc = cow_image_open(disk->io, overlay_path, COW_FORMAT_QCOW2, true, lock, &image, err);
+	if (rc < 0)
+		return err_prefix(err, "new overlay");
+	struct cow_overlay *o = xcalloc(1, sizeof(*o));
+	o->disk = disk;
+	o->image = image;
+	pthread_mutex_init(&o->lock, NULL);
+	pthread_cond_init(&o->changed, NULL);
+	*out = o;
+	return 0;
+}
+
+static void overlay_free(struct cow_overlay *o)
+{
+	pthread_cond_destroy(&o->changed);
+	pthread_mutex_destroy(&o->lock);
+	free(o);
+}
+
+void cow_overlay_abandon(struct cow_overlay *o)
+{
+	if (!o)
+		return;
+	cow_image_free(o->image);
+	overlay_free(o);
+}
+
+void cow_overlay_switch(struct cow_overlay *o)
+{
+	struct cow_disk *disk = o->disk;
+	o->layer = disk->top;
+	o->image->backing = disk->top;
+	o->image->generation = disk->top->generation + 1;
+	o->image->disk = disk;
+	disk->top = o->image;
+	o->next = disk->overlays;
+	disk->overlays = o;
+}
+
+unsigned cow_overlay_pending(const struct cow_overlay *o)
+{
+	return o->layer ? atomic_load_explicit(&o->layer->inflight, memory_order_acquire) : 0;
+}
+
+static void unlist(struct cow_overlay *o)
+{
+	struct cow_overlay **p = &o->disk->overlays;
+	while (*p && *p != o)
+		p = &(*p)->next;
+	if (*p)
+		*p = o->next;
+}
+
+static void seal_end(struct cow_overlay *o, int result)
+{
+	struct image *layer = o->layer;
+	layer->seal = NULL;
+	if (result == 0)
+		result = fault_check(FAULT_COW_SEALED, NULL);
+	if (result == 0) {
+		layer->sealed = true;
+		if (layer->write_locked)
+			cow_lock_drop_write(layer->fd);
+		layer->write_locked = false;
+	}
+	unlist(o);
+	pthread_mutex_lock(&o->lock);
+	o->ended = true;
+	o->result = result;
+	pthread_cond_broadcast(&o->changed);
+	pthread_mutex_unlock(&o->lock); /* the waiter may free it from here on */
+}
+
+static void seal_flushed(struct flush_wait *wait, int result)
+{
+	struct cow_overlay *o = container_of(wait, struct cow_overlay, flush);
+	o->flushing = false;
+	if (o->layer->seal != o)
+		return; /* cancelled meanwhile */
+	if (result < 0)
+		seal_end(o, result);
+	else
+		cow_seal_progress(o->layer);
+}
+
+void cow_seal_progress(struct image *image)
+{
+	struct cow_overlay *o = image->seal;
+	if (!o || o->flushing || image->q.punching || atomic_load_explicit(&image->inflight, memory_order_relaxed))
+		return;
+	if (cow_image_clean(image)) {
+		seal_end(o, 0);
+		return;
+	}
+	int rc = fault_check(FAULT_COW_SEALING, NULL);
+	if (rc < 0) {
+		seal_end(o, rc);
+		return;
+	}
+	o->flushing = true;
+	o->flush.done = seal_flushed;
+	cow_image_flush(image, &o->flush);
+}
+
+static void seal_begin(void *opaque)
+{
+	struct cow_overlay *o = opaque;
+	o->starter = pthread_self();
+	o->layer->seal = o;
+	cow_seal_progress(o->layer);
+}
+
+/* Cancelled: leaves everything as it is, and notes what it waited for. */
+static void seal_detach(void *opaque)
+{
+	static const char *const name[] = {"read", "write", "flush", "discard", "write-zeroes"};
+	struct cow_overlay *o = opaque;
+	if (o->layer->seal != o)
+		return;
+	o->layer->seal = NULL;
+	snprintf(o->waits_for, sizeof(o->waits_for), "its metadata");
+	for (struct cow_request *r = o->disk->first; r; r = r->next) {
+		const struct work *work = r->work;
+		if (work->image != o->layer)
+			continue;
+		snprintf(o->waits_for, sizeof(o->waits_for), "a %s of %" PRIu64 " bytes at %" PRIu64, name[r->op],
+			 r->length, r->offset);
+		break;
+	}
+}
+
+static void call_in_io_thread(struct cow_overlay *o, loop_task_fn *fn)
+{
+	struct loop *loop = cow_io_loop(o->disk->io);
+	if (loop)
+		loop_call(loop, fn, o);
+	else
+		fn(o);
+}
+
+static bool has_ended(struct cow_overlay *o)
+{
+	pthread_mutex_lock(&o->lock);
+	bool ended = o->ended;
+	pthread_mutex_unlock(&o->lock);
+	return ended;
+}
+
+static void wait_some(struct cow_overlay *o)
+{
+	struct timespec until;
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_nsec += CANCEL_POLL_MS * 1000000;
+	if (until.tv_nsec >= 1000000000) {
+		until.tv_sec++;
+		until.tv_nsec -= 1000000000;
+	}
+	pthread_mutex_lock(&o->lock);
+	if (!o->ended)
+		pthread_cond_timedwait(&o->changed, &o->lock, &until);
+	pthread_mutex_unlock(&o->lock);
+}
+
+int cow_overlay_seal(struct cow_overlay *o, const volatile bool *cancel, struct err *err)
+{
+	call_in_io_thread(o, seal_begin);
+	/* Where no loop runs, nobody but us serves the ring. */
+	bool alone = pthread_equal(o->starter, pthread_self());
+	while (!has_ended(o)) {
+		if (cancel && __atomic_load_n(cancel, __ATOMIC_RELAXED)) {
+			call_in_io_thread(o, seal_detach);
+			if (has_ended(o))
+				break;
+			return err_set(err, ERR_STATE, ECANCELED, "%s: cancelled while sealing the layer waited for %s",
+				       o->layer->path, o->waits_for);
+		}
+		if (alone)
+			cow_io_drive(o->disk->io, CANCEL_POLL_MS);
+		else
+			wait_some(o);
+	}
+	int result = o->result;
+	if (result < 0)
+		err_sys(err, result, "%s: sealing the layer", o->layer->path);
+	overlay_free(o);
+	return result;
+}
+
+void cow_overlay_forget(struct cow_disk *disk)
+{
+	while (disk->overlays) {
+		struct cow_overlay *o = disk->overlays;
+		disk->overlays = o->next;
+		overlay_free(o);
+	}
+}

@@ -1,0 +1,50 @@
+/*
+ * The overlay switch of a checkpoint: at one instant the running disk turns to a new, empty overlay, and what was written before is
+ * a layer that only requests already in flight still change.
+ *
+ *     stage (VM runs)   cow_overlay_prepare   overlay file made and opened, everything allocated
+ *     pause             cow_overlay_switch    pointers only
+ *     persist           cow_overlay_sealed?   when the last request that was in flight ended: layer's metadata written, layer synced
+ *
+ * After the switch, reads fall through the overlay to the sealing layer in memory (same process, same metadata cache), so nothing waits. A new write that
+ * must copy up part of a cluster waits for pending writes of the layer in that cluster. A flush of the disk also makes the sealing layer durable
+ * (writes that completed before the switch are still owed to the guest).
+ */
+#ifndef VMCP_COWDISK_OVERLAY_H
+#define VMCP_COWDISK_OVERLAY_H
+
+#include "cowdisk/block.h"
+
+struct cow_overlay;
+
+/*
+ * Makes the overlay for the disk at `overlay_path` (a new file, durable), whose header names `layer_name` as backing file (the name under which
+ * the present top image will be found from then on; the caller has linked it there), and opens it as the disk's future top. The disk is
+ * unchanged. Any thread (posts to the I/O thread where it must). The lock of the new file is taken.
+ */
+int cow_overlay_prepare(struct cow_disk *disk, const char *overlay_path, const char *layer_name, struct cow_overlay **out,
+			struct err *err);
+/* Drops a prepared overlay that was not switched to (does not delete the file). Any thread. */
+void cow_overlay_abandon(struct cow_overlay *overlay);
+
+/*
+ * The instant. I/O thread parked (call from the pausing thread). Allocates nothing, touches no file, cannot fail. From here on the disk's top is
+ * the overlay; requests in flight stay with the layer.
+ */
+void cow_overlay_switch(struct cow_overlay *overlay);
+/* Requests that were in flight at the switch and have not ended. Any thread. */
+unsigned cow_overlay_pending(const struct cow_overlay *overlay);
+/*
+ * Waits until the layer is sealed: pending requests ended, its metadata is written and the file synced. From then on the file never changes. Any thread but the
+ * I/O thread. *cancel turning true ends the wait with -ECANCELED, the message naming a request it waits for. On any error the disk stays usable. Frees the handle
+ * in every case but -ECANCELED (then call again, or leave it: the disk closes it).
+ */
+int cow_overlay_seal(struct cow_overlay *overlay, const volatile bool *cancel, struct err *err);
+
+/*
+ * Puts another image in the place of the disk's whole chain (revert): no request in flight, I/O thread parked or inside it. The old chain is closed
+ * without writing back anything (its content is dropped by the caller's wish). On failure the disk is unchanged.
+ */
+int cow_replace(struct cow_disk *disk, const char *path, struct err *err);
+
+#endif
