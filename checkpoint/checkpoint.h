@@ -1,0 +1,150 @@
+/*
+ * The checkpoint engine: takes a machine's checkpoints and puts them back.
+ *
+ * It sees the machine as a VM, its I/O loop, an ordered list of components and a list of disks, nothing else. The order
+ * of a live checkpoint is that of docs/architecture.md:
+ *
+ *     stage    space, layer files, overlays, memory protected in chunks           VM runs; fails without effect
+ *     quiesce  I/O loop parked, vCPUs stopped                                      pause begins
+ *     capture  state copied, pages written since arming settled, disks switched    allocates nothing, touches no file
+ *     resume                                                                       pause ends: CAPTURED
+ *     persist  memory, state, disks, completion logs to stable storage
+ *     commit   checksums, manifest, one rename, one catalogue transaction          DURABLE
+ *
+ * A failure or cancel before commit leaves the VM running and older checkpoints valid.
+ *
+ * Threads: one controlling thread at a time calls checkpoint_take, checkpoint_revert, engine_load (the engine locks
+ * itself: a second caller gets -EBUSY, ERR_STATE). checkpoint_cancel and checkpoint_progress from any thread.
+ */
+#ifndef VMCP_CHECKPOINT_CHECKPOINT_H
+#define VMCP_CHECKPOINT_CHECKPOINT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/component.h"
+#include "base/event.h"
+#include "checkpoint/memcow.h"
+#include "checkpoint/store/store.h"
+#include "cowdisk/overlay.h"
+#include "vmm/vm.h"
+
+#define CKPT_MAX_DISKS 26
+
+/* A disk of the machine as the engine needs it. Read-only disks are not listed: they do not change. */
+struct ckpt_disk {
+	const char *name;      /* "root": from [disk root] */
+	struct cow_disk *disk; /* the machine's handle; stays the same object through checkpoints and reverts */
+	const char *path;   /* absolute: where the user finds the disk's present state; links in it are resolved once */
+	unsigned component; /* index in the engine's list of the device that serves it, for counting its requests in
+			       flight */
+};
+
+struct ckpt_engine;
+
+struct ckpt_engine_config {
+	struct vm *vm;
+	struct loop *io_loop;
+	struct store *store;
+	const char *vm_name;
+	const char *vm_uuid;
+	const struct component *components; /* in the order of application; the engine copies the list */
+	unsigned component_count;
+	const struct ckpt_disk *disks;
+	unsigned disk_count;
+	/* The machine's configuration as text (guest.cfg form, disks by name), kept in every manifest, so that `run
+	 * --from` can build the same machine. */
+	const char *config_text;
+	/* The checkpoint that the machine was started from, "" if it was booted: the parent of the first one. */
+	const char *parent_id;
+};
+
+int ckpt_engine_create(const struct ckpt_engine_config *config, struct ckpt_engine **out, struct err *err);
+/* Cancels and waits for a checkpoint under way. The VM is stopped or quiesced. */
+void ckpt_engine_destroy(struct ckpt_engine *engine);
+
+enum ckpt_wait { CKPT_WAIT_CAPTURED, CKPT_WAIT_DURABLE };
+
+struct ckpt_request {
+	bool live;	     /* false: the VM stands still until the checkpoint is durable */
+	const char *tag;     /* NULL: none. Must be free: -EEXIST, ERR_STATE */
+	const char *message; /* NULL: none */
+	enum ckpt_wait wait; /* CAPTURED: return after resume; the rest goes on in the background */
+};
+
+struct ckpt_disk_result {
+	char name[64];
+	char layer[STORE_ID_BYTES];
+	uint32_t inflight_writes, inflight_reads;
+};
+
+/* As `checkpoint --json` of the command line. Times in ns. */
+struct ckpt_result {
+	char id[STORE_ID_BYTES], parent[STORE_ID_BYTES];
+	bool live, durable;
+	uint64_t created_wall_ns;
+	uint64_t pause_ns, quiesce_ns, state_ns, disks_ns, memory_ns, resume_ns;
+	uint64_t captured_ns; /* request to captured */
+	uint64_t durable_ns;  /* request to durable; 0 while it is not */
+	uint64_t total_pages, saved_pages, zero_pages, parent_pages;
+	uint64_t cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, cow_fault_max_ns;
+	uint64_t written_bytes;
+	uint64_t armed_again_pages; /* pages armed again in the pause */
+	uint32_t disk_count;
+	struct ckpt_disk_result disks[CKPT_MAX_DISKS];
+};
+
+/*
+ * Takes a checkpoint. Works on a running and on a paused (vm_is_quiesced) VM, and leaves it as it was. With
+ * CKPT_WAIT_CAPTURED the result is that of the instant of capture; checkpoint_wait waits for the rest.
+ */
+int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, struct ckpt_result *result,
+	      struct err *err);
+/* Waits for a checkpoint that runs in the background, and gives its final result; 0 and result->id "" if there is none.
+ */
+int ckpt_wait(struct ckpt_engine *engine, struct ckpt_result *result, struct err *err);
+/* Asks the checkpoint under way to stop: it then fails with -ECANCELED and leaves nothing behind. False if there is
+ * none. */
+bool ckpt_cancel(struct ckpt_engine *engine);
+
+struct ckpt_progress {
+	bool active;
+	char id[STORE_ID_BYTES];
+	const char *phase; /* "stage", "pause", "memory", "in-flight I/O", "disks", "commit" */
+	uint64_t done_pages, total_pages;
+};
+void ckpt_progress(struct ckpt_engine *engine, struct ckpt_progress *out);
+
+struct ckpt_revert_result {
+	char id[STORE_ID_BYTES];
+	uint64_t restored_pages; /* pages whose content changed */
+	uint64_t revert_ns;	 /* request until the VM runs again */
+};
+
+/*
+ * Takes the running (or paused) VM back to checkpoint `id`, in place: stop, drain, put pages back, load state, fresh
+ * overlays, apply the completion log, resume (a paused VM stays paused: `resume` says whether to run). Everything that
+ * can be refused is checked (checksums of state and index included) before the machine is touched. Fails after that
+ * point: the VM stays quiesced, sticky; only another revert or its end is possible, and the message says so.
+ */
+int ckpt_revert(struct ckpt_engine *engine, const char *id, bool resume, struct ckpt_revert_result *result,
+		struct err *err);
+
+/* The same for a machine that was just built and never ran (run --from): memory, state, disks (already opened on fresh
+ * overlays by the machine) and the completion log. */
+int ckpt_load(struct ckpt_engine *engine, const char *id, struct err *err);
+
+/* 0, or the error of the revert that failed half way: the machine must not run until another revert succeeds. */
+int ckpt_check(struct ckpt_engine *engine, struct err *err);
+
+/* Counters of the memory side of the checkpoint under way, or of the last one. */
+void ckpt_memory_stats(struct ckpt_engine *engine, struct memcow_stats *out);
+
+/* Where the VM stands: the newest checkpoint that it took or went back to, "" if none. Copied. */
+void ckpt_position(struct ckpt_engine *engine, char id[STORE_ID_BYTES]);
+
+/* Makes, at `path`, a fresh overlay on the layer that checkpoint `id` holds for disk `disk_name`, durable, by rename
+ * over what is there. For starting a machine from a checkpoint. */
+int ckpt_make_overlay(struct store *store, const char *id, const char *disk_name, const char *path, struct err *err);
+
+#endif

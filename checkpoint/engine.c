@@ -1,0 +1,263 @@
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/buf.h"
+#include "base/log.h"
+#include "checkpoint/engine_internal.h"
+#include "checkpoint/operation.h"
+
+static void free_engine(struct ckpt_engine *engine)
+{
+	memcow_destroy(engine->memcow);
+	state_set_free(&engine->captured);
+	for (unsigned i = 0; i < engine->disk_count; i++) {
+		free(engine->disks[i].name);
+		free(engine->disks[i].path);
+	}
+	free(engine->components);
+	free(engine->vm_name);
+	free(engine->vm_uuid);
+	free(engine->config_text);
+	pthread_mutex_destroy(&engine->lock);
+	pthread_cond_destroy(&engine->changed);
+	free(engine);
+}
+
+static int copy_disks(struct ckpt_engine *engine, const struct ckpt_engine_config *config, struct err *err)
+{
+	if (config->disk_count > CKPT_MAX_DISKS)
+		return err_set(err, ERR_USAGE, E2BIG, "%u disks: at most %d can be checkpointed", config->disk_count,
+			       CKPT_MAX_DISKS);
+	for (unsigned i = 0; i < config->disk_count; i++) {
+		const struct ckpt_disk *from = &config->disks[i];
+		struct engine_disk *to = &engine->disks[i];
+		to->name = xstrdup(from->name);
+		to->disk = from->disk;
+		to->component = from->component < config->component_count ? from->component : 0;
+		engine->disk_count = i + 1;
+		to->path = realpath(from->path, NULL);
+		if (!to->path)
+			return err_sys(err, errno, "disk %s: %s", from->name, from->path);
+	}
+	return 0;
+}
+
+int ckpt_engine_create(const struct ckpt_engine_config *config, struct ckpt_engine **out, struct err *err)
+{
+	struct ckpt_engine *engine = xcalloc(1, sizeof(*engine));
+	pthread_mutex_init(&engine->lock, NULL);
+	pthread_cond_init(&engine->changed, NULL);
+	engine->vm = config->vm;
+	engine->loop = config->io_loop;
+	engine->store = config->store;
+	engine->mem = vm_memory(config->vm);
+	engine->vm_name = xstrdup(config->vm_name);
+	engine->vm_uuid = xstrdup(config->vm_uuid);
+	engine->config_text = xstrdup(config->config_text ? config->config_text : "");
+	engine->component_count = config->component_count;
+	engine->components = xcalloc(config->component_count + 1, sizeof(*engine->components));
+	memcpy(engine->components, config->components, config->component_count * sizeof(*engine->components));
+	engine_set_position(engine, config->parent_id ? config->parent_id : "");
+	int r = copy_disks(engine, config, err);
+	if (r == 0)
+		r = state_set_init(&engine->captured, engine->components, engine->component_count, err);
+	/* Without userfaultfd the engine can still save a VM that stands still. */
+	if (r == 0 && memcow_create(engine->mem, true, &engine->memcow, &engine->live_error) != 0) {
+		engine->live_error.class = ERR_HOST;
+		r = memcow_create(engine->mem, false, &engine->memcow, err);
+	}
+	if (r != 0) {
+		free_engine(engine);
+		return r;
+	}
+	*out = engine;
+	return 0;
+}
+
+void ckpt_engine_destroy(struct ckpt_engine *engine)
+{
+	if (!engine)
+		return;
+	ckpt_cancel(engine);
+	ckpt_wait(engine, NULL, NULL);
+	free_engine(engine);
+}
+
+/* --- one operation at a time --- */
+
+static int busy(const struct ckpt_engine *engine, struct err *err)
+{
+	err_set(err, ERR_STATE, EBUSY, "%s: a checkpoint or revert is under way", engine->vm_name);
+	return err_hint(err, "wait for it, or end it with `vmcp cancel %s`", engine->vm_name);
+}
+
+/* The background thread ended: its last act was to set the engine free. Under lock, which it does not take any more. */
+static void join_background(struct ckpt_engine *engine)
+{
+	if (engine->thread_started && engine->activity != ENGINE_BACKGROUND)
+		pthread_join(engine->thread, NULL);
+	if (engine->activity != ENGINE_BACKGROUND)
+		engine->thread_started = false;
+}
+
+int operation_begin(struct ckpt_engine *engine, enum operation_kind kind, struct err *err)
+{
+	int r = 0;
+	pthread_mutex_lock(&engine->lock);
+	while (kind == OPERATION_REVERT && engine->activity == ENGINE_BACKGROUND)
+		pthread_cond_wait(&engine->changed, &engine->lock);
+	if (engine->activity != ENGINE_FREE) {
+		r = busy(engine, err);
+	} else if (kind == OPERATION_TAKE && engine->broken.number != 0) {
+		if (err)
+			*err = engine->broken;
+		r = -engine->broken.number;
+	} else {
+		join_background(engine);
+		engine->activity = ENGINE_BUSY;
+		engine->cancellable = kind == OPERATION_TAKE;
+		__atomic_store_n(&engine->cancel, false, __ATOMIC_RELAXED);
+		engine->progress = (struct ckpt_progress){.active = kind == OPERATION_TAKE, .phase = "stage"};
+	}
+	pthread_mutex_unlock(&engine->lock);
+	return r;
+}
+
+void operation_end(struct ckpt_engine *engine)
+{
+	pthread_mutex_lock(&engine->lock);
+	engine->activity = ENGINE_FREE;
+	engine->cancellable = false;
+	engine->progress = (struct ckpt_progress){.phase = ""};
+	pthread_cond_broadcast(&engine->changed);
+	pthread_mutex_unlock(&engine->lock);
+}
+
+/* --- the background thread --- */
+
+static void *background_main(void *opaque)
+{
+	struct take *take = opaque;
+	struct ckpt_engine *engine = take->engine;
+	struct err err = ERR_INIT;
+	pthread_setname_np(pthread_self(), "vmcp-persist");
+	if (take_persist(take, &err) != 0) {
+		take_fail(take);
+		if (err.number != ECANCELED)
+			log_error("checkpoint %.8s: %s", take->result.id, err.message);
+	}
+	struct ckpt_result result = take->result;
+	take_free(take);
+	pthread_mutex_lock(&engine->lock);
+	engine->last = result;
+	engine->last_err = err;
+	engine->have_last = true;
+	pthread_mutex_unlock(&engine->lock);
+	operation_end(engine);
+	return NULL;
+}
+
+int engine_run_background(struct ckpt_engine *engine, struct take *take, struct err *err)
+{
+	pthread_mutex_lock(&engine->lock);
+	engine->have_last = false;
+	/* Before the thread starts, as it may end at once. */
+	engine->activity = ENGINE_BACKGROUND;
+	int r = pthread_create(&engine->thread, NULL, background_main, take);
+	engine->thread_started = r == 0;
+	if (r != 0)
+		engine->activity = ENGINE_BUSY;
+	pthread_mutex_unlock(&engine->lock);
+	return r == 0 ? 0 : err_sys(err, r, "cannot start a thread");
+}
+
+int ckpt_wait(struct ckpt_engine *engine, struct ckpt_result *result, struct err *err)
+{
+	int r = 0;
+	if (result)
+		*result = (struct ckpt_result){0};
+	pthread_mutex_lock(&engine->lock);
+	while (engine->activity == ENGINE_BACKGROUND)
+		pthread_cond_wait(&engine->changed, &engine->lock);
+	join_background(engine);
+	if (engine->have_last) {
+		if (result)
+			*result = engine->last;
+		if (err)
+			*err = engine->last_err;
+		r = -engine->last_err.number;
+		engine->have_last = false;
+	}
+	pthread_mutex_unlock(&engine->lock);
+	return r;
+}
+
+bool ckpt_cancel(struct ckpt_engine *engine)
+{
+	pthread_mutex_lock(&engine->lock);
+	bool there = engine->activity != ENGINE_FREE && engine->cancellable;
+	if (there)
+		__atomic_store_n(&engine->cancel, true, __ATOMIC_RELAXED);
+	pthread_mutex_unlock(&engine->lock);
+	return there;
+}
+
+/* --- what others ask --- */
+
+void engine_set_phase(struct ckpt_engine *engine, const char *phase)
+{
+	pthread_mutex_lock(&engine->lock);
+	engine->progress.phase = phase;
+	pthread_mutex_unlock(&engine->lock);
+}
+
+int engine_check_cancel(struct ckpt_engine *engine, struct err *err)
+{
+	return __atomic_load_n(&engine->cancel, __ATOMIC_RELAXED) ? err_set(err, ERR_FAILED, ECANCELED, "the checkpoint was cancelled") : 0;
+}
+
+void ckpt_progress(struct ckpt_engine *engine, struct ckpt_progress *out)
+{
+	struct memcow_stats stats;
+	pthread_mutex_lock(&engine->lock);
+	*out = engine->progress;
+	pthread_mutex_unlock(&engine->lock);
+	memcow_get_stats(engine->memcow, &stats);
+	out->total_pages = stats.total_pages;
+	out->done_pages = out->active && strcmp(out->phase, "stage") != 0 ? stats.saved_pages + stats.zero_pages : 0;
+}
+
+void engine_set_position(struct ckpt_engine *engine, const char *id)
+{
+	pthread_mutex_lock(&engine->lock);
+	snprintf(engine->position, sizeof(engine->position), "%s", id);
+	pthread_mutex_unlock(&engine->lock);
+}
+
+void ckpt_position(struct ckpt_engine *engine, char id[STORE_ID_BYTES])
+{
+	pthread_mutex_lock(&engine->lock);
+	memcpy(id, engine->position, STORE_ID_BYTES);
+	pthread_mutex_unlock(&engine->lock);
+}
+
+void engine_set_broken(struct ckpt_engine *engine, const struct err *err)
+{
+	pthread_mutex_lock(&engine->lock);
+	engine->broken = err ? *err : ERR_INIT;
+	pthread_mutex_unlock(&engine->lock);
+}
+
+int ckpt_check(struct ckpt_engine *engine, struct err *err)
+{
+	pthread_mutex_lock(&engine->lock);
+	int r = -engine->broken.number;
+	if (r != 0 && err)
+		*err = engine->broken;
+	pthread_mutex_unlock(&engine->lock);
+	return r;
+}
+
+void ckpt_memory_stats(struct ckpt_engine *engine, struct memcow_stats *out) { memcow_get_stats(engine->memcow, out); }

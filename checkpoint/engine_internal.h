@@ -1,0 +1,137 @@
+/* What the parts of the engine share: engine.c (life, locking), take.c (stage, pause), take_disks.c, persist.c (save,
+ * commit), revert.c, restore.c (memory). */
+#ifndef VMCP_CHECKPOINT_ENGINE_INTERNAL_H
+#define VMCP_CHECKPOINT_ENGINE_INTERNAL_H
+
+#include <pthread.h>
+
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/index.h"
+#include "checkpoint/memcow.h"
+#include "checkpoint/state_set.h"
+
+struct engine_disk {
+	char *name;
+	struct cow_disk *disk;
+	unsigned component;
+	char *path; /* absolute, links resolved: a rename onto it must replace the image, not a link to it */
+	/* owner: the operation under way */
+	struct cow_overlay *unsealed; /* of a checkpoint that was given up: its layer must be sealed before the next */
+	bool unsafe; /* the chain holds a layer of which it is unknown whether it is whole on the disk */
+};
+
+/*
+ *     FREE --operation_begin--> BUSY --operation_end--> FREE
+ *                               BUSY --(the background thread was started)--> BACKGROUND --(it ends)--> FREE
+ */
+enum engine_activity { ENGINE_FREE, ENGINE_BUSY, ENGINE_BACKGROUND };
+
+struct ckpt_engine {
+	/* immutable */
+	struct vm *vm;
+	struct loop *loop;
+	struct store *store;
+	struct mem *mem;
+	char *vm_name, *vm_uuid, *config_text;
+	struct component *components;
+	unsigned component_count, disk_count;
+	struct engine_disk disks[CKPT_MAX_DISKS];
+
+	/* owner: the operation under way */
+	struct memcow *memcow;
+	struct err live_error;	   /* why there is no live checkpoint on this host; number 0 if there is */
+	struct state_set captured; /* the buffers of the pause */
+
+	pthread_mutex_t lock; /* all below; a leaf */
+	pthread_cond_t changed;
+	enum engine_activity activity;
+	bool cancellable;
+	char position[STORE_ID_BYTES];
+	struct err broken;   /* sticky: a revert failed half way */
+	bool thread_started; /* the background thread is to be joined */
+	pthread_t thread;
+	bool have_last; /* the result of the last background checkpoint was not asked for yet */
+	struct ckpt_result last;
+	struct err last_err;
+	struct ckpt_progress progress;
+
+	volatile bool cancel; /* set by any thread, cleared by operation_begin; a flag, orders nothing */
+};
+
+struct take_disk {
+	struct engine_disk *disk;
+	struct store_disk_layer layer;
+	char *layer_path, *temp_path;
+	struct cow_overlay *overlay;
+	bool renamed; /* the overlay stands at the disk's path */
+};
+
+/* One checkpoint in the making. */
+struct take {
+	struct ckpt_engine *engine;
+	bool live;
+	char *tag, *message;
+	struct store_draft *draft;
+	char memory_layer[STORE_ID_BYTES];
+	int fd, sums_fd;
+	bool armed;    /* memcow must be abandoned */
+	bool switched; /* the disks stand on their overlays */
+	bool parked;   /* the loop */
+	bool stopped;  /* the VM, by us */
+	uint64_t start_ns, pause_start_ns;
+	unsigned disk_count;
+	struct take_disk disks[CKPT_MAX_DISKS];
+	struct ckpt_result result;
+};
+
+/* --- engine.c --- */
+void engine_set_phase(struct ckpt_engine *engine, const char *phase);
+int engine_check_cancel(struct ckpt_engine *engine, struct err *err);
+void engine_set_position(struct ckpt_engine *engine, const char *id);
+void engine_set_broken(struct ckpt_engine *engine, const struct err *err);
+/* Runs `take` to its end in a thread of its own, which calls take_persist, then operation's end. Fails without effect.
+ */
+int engine_run_background(struct ckpt_engine *engine, struct take *take, struct err *err);
+
+/* --- take_disks.c --- */
+/* The path's neighbour under which a new overlay is made. malloc. */
+char *disk_temp_path(const char *path);
+/* Makes the rename of `path` durable: syncs its folder. */
+int disk_sync_folder(const char *path, struct err *err);
+/* Links all disks' present images into the store and puts empty overlays in their place. */
+int take_stage_disks(struct take *take, struct err *err);
+/* Before the switch: the old images back in place. */
+void take_unstage_disks(struct take *take);
+/* Seals the layers and fills in their sizes and checksums. */
+int take_seal_disks(struct take *take, struct err *err);
+/* After a failure behind the switch: seals what it can, so that the chain is sound. */
+void take_settle_disks(struct take *take);
+
+/* --- persist.c --- */
+/* From the end of the pause to the commit. On failure the caller calls take_fail. */
+int take_persist(struct take *take, struct err *err);
+/* Sets the loop and the VM free, as far as this take holds them. Returns CLOCK_MONOTONIC of the instant when the last
+ * vCPU left for the guest: the caller itself may be late, as the vCPUs take the CPUs. */
+uint64_t take_release_machine(struct take *take);
+/* Undoes everything that can be undone. The machine goes on. */
+void take_fail(struct take *take);
+void take_free(struct take *take);
+
+/* --- restore.c --- */
+struct restore_layers {
+	uint32_t count;
+	struct restore_layer {
+		int fd, sums_fd;
+	} * layers;
+};
+/* Opens all layers of the index and checks that they are long enough. */
+int restore_open(struct store *store, const struct page_index *index, struct restore_layers *out, struct err *err);
+void restore_close(struct restore_layers *layers);
+/* Reads every page that the index takes from a layer and checks it against its checksum. */
+int restore_verify(const struct page_index *index, const struct restore_layers *layers, struct err *err);
+/* Makes memory what the index says. `fresh`: it is all zero, and each page is checked against its checksum on the way.
+ * *changed: pages that differed. */
+int restore_memory(struct mem *mem, const struct page_index *index, const struct restore_layers *layers, bool fresh,
+		   uint64_t *changed, struct err *err);
+
+#endif

@@ -1,0 +1,43 @@
+/*
+ * The index of a checkpoint: which layer holds which page. Complete in itself: no other checkpoint's index is needed to
+ * read it. The file is described byte by byte in docs/format.md.
+ */
+#ifndef VMCP_CHECKPOINT_INDEX_H
+#define VMCP_CHECKPOINT_INDEX_H
+
+#include <stdint.h>
+
+#include "base/buf.h"
+#include "base/err.h"
+#include "checkpoint/store/store.h"
+
+#define INDEX_MAX_BYTES	 (1ull << 32)
+#define INDEX_ZERO_LAYER 0u /* the number of "all zeroes" */
+
+struct index_extent {
+	uint64_t first, count; /* pages; count > 0 */
+	uint32_t layer;	       /* 0: zero pages, else layers[layer - 1] */
+};
+
+/* Extents are sorted and cover [0, page_count) exactly once. */
+struct page_index {
+	uint64_t page_count;
+	uint32_t layer_count;
+	char (*layers)[STORE_ID_BYTES]; /* malloc */
+	uint64_t extent_count;
+	struct index_extent *extents; /* malloc */
+};
+void page_index_free(struct page_index *index);
+
+/* The index of a checkpoint that saved everything itself: pages of the zero map are zero, all others are in `layer`. */
+int page_index_from_zero_map(struct page_index *out, const char *layer, const _Atomic uint64_t *zero_map,
+			     uint64_t page_count, struct err *err);
+
+int page_index_encode(const struct page_index *index, struct buf *out, struct err *err);
+/* Decodes and validates [data, data + length), which is untrusted: -EINVAL, ERR_DAMAGED. */
+int page_index_decode(const void *data, size_t length, struct page_index *out, struct err *err);
+
+/* The extent that holds `page` (< page_count), found by bisection. */
+const struct index_extent *page_index_find(const struct page_index *index, uint64_t page);
+
+#endif

@@ -1,0 +1,476 @@
+#include "checkpoint/memcow.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "base/buf.h"
+#include "base/bytes.h"
+#include "base/clock.h"
+#include "base/fault.h"
+#include "base/priority.h"
+#include "checkpoint/memcow_internal.h"
+#include "checkpoint/uffd.h"
+
+/*
+ * Pages protected with one call. A call takes the page table locks, has KVM drop its mappings of the range and flushes
+ * TLBs; a guest that touches the range meanwhile waits for all of it. docs/memory-cow.md has the measurements.
+ */
+#define ARM_CHUNK_PAGES 512u
+/* Pages released with one call where nobody is in a hurry. */
+#define RELEASE_CHUNK_PAGES 4096u
+/* Passes over what was written during arming, and how little is left for the pause when they end. */
+#define ARM_MAX_PASSES	 8u
+#define ARM_ENOUGH_PAGES 64u
+/* Protecting a page that is protected already costs nanoseconds, a call microseconds: runs are joined across gaps. */
+#define ARM_GAP_PAGES 64u
+/* In the pause a page is copied in 0.4 us, while a call to protect takes 2 us and more, and the guest's next write to
+ * the page a fault besides: so what was written since arming is copied, up to this many pages; the rest is protected.
+ */
+#define INSTANT_COPY_PAGES 256u
+
+static void free_memory(struct memcow *cow)
+{
+	page_set_free(&cow->dirty);
+	free((void *)cow->claimed);
+	free((void *)cow->zero);
+	pthread_mutex_destroy(&cow->lock);
+	pthread_mutex_destroy(&cow->done_lock);
+	pthread_cond_destroy(&cow->done_cond);
+	free(cow);
+}
+
+static int start_protection(struct memcow *cow, struct err *err)
+{
+	int r = fault_check(FAULT_MEMCOW_CREATE, err);
+	if (r != 0)
+		return r;
+	cow->uffd = uffd_open(err);
+	if (cow->uffd < 0)
+		return cow->uffd;
+	r = uffd_register(cow->uffd, cow->base, cow->pages * PAGE_BYTES, err);
+	if (r != 0)
+		goto out_uffd;
+	cow->stop_event = eventfd(0, EFD_CLOEXEC);
+	if (cow->stop_event < 0) {
+		r = err_sys(err, errno, "eventfd");
+		goto out_uffd;
+	}
+	r = pthread_create(&cow->fault_thread, NULL, memcow_fault_main, cow);
+	if (r == 0)
+		return 0;
+	r = err_sys(err, r, "cannot start the fault thread");
+	close(cow->stop_event);
+out_uffd:
+	close(cow->uffd);
+	cow->uffd = -1;
+	return r;
+}
+
+int memcow_create(struct mem *mem, bool protect, struct memcow **out, struct err *err)
+{
+	struct memcow *cow = xcalloc(1, sizeof(*cow));
+	cow->mem = mem;
+	cow->base = mem_base(mem);
+	cow->pages = mem_pages(mem);
+	cow->blocks = BITMAP_WORDS(cow->pages);
+	cow->memfd = mem_fd(mem);
+	cow->uffd = cow->stop_event = -1;
+	priority_mutex_init(&cow->lock);
+	pthread_mutex_init(&cow->done_lock, NULL);
+	pthread_condattr_t attr;
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&cow->done_cond, &attr);
+	pthread_condattr_destroy(&attr);
+	cow->claimed = calloc(cow->blocks, sizeof(uint64_t));
+	cow->zero = calloc(cow->blocks, sizeof(uint64_t));
+	int r = page_set_init(&cow->dirty, cow->pages, err);
+	if (r == 0 && (!cow->claimed || !cow->zero))
+		r = err_sys(err, ENOMEM, "cannot allocate bitmaps of %llu pages", (unsigned long long)cow->pages);
+	if (r == 0 && protect)
+		r = start_protection(cow, err);
+	if (r != 0) {
+		free_memory(cow);
+		return r;
+	}
+	*out = cow;
+	return 0;
+}
+
+void memcow_destroy(struct memcow *cow)
+{
+	if (!cow)
+		return;
+	memcow_abandon(cow);
+	if (cow->stop_event >= 0) {
+		uint64_t one = 1;
+		while (write(cow->stop_event, &one, sizeof(one)) < 0 && errno == EINTR)
+			;
+		pthread_join(cow->fault_thread, NULL);
+		close(cow->stop_event);
+	}
+	if (cow->uffd >= 0) {
+		if (!cow->uffd_lost)
+			uffd_unregister(cow->uffd, cow->base, cow->pages * PAGE_BYTES);
+		close(cow->uffd);
+	}
+	free_memory(cow);
+}
+
+void memcow_fail(struct memcow *cow, const struct err *err)
+{
+	pthread_mutex_lock(&cow->done_lock);
+	if (cow->error.number == 0)
+		cow->error = *err;
+	atomic_store_explicit(&cow->failed, true, memory_order_release);
+	/* Under the lock: abandon frees the pool only after it set `active` false here. */
+	if (cow->active)
+		pool_fail(cow->pool);
+	pthread_cond_broadcast(&cow->done_cond);
+	pthread_mutex_unlock(&cow->done_lock);
+}
+
+static void reset_counters(struct memcow *cow)
+{
+	for (uint64_t w = 0; w < cow->blocks; w++) {
+		atomic_store_explicit(&cow->claimed[w], 0, memory_order_relaxed);
+		atomic_store_explicit(&cow->zero[w], 0, memory_order_relaxed);
+	}
+	page_set_clear(&cow->dirty);
+	histogram_reset(&cow->latency);
+	cow->saved_pages = cow->zero_pages = cow->written_bytes = cow->throttled = cow->arm_faults = 0;
+	cow->armed_again_pages = cow->arm_ns = cow->arm_passes = 0;
+	cow->error = ERR_INIT;
+	cow->failed = false;
+	cow->writer_ready = cow->save = cow->stop = cow->writer_done = false;
+}
+
+/* Buffers, counters and threads of a checkpoint. memcow_abandon undoes it. */
+static int begin(struct memcow *cow, int fd, int sums_fd, struct err *err)
+{
+	if (cow->active)
+		return err_set(err, ERR_STATE, EBUSY, "memory is being saved already");
+	reset_counters(cow);
+	struct pool *pool;
+	int r = pool_create(POOL_SEGMENTS, POOL_RESERVE, &pool, err);
+	if (r != 0)
+		return r;
+	cow->sums_bytes = round_up(cow->pages * 8, PAGE_BYTES);
+	cow->sums = NULL;
+	if (sums_fd >= 0) {
+		/* Touched only where pages are saved. */
+		void *sums = mmap(NULL, cow->sums_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (sums == MAP_FAILED) {
+			r = err_sys(err, errno, "cannot allocate %zu bytes for page checksums", cow->sums_bytes);
+			pool_destroy(pool);
+			return r;
+		}
+		cow->sums = sums;
+	}
+	cow->fd = fd;
+	cow->sums_fd = sums_fd;
+	cow->pool = pool;
+	pthread_mutex_lock(&cow->done_lock);
+	cow->active = true;
+	pthread_mutex_unlock(&cow->done_lock);
+	r = pthread_create(&cow->writer, NULL, memcow_writer_main, cow);
+	if (r == 0) {
+		cow->writer_started = true;
+		r = pthread_create(&cow->sweeper, NULL, memcow_sweeper_main, cow);
+		cow->sweeper_started = r == 0;
+	}
+	if (r != 0) {
+		err_sys(err, r, "cannot start the threads that save memory");
+		memcow_abandon(cow);
+		return -r;
+	}
+	return 0;
+}
+
+static int wait_writer_ready(struct memcow *cow, struct err *err)
+{
+	pthread_mutex_lock(&cow->done_lock);
+	while (!cow->writer_ready)
+		pthread_cond_wait(&cow->done_cond, &cow->done_lock);
+	int r = cow->error.number ? -cow->error.number : 0;
+	if (r != 0 && err)
+		*err = cow->error;
+	pthread_mutex_unlock(&cow->done_lock);
+	return r;
+}
+
+/* What failed first, in the fault thread or the writer, is the cause; else `r` as it is. */
+static int first_error(struct memcow *cow, int r, const char *what, struct err *err)
+{
+	pthread_mutex_lock(&cow->done_lock);
+	struct err first = cow->error;
+	pthread_mutex_unlock(&cow->done_lock);
+	if (first.number == 0)
+		return err_sys(err, r, "%s", what);
+	if (err)
+		*err = first;
+	return -first.number;
+}
+
+static int protect_run(void *opaque, uint64_t first, uint64_t count)
+{
+	struct memcow *cow = opaque;
+	uint64_t end = min_u64(first + count, cow->pages);
+	for (; first < end; first += ARM_CHUNK_PAGES) {
+		uint64_t pages = min_u64(end - first, ARM_CHUNK_PAGES);
+		int r = uffd_protect(cow->uffd, cow->base + first * PAGE_BYTES, pages * PAGE_BYTES);
+		if (r != 0)
+			return r;
+	}
+	return 0;
+}
+
+/* While the guest runs: lets its vCPUs have this CPU between chunks, if they share it. */
+static int protect_run_politely(void *opaque, uint64_t first, uint64_t count)
+{
+	struct memcow *cow = opaque;
+	uint64_t end = min_u64(first + count, cow->pages);
+	int r = 0;
+	for (; first < end && r == 0; first += ARM_CHUNK_PAGES) {
+		r = protect_run(cow, first, min_u64(end - first, ARM_CHUNK_PAGES));
+		sched_yield();
+	}
+	return r;
+}
+
+struct instant {
+	struct memcow *cow;
+	uint64_t copied;
+};
+
+/* Under lock, in the pause. A page that is left unprotected is claimed (invariant 2). */
+static int settle_run(void *opaque, uint64_t first, uint64_t count)
+{
+	struct instant *instant = opaque;
+	if (instant->copied + count > INSTANT_COPY_PAGES)
+		return protect_run(instant->cow, first, count);
+	for (uint64_t page = first; page < first + count; page++) {
+		if (!memcow_copy_page(instant->cow, page))
+			return -EIO;
+	}
+	instant->copied += count;
+	return 0;
+}
+
+static int set_phase(struct memcow *cow, enum memcow_phase phase, struct err *err)
+{
+	pthread_mutex_lock(&cow->lock);
+	int r = cow->uffd_lost ? -EIO : 0;
+	if (r == 0)
+		cow->phase = phase;
+	pthread_mutex_unlock(&cow->lock);
+	if (r == 0)
+		return 0;
+	err_set(err, ERR_HOST, EIO, "memory protection was lost by an earlier failure");
+	return err_hint(err, "leave out --live, or start the VM again from such a checkpoint");
+}
+
+int memcow_arm(struct memcow *cow, int fd, int sums_fd, struct err *err)
+{
+	if (cow->stop_event < 0)
+		return err_set(err, ERR_HOST, ENOTSUP, "memory cannot be write-protected on this host");
+	uint64_t start_ns = clock_now_ns();
+	int r = begin(cow, fd, sums_fd, err);
+	if (r != 0)
+		return r;
+	r = set_phase(cow, MEMCOW_ARMED, err);
+	if (r != 0)
+		goto fail;
+	cow->protecting = true;
+	/* The buffers first: what is written while they are made need not be armed again. */
+	r = wait_writer_ready(cow, err);
+	if (r == 0)
+		r = fault_check(FAULT_MEMCOW_ARM, err);
+	if (r != 0)
+		goto fail;
+	r = protect_run_politely(cow, 0, cow->pages);
+	cow->arm_passes = 1;
+	while (r == 0 && cow->arm_passes < ARM_MAX_PASSES && page_set_count(&cow->dirty) > ARM_ENOUGH_PAGES) {
+		r = page_set_take(&cow->dirty, ARM_GAP_PAGES, protect_run_politely, cow, NULL);
+		cow->arm_passes++;
+	}
+	if (r != 0) {
+		r = first_error(cow, r, "cannot write-protect guest memory", err);
+		goto fail;
+	}
+	cow->arm_ns = clock_now_ns() - start_ns;
+	return 0;
+fail:
+	memcow_abandon(cow);
+	return r;
+}
+
+int memcow_arm_stopped(struct memcow *cow, int fd, int sums_fd, struct err *err)
+{
+	int r = begin(cow, fd, sums_fd, err);
+	if (r != 0)
+		return r;
+	r = wait_writer_ready(cow, err);
+	if (r != 0)
+		memcow_abandon(cow);
+	return r;
+}
+
+int memcow_instant(struct memcow *cow, struct err *err)
+{
+	int r = fault_check(FAULT_MEMCOW_INSTANT, err);
+	if (r != 0)
+		return r;
+	/* With the lock held the fault thread is not between noting a page and releasing it (invariant 4). No vCPU
+	 * runs, but io_uring's workers may fault: these wait. */
+	pthread_mutex_lock(&cow->lock);
+	if (cow->phase != MEMCOW_ARMED)
+		r = -EIO;
+	/* Few pages are copied one by one; runs of many are joined across gaps and protected. */
+	struct instant instant = {.cow = cow};
+	uint64_t gap = page_set_count(&cow->dirty) > INSTANT_COPY_PAGES ? ARM_GAP_PAGES : 0, settled = 0;
+	if (r == 0)
+		r = page_set_take(&cow->dirty, gap, settle_run, &instant, &settled);
+	cow->armed_again_pages = settled;
+	if (r == 0)
+		cow->phase = MEMCOW_CAPTURED;
+	pthread_mutex_unlock(&cow->lock);
+	return r == 0 ? 0 : first_error(cow, r, "cannot write-protect guest memory at the instant", err);
+}
+
+void memcow_save(struct memcow *cow)
+{
+	pthread_mutex_lock(&cow->done_lock);
+	cow->save = true;
+	pthread_cond_broadcast(&cow->done_cond);
+	pthread_mutex_unlock(&cow->done_lock);
+}
+
+static void join_threads(struct memcow *cow)
+{
+	if (cow->sweeper_started)
+		pthread_join(cow->sweeper, NULL);
+	if (cow->writer_started)
+		pthread_join(cow->writer, NULL);
+	cow->sweeper_started = cow->writer_started = false;
+}
+
+/* The threads are gone, the phase is IDLE. */
+static void free_checkpoint(struct memcow *cow)
+{
+	struct pool *pool = cow->pool;
+	pthread_mutex_lock(&cow->done_lock);
+	cow->active = false;
+	cow->pool = NULL;
+	pthread_mutex_unlock(&cow->done_lock);
+	pool_destroy(pool);
+	if (cow->sums)
+		munmap(cow->sums, cow->sums_bytes);
+	cow->sums = NULL;
+	cow->protecting = false;
+}
+
+/* Waits for the writer's end, looking at *cancel now and then. */
+static int wait_done(struct memcow *cow, const volatile bool *cancel, struct err *err)
+{
+	int r = 0;
+	pthread_mutex_lock(&cow->done_lock);
+	while (!cow->writer_done && cow->error.number == 0 && r == 0) {
+		struct timespec until;
+		clock_gettime(CLOCK_MONOTONIC, &until);
+		until.tv_nsec += 10 * 1000 * 1000;
+		if (until.tv_nsec >= 1000000000) {
+			until.tv_sec++;
+			until.tv_nsec -= 1000000000;
+		}
+		pthread_cond_timedwait(&cow->done_cond, &cow->done_lock, &until);
+		if (cancel && __atomic_load_n(cancel, __ATOMIC_RELAXED))
+			r = -ECANCELED;
+	}
+	if (cow->error.number != 0) {
+		r = -cow->error.number;
+		if (err)
+			*err = cow->error;
+	} else if (r != 0) {
+		err_set(err, ERR_FAILED, ECANCELED, "cancelled while memory was being saved");
+	}
+	pthread_mutex_unlock(&cow->done_lock);
+	return r;
+}
+
+int memcow_finish(struct memcow *cow, const volatile bool *cancel, struct err *err)
+{
+	if (!cow->active)
+		return err_set(err, ERR_STATE, EINVAL, "no memory is being saved");
+	int r = wait_done(cow, cancel, err);
+	if (r != 0)
+		return r;
+	join_threads(cow);
+	pthread_mutex_lock(&cow->lock);
+	cow->phase = MEMCOW_IDLE;
+	pthread_mutex_unlock(&cow->lock);
+	free_checkpoint(cow);
+	return 0;
+}
+
+static void release_all(struct memcow *cow)
+{
+	for (uint64_t first = 0; first < cow->pages; first += RELEASE_CHUNK_PAGES) {
+		uint64_t pages = min_u64(cow->pages - first, RELEASE_CHUNK_PAGES);
+		pthread_mutex_lock(&cow->lock);
+		int r = cow->uffd_lost ? 0
+				       : uffd_release(cow->uffd, cow->base + first * PAGE_BYTES, pages * PAGE_BYTES);
+		if (r != 0)
+			memcow_lose_protection(cow, "cannot release memory", -r);
+		pthread_mutex_unlock(&cow->lock);
+	}
+}
+
+void memcow_abandon(struct memcow *cow)
+{
+	if (!cow->active)
+		return;
+	struct err err = ERR_INIT;
+	err_set(&err, ERR_FAILED, ECANCELED, "the checkpoint was abandoned");
+	/* First, as the fault thread may hold the lock and wait for a buffer. */
+	memcow_fail(cow, &err);
+	pthread_mutex_lock(&cow->done_lock);
+	cow->stop = true;
+	pthread_cond_broadcast(&cow->done_cond);
+	pthread_mutex_unlock(&cow->done_lock);
+	pthread_mutex_lock(&cow->lock);
+	cow->phase = MEMCOW_IDLE;
+	cow->fault_segment = NULL;
+	pthread_mutex_unlock(&cow->lock);
+	join_threads(cow);
+	if (cow->protecting)
+		release_all(cow);
+	free_checkpoint(cow);
+}
+
+void memcow_get_stats(struct memcow *cow, struct memcow_stats *out)
+{
+	*out = (struct memcow_stats){
+		.total_pages = cow->pages,
+		.saved_pages = cow->saved_pages,
+		.zero_pages = cow->zero_pages,
+		.armed_again_pages = cow->armed_again_pages,
+		.arm_ns = cow->arm_ns,
+		.arm_passes = cow->arm_passes,
+		.arm_faults = cow->arm_faults,
+		.cow_faults = cow->latency.count,
+		.cow_fault_p50_ns = histogram_percentile(&cow->latency, 500),
+		.cow_fault_p99_ns = histogram_percentile(&cow->latency, 990),
+		.cow_fault_p999_ns = histogram_percentile(&cow->latency, 999),
+		.cow_fault_max_ns = cow->latency.max,
+		.throttled = cow->throttled,
+		.written_bytes = cow->written_bytes,
+	};
+}
+
+const _Atomic uint64_t *memcow_zero_map(const struct memcow *cow) { return cow->zero; }

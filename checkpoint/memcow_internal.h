@@ -1,0 +1,126 @@
+/* What the parts of memcow share: memcow.c (life), memcow_fault.c (fault thread), memcow_sweep.c (sweeper),
+ * memcow_write.c (writer). */
+#ifndef VMCP_CHECKPOINT_MEMCOW_INTERNAL_H
+#define VMCP_CHECKPOINT_MEMCOW_INTERNAL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "base/bitmap.h"
+#include "checkpoint/histogram.h"
+#include "checkpoint/memcow.h"
+#include "checkpoint/pool.h"
+
+/* Pool: 64 MiB, of which half (8192 pages) only the fault thread may take: what a guest that faults at full speed needs
+ * while the disk stalls for half a second. Mapped while a checkpoint is under way only. */
+#define POOL_SEGMENTS 256u
+#define POOL_RESERVE  128u
+
+enum memcow_phase {
+	MEMCOW_IDLE,	 /* a fault is released: no checkpoint, or one that failed */
+	MEMCOW_ARMED,	 /* a fault is noted in `dirty` and released */
+	MEMCOW_CAPTURED, /* a fault is copied, claimed and released */
+};
+
+/* A set of pages in two levels, so that finding few members in much memory is quick: bit w of `summary` covers word w
+ * of `words`. */
+struct page_set {
+	_Atomic uint64_t *words, *summary;
+	uint64_t word_count, summary_count;
+};
+
+/*
+ * Invariants.
+ *
+ *  1 A page whose bit in `claimed` is set was copied whole, as of the instant, into a segment that goes to the writer,
+ *    or is marked in `zero`. Copy first, claim second: the copy of whoever fails to claim is dropped.
+ *  2 After the instant a page is released only when its bit in `claimed` is set. So the content of an unclaimed page
+ *    is that of the instant.
+ *  3 Before the instant a page is released only after its bit in `dirty` was set, and a bit of `dirty` is cleared only
+ *    before its page is protected. So whatever is not in `dirty` is protected. The instant protects or claims the rest.
+ *  4 `phase` changes under `lock`, and the fault thread handles each event wholly under it: an event seen as ARMED is
+ *    released before the instant begins.
+ */
+struct memcow {
+	/* immutable */
+	struct mem *mem;
+	uint8_t *base;
+	uint64_t pages, blocks; /* a block: 64 pages, one word of the bitmaps */
+	int memfd;
+	int uffd; /* -1: cannot protect */
+	int stop_event;
+	pthread_t fault_thread;
+
+	_Atomic uint64_t *claimed, *zero;
+	struct page_set dirty;
+
+	pthread_mutex_t lock;	       /* outermost of memcow; the pool's is below it */
+	enum memcow_phase phase;       /* under lock */
+	struct segment *fault_segment; /* under lock: being filled by the fault thread */
+	bool uffd_lost;		       /* under lock: protection was given up for good */
+
+	/* of the checkpoint under way; owner: engine thread, unchanged while the threads below live */
+	bool active, protecting;
+	int fd, sums_fd;
+	struct pool *pool;
+	uint64_t *sums; /* owner: writer */
+	size_t sums_bytes;
+	pthread_t sweeper, writer;
+	bool sweeper_started, writer_started;
+
+	pthread_mutex_t done_lock; /* all below; a leaf */
+	pthread_cond_t done_cond;
+	bool writer_ready; /* buffers touched, space reserved */
+	bool save, stop;   /* the sweeper may start; must not */
+	bool writer_done;
+	struct err error; /* the first one */
+	atomic_bool failed;
+
+	/* counters: any thread */
+	_Atomic uint64_t saved_pages, zero_pages, written_bytes, throttled, arm_faults;
+	_Atomic uint64_t armed_again_pages, arm_ns, arm_passes; /* written by the engine's thread */
+	struct histogram latency;
+};
+
+/* --- memcow.c --- */
+
+/* Notes the first error and ends the pool's waiting; the checkpoint is dead, the guest goes on. Any thread. */
+void memcow_fail(struct memcow *cow, const struct err *err);
+static inline unsigned popcount64(uint64_t bits) { return (unsigned)__builtin_popcountll(bits); }
+
+/* --- pages --- */
+
+/* True if all 4096 bytes are zero. Not watched by ThreadSanitizer: see copy_page. */
+bool page_is_zero(const void *page);
+/* Copies 4096 bytes. May race with a guest write where invariant 1 drops the copy, so sanitizers must not watch. */
+void page_copy(void *to, const void *from);
+
+/* --- page_set --- */
+int page_set_init(struct page_set *set, uint64_t pages, struct err *err);
+void page_set_free(struct page_set *set);
+/* Adds; true if it was not in. */
+bool page_set_add(struct page_set *set, uint64_t page);
+uint64_t page_set_count(const struct page_set *set);
+/*
+ * Takes pages out of the set and calls fn for runs that cover them, in order: a run joins members that are at most
+ * `gap` pages apart. Members added meanwhile are covered now or stay in. Ends at the first failure of fn and returns
+ * it. *taken (may be NULL) counts the members.
+ */
+typedef int page_run_fn(void *opaque, uint64_t first, uint64_t count);
+int page_set_take(struct page_set *set, uint64_t gap, page_run_fn *fn, void *opaque, uint64_t *taken);
+/* Empties it. Nobody adds meanwhile. */
+void page_set_clear(struct page_set *set);
+
+/* --- threads --- */
+void *memcow_fault_main(void *opaque);	 /* memcow */
+void *memcow_sweeper_main(void *opaque); /* memcow */
+void *memcow_writer_main(void *opaque);	 /* memcow */
+/* Makes invariant 1 true for the page. Under lock, at the instant or later. Waits for the writer where buffers are out.
+ * False if the checkpoint failed. */
+bool memcow_copy_page(struct memcow *cow, uint64_t page);
+/* Gives up protection for good: released, or unregistered, or the userfaultfd closed. Under lock. */
+void memcow_lose_protection(struct memcow *cow, const char *what, int number);
+/* Waits for memcow_save; false if the checkpoint is abandoned before. */
+bool memcow_wait_for_save(struct memcow *cow);
+
+#endif

@@ -1,0 +1,295 @@
+/*
+ * Stress of memory copy-on-write with writer threads in the guest's place: they write random pages all the time, stand
+ * still for the instant only, and every checkpoint's file must equal the memory of that instant. Plain program, so that
+ * it also runs under ThreadSanitizer.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include "base/bitmap.h"
+#include "base/bytes.h"
+#include "base/clock.h"
+#include "base/fault.h"
+#include "checkpoint/memcow.h"
+#include "tests/lib/check.h"
+
+#define MEMORY_BYTES (32ull << 20)
+#define WRITERS	     3
+#define ROUNDS	     8
+
+struct machine {
+	struct mem *mem;
+	uint8_t *base;
+	uint64_t pages;
+	pthread_t threads[WRITERS];
+	pthread_mutex_t lock;
+	pthread_cond_t cond;
+	unsigned standing; /* under lock */
+	bool stop, quit;   /* under lock */
+	atomic_bool asked; /* stop or quit is set */
+	_Atomic uint64_t steps;
+};
+
+struct writer_args {
+	struct machine *m;
+	unsigned number;
+};
+
+static uint64_t next_random(uint64_t *state)
+{
+	*state ^= *state << 13;
+	*state ^= *state >> 7;
+	*state ^= *state << 17;
+	return *state;
+}
+
+/* True when the thread is to end. */
+static bool stand_still(struct machine *m)
+{
+	pthread_mutex_lock(&m->lock);
+	m->standing++;
+	pthread_cond_broadcast(&m->cond);
+	while (m->stop && !m->quit)
+		pthread_cond_wait(&m->cond, &m->lock);
+	m->standing--;
+	bool quit = m->quit;
+	pthread_mutex_unlock(&m->lock);
+	return quit;
+}
+
+static void *writer_main(void *opaque)
+{
+	struct writer_args args = *(struct writer_args *)opaque;
+	struct machine *m = args.m;
+	uint64_t random = 0x9e3779b97f4a7c15ull * (args.number + 1);
+	for (;;) {
+		if (atomic_load(&m->asked) && stand_still(m))
+			return NULL;
+		uint64_t r = next_random(&random);
+		/* A quarter of the memory is hot, the last quarter is rarely touched and starts unpopulated. */
+		uint64_t span = r & 1 ? m->pages / 4 : r & 62 ? m->pages * 3 / 4 : m->pages;
+		uint64_t page = (r >> 8) % span;
+		/* Each writer has its own words of a page, so that the threads do not race among themselves. */
+		uint64_t *word = (uint64_t *)(void *)(m->base + page * PAGE_BYTES) + args.number * 64 + (r >> 48) % 64;
+		__atomic_store_n(word, (r & 0x700) == 0 ? 0 : r, __ATOMIC_RELAXED);
+		if ((r & 0xff000000000) == 0)
+			__atomic_store_n(word, 0, __ATOMIC_RELAXED);
+		atomic_fetch_add_explicit(&m->steps, 1, memory_order_relaxed);
+		if ((r & 0xff) == 0)
+			(void)*(volatile uint8_t *)(m->base + ((r >> 20) % m->pages) * PAGE_BYTES +
+						    3000); /* reads populate */
+	}
+}
+
+static void machine_stop(struct machine *m)
+{
+	pthread_mutex_lock(&m->lock);
+	m->stop = true;
+	atomic_store(&m->asked, true);
+	while (m->standing < WRITERS)
+		pthread_cond_wait(&m->cond, &m->lock);
+	pthread_mutex_unlock(&m->lock);
+}
+
+static void machine_go(struct machine *m)
+{
+	pthread_mutex_lock(&m->lock);
+	m->stop = false;
+	atomic_store(&m->asked, m->quit);
+	pthread_cond_broadcast(&m->cond);
+	pthread_mutex_unlock(&m->lock);
+}
+
+static int make_file(uint64_t bytes)
+{
+	char path[] = "memcow_test.XXXXXX"; /* in the build tree: a real filesystem, so that O_DIRECT is met */
+	int fd = mkstemp(path);
+	if (fd >= 0) {
+		unlink(path);
+		if (ftruncate(fd, (off_t)bytes) != 0)
+			return -1;
+	}
+	return fd;
+}
+
+static bool test_page_zero(const uint8_t *page)
+{
+	static const uint8_t zero[PAGE_BYTES];
+	return memcmp(page, zero, PAGE_BYTES) == 0;
+}
+
+static void compare(struct machine *m, struct memcow *cow, int fd, int sums_fd, const uint8_t *reference)
+{
+	static uint8_t chunk[64 * PAGE_BYTES];
+	static uint64_t sums[64];
+	const _Atomic uint64_t *zero = memcow_zero_map(cow);
+	uint64_t wrong = 0, wrong_sums = 0, wrong_zero = 0;
+	for (uint64_t p = 0; p < m->pages; p++) {
+		if (p % 64 == 0)
+			wrong += pread(sums_fd, sums, sizeof(sums), (off_t)(p * 8)) != sizeof(sums) ||
+				 pread(fd, chunk, sizeof(chunk), (off_t)(p * PAGE_BYTES)) != sizeof(chunk);
+		const uint8_t *want = reference + p * PAGE_BYTES;
+		wrong += memcmp(chunk + p % 64 * PAGE_BYTES, want, PAGE_BYTES) != 0;
+		bool is_zero = test_page_zero(want);
+		wrong_zero += is_zero != bitmap_test(zero, p);
+		wrong_sums += sums[p % 64] != (is_zero ? 0 : XXH3_64bits(want, PAGE_BYTES));
+	}
+	CHECK(wrong == 0);
+	CHECK(wrong_sums == 0);
+	CHECK(wrong_zero == 0);
+}
+
+static void run_round(struct machine *m, struct memcow *cow, bool live, uint8_t *reference)
+{
+	struct err err = ERR_INIT;
+	struct memcow_stats stats;
+	int fd = make_file(m->pages * PAGE_BYTES), sums_fd = make_file(m->pages * 8);
+	CHECK(fd >= 0 && sums_fd >= 0);
+	if (!live)
+		machine_stop(m);
+	CHECK((live ? memcow_arm(cow, fd, sums_fd, &err) : memcow_arm_stopped(cow, fd, sums_fd, &err)) == 0);
+	if (live) {
+		machine_stop(m);
+		CHECK(memcow_instant(cow, &err) == 0);
+	}
+	memcpy(reference, m->base, m->pages * PAGE_BYTES);
+	if (live)
+		machine_go(m);
+	memcow_save(cow);
+	CHECK(memcow_finish(cow, NULL, &err) == 0);
+	memcow_get_stats(cow, &stats);
+	CHECK(stats.saved_pages + stats.zero_pages == stats.total_pages);
+	CHECK(stats.written_bytes == stats.saved_pages * PAGE_BYTES);
+	if (err.number)
+		fprintf(stderr, "error: %s\n", err.message);
+	printf("%s: saved %llu zero %llu again %llu passes %llu arm faults %llu cow faults %llu (p50 %llu p99 %llu max "
+	       "%llu ns) "
+	       "throttled %llu\n",
+	       live ? "live" : "stopped", (unsigned long long)stats.saved_pages, (unsigned long long)stats.zero_pages,
+	       (unsigned long long)stats.armed_again_pages, (unsigned long long)stats.arm_passes,
+	       (unsigned long long)stats.arm_faults, (unsigned long long)stats.cow_faults,
+	       (unsigned long long)stats.cow_fault_p50_ns, (unsigned long long)stats.cow_fault_p99_ns,
+	       (unsigned long long)stats.cow_fault_max_ns, (unsigned long long)stats.throttled);
+	compare(m, cow, fd, sums_fd, reference);
+	if (!live)
+		machine_go(m);
+	close(fd);
+	close(sums_fd);
+}
+
+/* The writers must go on after whatever happened. */
+static void check_progress(struct machine *m)
+{
+	uint64_t before = atomic_load(&m->steps);
+	uint64_t until = clock_now_ns() + 5000000000ull;
+	while (atomic_load(&m->steps) < before + 10000 && clock_now_ns() < until)
+		usleep(1000);
+	CHECK(atomic_load(&m->steps) >= before + 10000);
+}
+
+/* Gives up at each stage. */
+static void run_abandon(struct machine *m, struct memcow *cow, unsigned stage)
+{
+	struct err err = ERR_INIT;
+	int fd = make_file(m->pages * PAGE_BYTES), sums_fd = make_file(m->pages * 8);
+	volatile bool cancel = true;
+	CHECK(memcow_arm(cow, fd, sums_fd, &err) == 0);
+	if (stage >= 1) {
+		machine_stop(m);
+		CHECK(memcow_instant(cow, &err) == 0);
+		machine_go(m);
+	}
+	if (stage >= 2)
+		memcow_save(cow);
+	if (stage >= 3)
+		usleep(3000);
+	if (stage >= 4) {
+		int r = memcow_finish(cow, &cancel, &err);
+		CHECK(r == -ECANCELED || r == 0);
+	}
+	memcow_abandon(cow);
+	close(fd);
+	close(sums_fd);
+	check_progress(m);
+}
+
+/* The layer's file cannot be written: the checkpoint fails, the writers do not. */
+static void run_write_error(struct machine *m, struct memcow *cow)
+{
+	struct err err = ERR_INIT;
+	int sums_fd = make_file(m->pages * 8);
+	int fd = open("/dev/full", O_RDWR | O_CLOEXEC);
+	CHECK(fd >= 0);
+	CHECK(memcow_arm(cow, fd, sums_fd, &err) == 0);
+	machine_stop(m);
+	CHECK(memcow_instant(cow, &err) == 0);
+	machine_go(m);
+	memcow_save(cow);
+	CHECK(memcow_finish(cow, NULL, &err) == -ENOSPC);
+	check_progress(m);
+	memcow_abandon(cow);
+	check_progress(m);
+	close(fd);
+	close(sums_fd);
+}
+
+static void start(struct machine *m, struct writer_args *args)
+{
+	pthread_mutex_init(&m->lock, NULL);
+	pthread_cond_init(&m->cond, NULL);
+	for (unsigned i = 0; i < WRITERS; i++) {
+		args[i] = (struct writer_args){.m = m, .number = i};
+		CHECK(pthread_create(&m->threads[i], NULL, writer_main, &args[i]) == 0);
+	}
+}
+
+static void end(struct machine *m)
+{
+	pthread_mutex_lock(&m->lock);
+	m->quit = true;
+	atomic_store(&m->asked, true);
+	pthread_cond_broadcast(&m->cond);
+	pthread_mutex_unlock(&m->lock);
+	for (unsigned i = 0; i < WRITERS; i++)
+		pthread_join(m->threads[i], NULL);
+}
+
+int main(void)
+{
+	struct machine m = {0};
+	struct err err = ERR_INIT;
+	struct memcow *cow;
+	struct writer_args args[WRITERS];
+	if (fault_init(&err) != 0 || mem_create(MEMORY_BYTES, &m.mem, &err) != 0) {
+		fprintf(stderr, "%s\n", err.message);
+		return 1;
+	}
+	m.base = mem_base(m.mem);
+	m.pages = mem_pages(m.mem);
+	uint8_t *reference = malloc(MEMORY_BYTES);
+	bool live = memcow_create(m.mem, true, &cow, &err) == 0;
+	if (!live) {
+		printf("SKIP the live rounds: %s\n", err.message);
+		CHECK(memcow_create(m.mem, false, &cow, &err) == 0);
+	}
+	start(&m, args);
+	for (unsigned i = 0; i < ROUNDS; i++)
+		run_round(&m, cow, live && i % 4 != 3, reference);
+	for (unsigned i = 0; i < 5 && live; i++)
+		run_abandon(&m, cow, i);
+	if (live)
+		run_write_error(&m, cow);
+	run_round(&m, cow, live, reference);
+	end(&m);
+	memcow_destroy(cow);
+	mem_destroy(m.mem);
+	free(reference);
+	return check_report();
+}

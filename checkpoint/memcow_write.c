@@ -1,0 +1,354 @@
+/*
+ * The writer: takes filled segments to the layer file, pages that follow each other with one request, through io_uring
+ * where the host has it and O_DIRECT where the filesystem takes it. It computes each page's checksum on the way.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <liburing.h>
+#include <linux/falloc.h>
+#include <linux/magic.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include "base/bytes.h"
+#include "base/fault.h"
+#include "base/file.h"
+#include "base/priority.h"
+#include "checkpoint/memcow_internal.h"
+
+#define QUEUE_DEPTH 64u
+/* Zero pages in a row within reserved space that are worth a call to give their space back. */
+#define PUNCH_PAGES 64u
+/* Space is reserved for whole blocks of this size that hold something. */
+#define RESERVE_BYTES (64u * PAGE_BYTES)
+
+struct writer {
+	struct memcow *cow;
+	struct io_uring ring;
+	bool ring_ok, direct, reserved;
+	unsigned inflight;
+	struct segment *segment; /* being submitted: writes from `next` on are not yet */
+	uint32_t next;
+	struct err err; /* the first one; from then on nothing more is submitted */
+};
+
+static int compare_entries(const void *a, const void *b)
+{
+	uint64_t x = ((const struct segment_entry *)a)->page, y = ((const struct segment_entry *)b)->page;
+	return x < y ? -1 : x > y;
+}
+
+/* Sums, and as few writes as the entries allow. */
+static void plan_segment(struct writer *w, struct segment *segment)
+{
+	uint32_t iov = 0;
+	/* Sorted already when the sweeper filled it. */
+	qsort(segment->entries, segment->count, sizeof(segment->entries[0]), compare_entries);
+	segment->writes = 0;
+	struct segment_write *write = NULL;
+	for (uint32_t i = 0; i < segment->count; i++) {
+		const struct segment_entry *entry = &segment->entries[i];
+		uint8_t *data = segment->data + (size_t)entry->slot * PAGE_BYTES;
+		uint64_t offset = entry->page * PAGE_BYTES;
+		if (w->cow->sums)
+			put_le64(&w->cow->sums[entry->page], XXH3_64bits(data, PAGE_BYTES));
+		bool follows = write && write->offset + write->bytes == offset;
+		if (!follows) {
+			write = &segment->write[segment->writes++];
+			*write =
+				(struct segment_write){.segment = segment, .iov = &segment->iov[iov], .offset = offset};
+		}
+		struct iovec *last = follows ? &segment->iov[iov - 1] : NULL;
+		if (last && (uint8_t *)last->iov_base + last->iov_len == data) {
+			last->iov_len += PAGE_BYTES;
+		} else {
+			segment->iov[iov++] = (struct iovec){.iov_base = data, .iov_len = PAGE_BYTES};
+			write->iov_count++;
+		}
+		write->bytes += PAGE_BYTES;
+	}
+	segment->pending = segment->writes;
+}
+
+static void set_direct(struct writer *w, bool on)
+{
+	int flags = fcntl(w->cow->fd, F_GETFL);
+	w->direct = flags >= 0 && fcntl(w->cow->fd, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0 && on;
+}
+
+static void fail(struct writer *w, int number)
+{
+	if (w->err.number == 0)
+		err_sys(&w->err, number, "writing the memory layer");
+	memcow_fail(w->cow, &w->err);
+}
+
+static void end_write(struct writer *w, struct segment_write *write)
+{
+	if (--write->segment->pending == 0)
+		pool_put(w->cow->pool, write->segment);
+}
+
+/* What a request came to. True if it must be submitted again, for the rest or for another try. */
+static bool account_write(struct writer *w, struct segment_write *write, int result)
+{
+	if (result == -EAGAIN || result == -EINTR)
+		return true;
+	if (result == -EINVAL && w->direct) {
+		/* The filesystem took the flag, but not the request. */
+		set_direct(w, false);
+		return true;
+	}
+	if (result <= 0) {
+		fail(w, result == 0 ? EIO : -result);
+		end_write(w, write);
+		return false;
+	}
+	uint64_t done = (uint64_t)result;
+	if (w->direct && done % PAGE_BYTES != 0 && done < write->bytes)
+		done = round_down(done, PAGE_BYTES); /* the rest must stay aligned */
+	atomic_fetch_add_explicit(&w->cow->written_bytes, done, memory_order_relaxed);
+	write->offset += done;
+	write->bytes -= done;
+	if (write->bytes == 0) {
+		end_write(w, write);
+		return false;
+	}
+	while (done >= write->iov->iov_len) {
+		done -= write->iov->iov_len;
+		write->iov++;
+		write->iov_count--;
+	}
+	write->iov->iov_base = (uint8_t *)write->iov->iov_base + done;
+	write->iov->iov_len -= done;
+	return true;
+}
+
+static void write_now(struct writer *w, struct segment_write *write)
+{
+	for (;;) {
+		ssize_t n = pwritev(w->cow->fd, write->iov, (int)write->iov_count, (off_t)write->offset);
+		if (!account_write(w, write, n < 0 ? -errno : (int)n))
+			return;
+	}
+}
+
+static void submit_write(struct writer *w, struct segment_write *write)
+{
+	struct io_uring_sqe *sqe = io_uring_get_sqe(&w->ring);
+	if (!sqe) { /* the queue is as deep as `inflight` may get: cannot be */
+		write_now(w, write);
+		return;
+	}
+	if (write->iov_count == 1)
+		io_uring_prep_write(sqe, w->cow->fd, write->iov->iov_base, (unsigned)write->iov->iov_len,
+				    write->offset);
+	else
+		io_uring_prep_writev(sqe, w->cow->fd, write->iov, write->iov_count, write->offset);
+	io_uring_sqe_set_data(sqe, write);
+	w->inflight++;
+}
+
+static void reap(struct writer *w, bool wait)
+{
+	struct io_uring_cqe *cqe;
+	int r = wait ? io_uring_submit_and_wait(&w->ring, 1) : io_uring_submit(&w->ring);
+	if (r < 0 && r != -EINTR && r != -EAGAIN && r != -EBUSY)
+		fail(w, -r); /* what is in flight still completes */
+	while (io_uring_peek_cqe(&w->ring, &cqe) == 0) {
+		struct segment_write *write = io_uring_cqe_get_data(cqe);
+		int result = cqe->res;
+		io_uring_cqe_seen(&w->ring, cqe);
+		w->inflight--;
+		if (account_write(w, write, result))
+			submit_write(w, write);
+	}
+}
+
+/* Fills the queue from the present segment. */
+static void submit_segment(struct writer *w)
+{
+	while (w->segment && (!w->ring_ok || w->inflight < QUEUE_DEPTH) && w->err.number == 0) {
+		struct segment_write *write = &w->segment->write[w->next++];
+		bool last = w->next == w->segment->writes;
+		if (last)
+			w->segment = NULL; /* before it can complete and be reused */
+		if (w->ring_ok)
+			submit_write(w, write);
+		else
+			write_now(w, write);
+	}
+}
+
+static void write_all(struct writer *w)
+{
+	for (;;) {
+		int r = w->err.number == 0 ? fault_check(FAULT_MEMCOW_WRITE, &w->err) : 0;
+		if (r != 0)
+			memcow_fail(w->cow, &w->err);
+		if (!w->segment && w->err.number == 0 && w->inflight < QUEUE_DEPTH) {
+			w->segment = pool_pop(w->cow->pool, w->inflight == 0);
+			w->next = 0;
+			if (w->segment && w->segment->count > 0) {
+				plan_segment(w, w->segment);
+			} else if (w->segment) {
+				pool_put(w->cow->pool, w->segment);
+				w->segment = NULL;
+				continue;
+			} else if (w->inflight == 0) {
+				return; /* closed and empty, or failed */
+			}
+		}
+		if (w->err.number != 0)
+			w->segment = NULL; /* what is left of it is not submitted any more */
+		bool more = w->segment != NULL;
+		submit_segment(w);
+		sched_yield(); /* as the sweeper */
+		if (w->inflight > 0)
+			reap(w, !more || w->inflight >= QUEUE_DEPTH);
+		else if (w->err.number != 0)
+			return;
+	}
+}
+
+/*
+ * The next run of blocks of RESERVE_BYTES that hold populated pages, at or after *end. 1, or 0 at the end. Without SEEK_HOLE: see
+ * find_data in memcow_sweep.c.
+ */
+static int find_run(const struct memcow *cow, uint64_t *first, uint64_t *end)
+{
+	uint64_t bytes = cow->pages * PAGE_BYTES, at = *end;
+	bool found = false;
+	while (at < bytes) {
+		off_t data = lseek(cow->memfd, (off_t)at, SEEK_DATA);
+		if (data < 0 || (uint64_t)data >= bytes)
+			break;
+		uint64_t block = round_down((uint64_t)data, RESERVE_BYTES);
+		if (!found)
+			*first = block;
+		else if (block != at)
+			break;
+		found = true;
+		*end = at = min_u64(block + RESERVE_BYTES, bytes);
+	}
+	return found;
+}
+
+/* Reserves space for what is populated, so that the writer neither runs out of space nor allocates blocks request by
+ * request. */
+static int reserve_space(struct writer *w, struct err *err)
+{
+	struct memcow *cow = w->cow;
+	struct statfs fs;
+	int r = fault_check(FAULT_MEMCOW_RESERVE, err);
+	if (r != 0)
+		return r;
+	/* tmpfs would fill the space with pages. */
+	if (fstatfs(cow->fd, &fs) != 0 || fs.f_type == TMPFS_MAGIC)
+		return 0;
+	uint64_t first, end = 0;
+	for (;;) {
+		r = find_run(cow, &first, &end);
+		if (r <= 0)
+			return 0;
+		if (fallocate(cow->fd, FALLOC_FL_KEEP_SIZE, (off_t)first, (off_t)(end - first)) != 0) {
+			if (errno != ENOSPC && errno != EDQUOT && errno != EFBIG)
+				return 0; /* not possible here: then blocks are allocated as they are written */
+			err_sys(err, errno, "cannot reserve space for the memory layer");
+			return err_hint(err, "free space in the store's filesystem, or remove checkpoints (`vmcp rm`)");
+		}
+		w->reserved = true;
+	}
+}
+
+/* Zero pages take no space: gives back what reserve_space took for them. Failing costs space only. */
+static void return_space(struct writer *w)
+{
+	struct memcow *cow = w->cow;
+	uint64_t run = 0;
+	for (uint64_t page = 0; page <= cow->pages; page++) {
+		if (page < cow->pages && page % 64 == 0 && page + 64 <= cow->pages &&
+		    cow->zero[page / 64] == ~(uint64_t)0) {
+			run += 64;
+			page += 63;
+			continue;
+		}
+		if (page < cow->pages && bitmap_test(cow->zero, page)) {
+			run++;
+			continue;
+		}
+		if (run >= PUNCH_PAGES)
+			fallocate(cow->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+				  (off_t)((page - run) * PAGE_BYTES), (off_t)(run * PAGE_BYTES));
+		run = 0;
+	}
+}
+
+/* The sums, without their stretches of zeroes. */
+static int write_sums(struct memcow *cow, struct err *err)
+{
+	if (!cow->sums)
+		return 0;
+	int r = fault_check(FAULT_MEMCOW_SUMS, err);
+	const uint8_t *sums = (const uint8_t *)cow->sums;
+	size_t run = 0;
+	for (size_t at = 0; at <= cow->sums_bytes && r == 0; at += PAGE_BYTES) {
+		if (at < cow->sums_bytes && !page_is_zero(sums + at)) {
+			run += PAGE_BYTES;
+			continue;
+		}
+		size_t length = min_u64(run, (uint64_t)cow->pages * 8 - (at - run));
+		if (run > 0)
+			r = file_pwrite_full(cow->sums_fd, sums + at - run, length, at - run, err);
+		run = 0;
+	}
+	return r == 0 ? 0 : err_prefix(err, "writing the page checksums");
+}
+
+static void signal_ready(struct memcow *cow)
+{
+	pthread_mutex_lock(&cow->done_lock);
+	cow->writer_ready = true;
+	pthread_cond_broadcast(&cow->done_cond);
+	pthread_mutex_unlock(&cow->done_lock);
+}
+
+static void signal_done(struct memcow *cow)
+{
+	pthread_mutex_lock(&cow->done_lock);
+	cow->writer_done = true;
+	pthread_cond_broadcast(&cow->done_cond);
+	pthread_mutex_unlock(&cow->done_lock);
+}
+
+void *memcow_writer_main(void *opaque)
+{
+	struct memcow *cow = opaque;
+	struct writer w = {.cow = cow};
+	pthread_setname_np(pthread_self(), "vmcp-write");
+	priority_background(5);
+	pool_populate(cow->pool);
+	w.ring_ok = io_uring_queue_init(QUEUE_DEPTH, &w.ring, 0) == 0;
+	set_direct(&w, true);
+	if (reserve_space(&w, &w.err) != 0)
+		memcow_fail(cow, &w.err);
+	signal_ready(cow);
+	/* Pages that are copied in the pause must not bring I/O into it. */
+	if (memcow_wait_for_save(cow))
+		write_all(&w);
+	if (w.err.number == 0 && !atomic_load_explicit(&cow->failed, memory_order_acquire)) {
+		if (w.reserved)
+			return_space(&w);
+		if (write_sums(cow, &w.err) != 0)
+			memcow_fail(cow, &w.err);
+	}
+	set_direct(&w, false);
+	if (w.ring_ok)
+		io_uring_queue_exit(&w.ring);
+	signal_done(cow);
+	return NULL;
+}

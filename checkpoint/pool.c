@@ -1,0 +1,160 @@
+#include "checkpoint/pool.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "base/buf.h"
+#include "base/priority.h"
+
+struct pool {
+	uint8_t *memory; /* immutable */
+	size_t memory_bytes;
+	struct segment *segments;
+	unsigned reserve;
+	pthread_mutex_t lock; /* all below; a leaf: nothing else is taken under it */
+	pthread_cond_t freed, filled;
+	struct segment *free; /* a stack: what is warm in the cache comes first */
+	unsigned free_count;
+	struct segment *ready_head, **ready_tail;
+	bool closed, failed;
+};
+
+int pool_create(unsigned segments, unsigned reserve, struct pool **out, struct err *err)
+{
+	struct pool *pool = xcalloc(1, sizeof(*pool));
+	pool->memory_bytes = (size_t)segments * SEGMENT_BYTES;
+	pool->memory = mmap(NULL, pool->memory_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (pool->memory == MAP_FAILED) {
+		int number = errno;
+		free(pool);
+		return err_sys(err, number, "cannot allocate %zu bytes of copy buffers",
+			       (size_t)segments * SEGMENT_BYTES);
+	}
+	madvise(pool->memory, pool->memory_bytes, MADV_HUGEPAGE); /* only fewer faults: may fail */
+	pool->segments = xcalloc(segments, sizeof(*pool->segments));
+	pool->reserve = reserve;
+	priority_mutex_init(&pool->lock); /* the fault thread takes it too */
+	pthread_cond_init(&pool->freed, NULL);
+	pthread_cond_init(&pool->filled, NULL);
+	pool->ready_tail = &pool->ready_head;
+	for (unsigned i = segments; i-- > 0;) {
+		pool->segments[i].data = pool->memory + (size_t)i * SEGMENT_BYTES;
+		pool->segments[i].next = pool->free;
+		pool->free = &pool->segments[i];
+	}
+	pool->free_count = segments;
+	*out = pool;
+	return 0;
+}
+
+void pool_destroy(struct pool *pool)
+{
+	if (!pool)
+		return;
+	munmap(pool->memory, pool->memory_bytes);
+	free(pool->segments);
+	pthread_mutex_destroy(&pool->lock);
+	pthread_cond_destroy(&pool->freed);
+	pthread_cond_destroy(&pool->filled);
+	free(pool);
+}
+
+void pool_populate(struct pool *pool)
+{
+	/* The segments' own structs are touched by use: xcalloc of small blocks, and only the lists above need them
+	 * early. */
+#ifdef MADV_POPULATE_WRITE
+	/* In steps: the call holds the lock of the address space all the while, so a thread that maps something waits
+	 * for it, and behind that thread every vCPU that faults. */
+	size_t done = 0;
+	while (done < pool->memory_bytes && madvise(pool->memory + done, SEGMENT_BYTES, MADV_POPULATE_WRITE) == 0) {
+		done += SEGMENT_BYTES;
+		sched_yield();
+	}
+	if (done == pool->memory_bytes)
+		return;
+#endif
+	for (size_t at = 0; at < pool->memory_bytes; at += 4096)
+		((volatile uint8_t *)pool->memory)[at] = 0;
+}
+
+struct segment *pool_get(struct pool *pool, bool may_use_reserve, bool *waited)
+{
+	unsigned keep = may_use_reserve ? 0 : pool->reserve;
+	struct segment *segment = NULL;
+	if (waited)
+		*waited = false;
+	pthread_mutex_lock(&pool->lock);
+	while (pool->free_count <= keep && !pool->failed) {
+		if (waited)
+			*waited = true;
+		pthread_cond_wait(&pool->freed, &pool->lock);
+	}
+	if (!pool->failed) {
+		segment = pool->free;
+		pool->free = segment->next;
+		pool->free_count--;
+		segment->next = NULL;
+		segment->count = 0;
+	}
+	pthread_mutex_unlock(&pool->lock);
+	return segment;
+}
+
+void pool_put(struct pool *pool, struct segment *segment)
+{
+	pthread_mutex_lock(&pool->lock);
+	segment->next = pool->free;
+	pool->free = segment;
+	pool->free_count++;
+	/* Two kinds of waiters with different needs: a signal could reach the wrong one. */
+	pthread_cond_broadcast(&pool->freed);
+	pthread_mutex_unlock(&pool->lock);
+}
+
+void pool_push(struct pool *pool, struct segment *segment)
+{
+	pthread_mutex_lock(&pool->lock);
+	segment->next = NULL;
+	*pool->ready_tail = segment;
+	pool->ready_tail = &segment->next;
+	pthread_cond_signal(&pool->filled);
+	pthread_mutex_unlock(&pool->lock);
+}
+
+struct segment *pool_pop(struct pool *pool, bool wait)
+{
+	pthread_mutex_lock(&pool->lock);
+	while (wait && !pool->ready_head && !pool->closed && !pool->failed)
+		pthread_cond_wait(&pool->filled, &pool->lock);
+	struct segment *segment = pool->failed ? NULL : pool->ready_head;
+	if (segment) {
+		pool->ready_head = segment->next;
+		if (!pool->ready_head)
+			pool->ready_tail = &pool->ready_head;
+		segment->next = NULL;
+	}
+	pthread_mutex_unlock(&pool->lock);
+	return segment;
+}
+
+void pool_close(struct pool *pool)
+{
+	pthread_mutex_lock(&pool->lock);
+	pool->closed = true;
+	pthread_cond_broadcast(&pool->filled);
+	pthread_mutex_unlock(&pool->lock);
+}
+
+void pool_fail(struct pool *pool)
+{
+	pthread_mutex_lock(&pool->lock);
+	pool->failed = true;
+	pthread_cond_broadcast(&pool->filled);
+	pthread_cond_broadcast(&pool->freed);
+	pthread_mutex_unlock(&pool->lock);
+}

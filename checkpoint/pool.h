@@ -1,0 +1,65 @@
+/*
+ * The pool of copy buffers between those who copy guest pages (fault thread, sweeper) and the writer.
+ *
+ *     free --pool_get--> filled by its owner --pool_push--> ready --pool_pop--> being written --pool_put--> free
+ *
+ * A segment is 64 pages of page-aligned memory with a list of what is in it. The last `reserve` free segments are kept
+ * for the fault thread, so that the sweeper cannot make a fault wait. All is allocated by pool_create; nothing later.
+ */
+#ifndef VMCP_CHECKPOINT_POOL_H
+#define VMCP_CHECKPOINT_POOL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "base/err.h"
+
+#define SEGMENT_PAGES 64u
+#define SEGMENT_BYTES (SEGMENT_PAGES * 4096u)
+
+/* What the writer makes of a segment: pages that follow each other in the file. */
+struct segment_write {
+	struct segment *segment;
+	struct iovec *iov; /* in the segment's iov array; advanced by short writes */
+	uint32_t iov_count;
+	uint64_t offset, bytes;
+};
+
+struct segment {
+	uint8_t *data; /* immutable: SEGMENT_BYTES */
+	struct segment *next;
+	uint32_t count;		  /* entries used */
+	uint32_t writes, pending; /* owner: writer */
+	struct segment_entry {
+		uint64_t page; /* of the memory and of the file */
+		uint32_t slot; /* its data is at data + slot * 4096 */
+	} entries[SEGMENT_PAGES];
+	struct iovec iov[SEGMENT_PAGES];	   /* owner: writer */
+	struct segment_write write[SEGMENT_PAGES]; /* owner: writer */
+};
+
+struct pool;
+
+int pool_create(unsigned segments, unsigned reserve, struct pool **out, struct err *err);
+/* Nobody uses it any more. NULL is allowed. */
+void pool_destroy(struct pool *pool);
+/* Touches all memory, so that no later use of it faults. */
+void pool_populate(struct pool *pool);
+
+/* An empty segment; waits for one. `may_use_reserve`: the fault thread. *waited (may be NULL) tells whether it had to.
+ * NULL once the pool failed. */
+struct segment *pool_get(struct pool *pool, bool may_use_reserve, bool *waited);
+/* Gives one back, empty. */
+void pool_put(struct pool *pool, struct segment *segment);
+/* Hands a filled one to the writer. */
+void pool_push(struct pool *pool, struct segment *segment);
+/* The next filled one. With `wait`, NULL means that the pool is closed or failed, and none will come; else that there
+ * is none now. */
+struct segment *pool_pop(struct pool *pool, bool wait);
+/* No push will follow. */
+void pool_close(struct pool *pool);
+/* Ends all waiting, for good. */
+void pool_fail(struct pool *pool);
+
+#endif

@@ -1,0 +1,456 @@
+/*
+ * The catalogue: an SQLite database in WAL mode that answers what exists without reading manifests. It can be made anew from them, so most
+ * of its transactions need not wait for the disk (synchronous = NORMAL); a commit and a tag do (FULL).
+ */
+#include <ctype.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/bytes.h"
+#include "base/clock.h"
+#include "base/fault.h"
+#include "checkpoint/store/store_internal.h"
+
+#define BUSY_MS	       10000
+#define SCHEMA_VERSION "1"
+#define PREFIX_DIGITS  4
+#define SET_WAL	       "PRAGMA journal_mode = WAL"
+
+static const char schema[] =
+	"BEGIN IMMEDIATE;"
+	"CREATE TABLE IF NOT EXISTS vms(name TEXT PRIMARY KEY, uuid TEXT NOT NULL, at TEXT NOT NULL, pid INTEGER NOT "
+	"NULL, state TEXT NOT NULL,"
+	" memory_bytes INTEGER NOT NULL, cpus INTEGER NOT NULL, started_wall_ns INTEGER NOT NULL, config_path TEXT NOT "
+	"NULL,"
+	" config_text TEXT NOT NULL) WITHOUT ROWID;"
+	"CREATE TABLE IF NOT EXISTS checkpoints(seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, parent TEXT NOT "
+	"NULL, vm TEXT NOT NULL,"
+	" vm_uuid TEXT NOT NULL, message TEXT NOT NULL, created_wall_ns INTEGER NOT NULL, live INTEGER NOT NULL, cpus "
+	"INTEGER NOT NULL,"
+	" memory_bytes INTEGER NOT NULL, saved_pages INTEGER NOT NULL, zero_pages INTEGER NOT NULL, parent_pages "
+	"INTEGER NOT NULL,"
+	" written_bytes INTEGER NOT NULL, pause_ns INTEGER NOT NULL, durable_ns INTEGER NOT NULL, size_bytes INTEGER "
+	"NOT NULL,"
+	" memory_layer TEXT NOT NULL);"
+	"CREATE INDEX IF NOT EXISTS checkpoints_vm ON checkpoints(vm, created_wall_ns);"
+	"CREATE TABLE IF NOT EXISTS tags(tag TEXT PRIMARY KEY, checkpoint TEXT NOT NULL) WITHOUT ROWID;"
+	"CREATE INDEX IF NOT EXISTS tags_checkpoint ON tags(checkpoint);"
+	"CREATE TABLE IF NOT EXISTS refs(layer TEXT NOT NULL, checkpoint TEXT NOT NULL, kind TEXT NOT NULL, PRIMARY "
+	"KEY(layer, checkpoint))"
+	" WITHOUT ROWID;"
+	"PRAGMA user_version = " SCHEMA_VERSION ";"
+	"COMMIT;";
+
+int catalog_error_locked(struct store *store, const char *what, struct err *err)
+{
+	int code = sqlite3_errcode(store->db);
+	int number = code == SQLITE_BUSY ? EBUSY : code == SQLITE_FULL ? ENOSPC : EIO;
+
+	err_set(err, code == SQLITE_CORRUPT || code == SQLITE_NOTADB ? ERR_DAMAGED : ERR_FAILED, number,
+		"%s/catalog.db: %s: %s", store->path, what, sqlite3_errmsg(store->db));
+	if (number == ENOSPC)
+		err_hint(err, "free space on that filesystem");
+	return -number;
+}
+
+int catalog_run_locked(struct store *store, const char *sql, struct err *err)
+{
+	return sqlite3_exec(store->db, sql, NULL, NULL, NULL) == SQLITE_OK ? 0
+									   : catalog_error_locked(store, "write", err);
+}
+
+int catalog_prepare_locked(struct store *store, const char *sql, sqlite3_stmt **out, struct err *err)
+{
+	return sqlite3_prepare_v2(store->db, sql, -1, out, NULL) == SQLITE_OK
+		       ? 0
+		       : catalog_error_locked(store, "read", err);
+}
+
+int catalog_step_locked(struct store *store, sqlite3_stmt *statement, struct err *err)
+{
+	switch (sqlite3_step(statement)) {
+	case SQLITE_ROW:
+		return 1;
+	case SQLITE_DONE:
+		return 0;
+	default:
+		return catalog_error_locked(store, "read", err);
+	}
+}
+
+void catalog_text(sqlite3_stmt *statement, int column, char *out, size_t size)
+{
+	const unsigned char *text = sqlite3_column_text(statement, column);
+
+	snprintf(out, size, "%s", text ? (const char *)text : "");
+}
+
+/* The switch to WAL reports BUSY at once, whatever the timeout, where several processes are the first to open a new store. */
+static int set_wal(struct store *store, struct err *err)
+{
+	const struct timespec moment = {.tv_nsec = 2000000};
+	uint64_t end = clock_now_ns() + BUSY_MS * 1000000ull;
+
+	while (catalog_run_locked(store, SET_WAL, NULL) == -EBUSY && clock_now_ns() < end)
+		nanosleep(&moment, NULL);
+	return catalog_run_locked(store, SET_WAL, err);
+}
+
+/* 1 if the tables are there, 0 if not, -errno. */
+static int has_schema(struct store *store, struct err *err)
+{
+	sqlite3_stmt *statement;
+	int rc = catalog_prepare_locked(store, "PRAGMA user_version", &statement, err);
+
+	if (rc)
+		return rc;
+	rc = catalog_step_locked(store, statement, err);
+	if (rc == 1)
+		rc = sqlite3_column_int(statement, 0) != 0;
+	sqlite3_finalize(statement);
+	return rc;
+}
+
+int catalog_open(struct store *store, struct err *err)
+{
+	char *path = xasprintf("%s/catalog.db", store->path);
+	int rc = sqlite3_open_v2(path, &store->db, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, NULL);
+
+	free(path);
+	if (rc != SQLITE_OK)
+		return catalog_error_locked(store, "open", err);
+	sqlite3_busy_timeout(store->db, BUSY_MS);
+	rc = set_wal(store, err);
+	if (!rc)
+		rc = catalog_run_locked(store, "PRAGMA synchronous = NORMAL", err);
+	if (!rc)
+		rc = has_schema(store, err);
+	if (rc)
+		return rc < 0 ? rc : 0;
+	rc = catalog_run_locked(store, schema, err);
+	if (rc)
+		catalog_run_locked(store, "ROLLBACK", NULL);
+	return rc;
+}
+
+void catalog_close(struct store *store)
+{
+	sqlite3_close(store->db);
+	store->db = NULL;
+}
+
+/* --- checkpoints --- */
+
+static int enter_ref(struct store *store, const char *layer, const char *checkpoint, const char *kind, struct err *err)
+{
+	sqlite3_stmt *statement;
+	int rc = catalog_prepare_locked(store, "INSERT OR IGNORE INTO refs VALUES(?, ?, ?)", &statement, err);
+
+	if (rc)
+		return rc;
+	sqlite3_bind_text(statement, 1, layer, -1, SQLITE_STATIC);
+	sqlite3_bind_text(statement, 2, checkpoint, -1, SQLITE_STATIC);
+	sqlite3_bind_text(statement, 3, kind, -1, SQLITE_STATIC);
+	rc = catalog_step_locked(store, statement, err);
+	sqlite3_finalize(statement);
+	return rc;
+}
+
+static int enter_row(struct store *store, const struct store_checkpoint *c, struct err *err)
+{
+	sqlite3_stmt *s;
+	int rc = catalog_prepare_locked(
+		store,
+		"INSERT OR IGNORE INTO checkpoints(id, parent, vm, vm_uuid, message, created_wall_ns, live, cpus,"
+		" memory_bytes, saved_pages, zero_pages, parent_pages, written_bytes, pause_ns, durable_ns,"
+		" size_bytes, memory_layer) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+		&s, err);
+	if (rc)
+		return rc;
+	const char *texts[] = {c->id, c->parent, c->vm, c->vm_uuid, c->message ? c->message : ""};
+	const uint64_t numbers[] = {c->created_wall_ns, c->live,       c->cpus,		c->memory_bytes,
+				    c->saved_pages,	c->zero_pages, c->parent_pages, c->written_bytes,
+				    c->pause_ns,	c->durable_ns, c->size_bytes};
+	for (int i = 0; i < (int)ARRAY_LENGTH(texts); i++)
+		sqlite3_bind_text(s, 1 + i, texts[i], -1, SQLITE_STATIC);
+	for (int i = 0; i < (int)ARRAY_LENGTH(numbers); i++)
+		sqlite3_bind_int64(s, 6 + i, (sqlite3_int64)numbers[i]);
+	sqlite3_bind_text(s, 17, c->memory_layer, -1, SQLITE_STATIC);
+	rc = catalog_step_locked(store, s, err);
+	sqlite3_finalize(s);
+	return rc;
+}
+
+static int enter_tag(struct store *store, const char *id, const char *tag, struct err *err)
+{
+	char other[STORE_ID_BYTES] = "";
+	sqlite3_stmt *s;
+	int rc = catalog_prepare_locked(store, "INSERT OR IGNORE INTO tags VALUES(?, ?)", &s, err);
+
+	if (rc)
+		return rc;
+	sqlite3_bind_text(s, 1, tag, -1, SQLITE_STATIC);
+	sqlite3_bind_text(s, 2, id, -1, SQLITE_STATIC);
+	rc = catalog_step_locked(store, s, err);
+	sqlite3_finalize(s);
+	if (!rc)
+		rc = catalog_prepare_locked(store, "SELECT checkpoint FROM tags WHERE tag = ?", &s, err);
+	if (rc)
+		return rc;
+	sqlite3_bind_text(s, 1, tag, -1, SQLITE_STATIC);
+	rc = catalog_step_locked(store, s, err);
+	if (rc == 1)
+		catalog_text(s, 0, other, sizeof(other));
+	sqlite3_finalize(s);
+	if (rc < 0 || !strcmp(other, id))
+		return rc < 0 ? rc : 0;
+	err_set(err, ERR_STATE, EEXIST, "tag '%s': it names checkpoint %.8s already", tag, other);
+	err_hint(err, "choose another tag");
+	return -EEXIST;
+}
+
+static int set_position_locked(struct store *store, const char *vm, const char *id, struct err *err)
+{
+	sqlite3_stmt *s;
+	int rc = catalog_prepare_locked(store, "UPDATE vms SET at = ? WHERE name = ?", &s, err);
+
+	if (rc)
+		return rc;
+	sqlite3_bind_text(s, 1, id, -1, SQLITE_STATIC);
+	sqlite3_bind_text(s, 2, vm, -1, SQLITE_STATIC);
+	rc = catalog_step_locked(store, s, err);
+	sqlite3_finalize(s);
+	return rc;
+}
+
+/* A VM that was started after the checkpoint was taken stands elsewhere, even where it is at the same parent (none). */
+static int follow_locked(struct store *store, const struct store_checkpoint *c, struct err *err)
+{
+	sqlite3_stmt *s;
+	int rc = catalog_prepare_locked(
+		store, "UPDATE vms SET at = ?1 WHERE name = ?2 AND uuid = ?3 AND at = ?4 AND started_wall_ns <= ?5", &s,
+		err);
+
+	if (rc)
+		return rc;
+	const char *texts[] = {c->id, c->vm, c->vm_uuid, c->parent};
+	for (int i = 0; i < (int)ARRAY_LENGTH(texts); i++)
+		sqlite3_bind_text(s, 1 + i, texts[i], -1, SQLITE_STATIC);
+	sqlite3_bind_int64(s, 5, (sqlite3_int64)c->created_wall_ns);
+	rc = catalog_step_locked(store, s, err);
+	sqlite3_finalize(s);
+	return rc;
+}
+
+int catalog_enter_locked(struct store *store, const struct store_checkpoint *c, enum catalog_position position,
+			 struct err *err)
+{
+	int rc = catalog_run_locked(store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
+
+	if (rc)
+		return rc;
+	rc = enter_row(store, c, err);
+	if (!rc)
+		rc = enter_ref(store, c->memory_layer, c->id, "mem", err);
+	for (uint32_t i = 0; !rc && i < c->disk_count; i++)
+		rc = enter_ref(store, c->disks[i].layer, c->id, c->disks[i].format, err);
+	if (!rc && c->tag[0])
+		rc = enter_tag(store, c->id, c->tag, err);
+	if (!rc && position == CATALOG_VM_MOVES)
+		rc = set_position_locked(store, c->vm, c->id, err);
+	if (!rc && position == CATALOG_VM_MOVES_IF_AT_PARENT)
+		rc = follow_locked(store, c, err);
+	if (!rc)
+		rc = fault_check(FAULT_STORE_BEFORE_CATALOG_COMMIT, err);
+	if (!rc)
+		rc = catalog_run_locked(store, "COMMIT", err);
+	if (rc)
+		catalog_run_locked(store, "ROLLBACK", NULL);
+	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
+	return rc;
+}
+
+int store_vm_set_position(struct store *store, const char *name, const char *checkpoint_id, struct err *err)
+{
+	pthread_mutex_lock(&store->lock);
+	int rc = set_position_locked(store, name, checkpoint_id, err);
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+static void read_row(sqlite3_stmt *s, struct store_checkpoint *c)
+{
+	catalog_text(s, 0, c->id, sizeof(c->id));
+	catalog_text(s, 1, c->parent, sizeof(c->parent));
+	catalog_text(s, 2, c->vm, sizeof(c->vm));
+	catalog_text(s, 3, c->vm_uuid, sizeof(c->vm_uuid));
+	const char *message = (const char *)sqlite3_column_text(s, 4);
+	c->message = message && *message ? xstrdup(message) : NULL;
+	c->created_wall_ns = (uint64_t)sqlite3_column_int64(s, 5);
+	c->live = sqlite3_column_int(s, 6);
+	c->cpus = (uint32_t)sqlite3_column_int(s, 7);
+	uint64_t *numbers[] = {&c->memory_bytes,  &c->saved_pages, &c->zero_pages, &c->parent_pages,
+			       &c->written_bytes, &c->pause_ns,	   &c->durable_ns, &c->size_bytes};
+	for (int i = 0; i < (int)ARRAY_LENGTH(numbers); i++)
+		*numbers[i] = (uint64_t)sqlite3_column_int64(s, 8 + i);
+	catalog_text(s, 16, c->memory_layer, sizeof(c->memory_layer));
+	catalog_text(s, 17, c->tag, sizeof(c->tag));
+}
+
+int store_checkpoint_list(struct store *store, const char *vm, struct store_checkpoint **list, size_t *count,
+			  struct err *err)
+{
+	size_t capacity = 0;
+	sqlite3_stmt *s;
+
+	*list = NULL;
+	*count = 0;
+	pthread_mutex_lock(&store->lock);
+	int rc = catalog_prepare_locked(
+		store,
+		"SELECT id, parent, vm, vm_uuid, message, created_wall_ns, live, cpus, memory_bytes, saved_pages,"
+		" zero_pages, parent_pages, written_bytes, pause_ns, durable_ns, size_bytes, memory_layer,"
+		" (SELECT tag FROM tags WHERE checkpoint = checkpoints.id) FROM checkpoints"
+		" WHERE ?1 IS NULL OR vm = ?1 ORDER BY created_wall_ns, seq",
+		&s, err);
+	if (rc)
+		goto out;
+	sqlite3_bind_text(s, 1, vm, -1, SQLITE_STATIC);
+	while ((rc = catalog_step_locked(store, s, err)) == 1) {
+		if (*count == capacity) {
+			capacity = capacity ? capacity * 2 : 64;
+			struct store_checkpoint *grown = realloc(*list, capacity * sizeof(**list));
+
+			if (!grown) {
+				rc = err_sys(err, ENOMEM, "list of checkpoints");
+				break;
+			}
+			*list = grown;
+		}
+		(*list)[*count] = (struct store_checkpoint){0};
+		read_row(s, &(*list)[(*count)++]);
+	}
+	sqlite3_finalize(s);
+	if (rc) {
+		for (size_t i = 0; i < *count; i++)
+			store_checkpoint_free(&(*list)[i]);
+		free(*list);
+		*list = NULL;
+		*count = 0;
+	}
+out:
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+/* --- references to checkpoints --- */
+
+/* The first column of the only row that a query with one text (and perhaps one number) gives. 0 none, 1 one, 2 several, -errno. */
+static int find_locked(struct store *store, const char *sql, const char *text, int64_t number, char id[STORE_ID_BYTES],
+		       struct err *err)
+{
+	sqlite3_stmt *s;
+	int rc = catalog_prepare_locked(store, sql, &s, err);
+
+	if (rc)
+		return rc;
+	sqlite3_bind_text(s, 1, text, -1, SQLITE_STATIC);
+	if (sqlite3_bind_parameter_count(s) > 1)
+		sqlite3_bind_int64(s, 2, number);
+	rc = catalog_step_locked(store, s, err);
+	if (rc == 1) {
+		catalog_text(s, 0, id, STORE_ID_BYTES);
+		rc = catalog_step_locked(store, s, err);
+		rc = rc < 0 ? rc : rc + 1;
+	}
+	sqlite3_finalize(s);
+	return rc;
+}
+
+static int find_newest_locked(struct store *store, const char *reference, char id[STORE_ID_BYTES], struct err *err)
+{
+	const char *tilde = strchr(reference, '~');
+	char name[STORE_NAME_BYTES];
+	long back = 0;
+	char *end;
+
+	if (tilde) {
+		back = strtol(tilde + 1, &end, 10);
+		if (!isdigit((unsigned char)tilde[1]) || *end || back > 1000000000)
+			return 0;
+	}
+	size_t length = tilde ? (size_t)(tilde - reference) : strlen(reference);
+	if (length >= sizeof(name))
+		return 0;
+	memcpy(name, reference, length);
+	name[length] = '\0';
+	return find_locked(
+		store,
+		"SELECT id FROM checkpoints WHERE vm = ?1 ORDER BY created_wall_ns DESC, seq DESC LIMIT 1 OFFSET ?2",
+		name, back, id, err);
+}
+
+static int not_found(struct store *store, const char *reference, struct err *err)
+{
+	char name[STORE_ID_BYTES];
+
+	err_set(err, ERR_NOT_FOUND, ENOENT, "checkpoint '%s': there is none", reference);
+	if (find_locked(store, "SELECT name FROM vms WHERE name = ?1", reference, 0, name, NULL) == 1)
+		err_hint(err, "the VM %s has no checkpoint yet: take one with `vmcp checkpoint --live %s`", reference,
+			 reference);
+	else
+		err_hint(err, "`vmcp log` lists them; an id, 4 or more of its first digits, a tag, a VM's name or VM~N "
+			      "is meant");
+	return -ENOENT;
+}
+
+int store_resolve(struct store *store, const char *reference, char id[STORE_ID_BYTES], struct err *err)
+{
+	int rc;
+
+	id[0] = '\0';
+	pthread_mutex_lock(&store->lock);
+	rc = find_locked(store, "SELECT id FROM checkpoints WHERE id = ?1", reference, 0, id, err);
+	if (rc == 0)
+		rc = find_locked(store, "SELECT checkpoint FROM tags WHERE tag = ?1", reference, 0, id, err);
+	if (rc == 0)
+		rc = find_newest_locked(store, reference, id, err);
+	/* A prefix: from the reference up to its successor, by the index on id. */
+	if (rc == 0 && strlen(reference) >= PREFIX_DIGITS && strlen(reference) < STORE_ID_BYTES &&
+	    strspn(reference, "0123456789abcdef") == strlen(reference))
+		rc = find_locked(store, "SELECT id FROM checkpoints WHERE id >= ?1 AND id < ?1 || 'g'", reference, 0,
+				 id, err);
+	if (rc == 0)
+		rc = not_found(store, reference, err);
+	else if (rc == 2) {
+		err_set(err, ERR_USAGE, EINVAL, "checkpoint '%s': more than one id begins so", reference);
+		err_hint(err, "give more digits: see `vmcp log`");
+		rc = -EINVAL;
+	} else if (rc == 1)
+		rc = 0;
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+int store_tag(struct store *store, const char *id, const char *tag, struct err *err)
+{
+	char found[STORE_ID_BYTES];
+	int rc = store_check_name("tag", tag, err);
+
+	if (rc)
+		return rc;
+	pthread_mutex_lock(&store->lock);
+	rc = find_locked(store, "SELECT id FROM checkpoints WHERE id = ?1", id, 0, found, err);
+	if (rc == 0)
+		rc = not_found(store, id, err);
+	else if (rc > 0)
+		rc = catalog_run_locked(store, "PRAGMA synchronous = FULL", err);
+	if (!rc) {
+		rc = enter_tag(store, id, tag, err);
+		catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
+	}
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}

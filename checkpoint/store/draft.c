@@ -1,0 +1,413 @@
+/*
+ * A checkpoint in the making.
+ *
+ *     staging/<id>.lock           exists from first to last, OFD-locked by its maker
+ *     staging/<id>/               becomes checkpoints/<id> by the commit's rename
+ *     staging/<id>/mem-<layer>    a memory layer that dies with the draft; written before the layer's files are made, removed after the rename
+ *
+ * A maker that died leaves its lock free: the next store_open finishes its work. Renamed already: the checkpoint exists and is entered into the
+ * catalogue. Not renamed: folder and memory layers are removed. Disk layers are left: a VM's chain may stand on them.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include <xxhash.h>
+
+#include "base/bytes.h"
+#include "base/fault.h"
+#include "base/file.h"
+#include "base/log.h"
+#include "checkpoint/store/store_internal.h"
+
+#define MAX_DISK_LAYERS 26
+
+struct store_draft {
+	struct store *store;
+	char id[STORE_ID_BYTES];
+	char lock_name[STORE_ID_BYTES + 8];
+	int lock_fd, dir;
+	char memory_layer[STORE_ID_BYTES];		       /* "" while there is none */
+	char disk_layers[MAX_DISK_LAYERS][STORE_ID_BYTES + 8]; /* file names in layers/ */
+	unsigned disk_count;
+	bool switched;
+	uint64_t state_bytes, state_xxh3, index_bytes, index_xxh3;
+};
+
+static void remove_memory_layer(struct store *store, const char *layer)
+{
+	char name[STORE_ID_BYTES + 8];
+
+	store_file_name(name, layer, ".mem");
+	unlinkat(store->layers_dir, name, 0);
+	store_file_name(name, layer, ".sums");
+	unlinkat(store->layers_dir, name, 0);
+}
+
+static void draft_free(struct store_draft *draft)
+{
+	if (draft->dir >= 0)
+		close(draft->dir);
+	if (draft->lock_fd >= 0) {
+		unlinkat(draft->store->staging_dir, draft->lock_name, 0);
+		close(draft->lock_fd);
+	}
+	free(draft);
+}
+
+int store_draft_begin(struct store *store, struct store_draft **out, struct err *err)
+{
+	struct store_draft *draft = xcalloc(1, sizeof(*draft));
+	struct stat st;
+	int rc = 0;
+
+	draft->store = store;
+	draft->dir = -1;
+	draft->lock_fd = -1;
+	do {
+		if (draft->lock_fd >= 0)
+			close(draft->lock_fd);
+		store_new_id(draft->id);
+		store_file_name(draft->lock_name, draft->id, ".lock");
+		draft->lock_fd =
+			openat(store->staging_dir, draft->lock_name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+		if (draft->lock_fd < 0) {
+			rc = err_sys(err, errno, "%s/staging", store->path);
+			goto fail;
+		}
+		/* Between creation and lock another process may take it for a dead maker's and remove it: then once more. */
+	} while (store_try_lock(draft->lock_fd) || fstat(draft->lock_fd, &st) || st.st_nlink == 0);
+	draft->dir = file_open_dir(store->staging_dir, draft->id, 1, err);
+	if (draft->dir < 0) {
+		rc = draft->dir;
+		goto fail;
+	}
+	rc = fault_check(FAULT_STORE_DRAFT_MADE, err);
+	if (rc) {
+		file_remove_tree(store->staging_dir, draft->id, NULL);
+		goto fail;
+	}
+	*out = draft;
+	return 0;
+fail:
+	draft_free(draft);
+	return rc;
+}
+
+const char *store_draft_id(const struct store_draft *draft) { return draft->id; }
+
+static int create_layer_file(struct store *store, const char *layer, const char *suffix, uint64_t bytes,
+			     struct err *err)
+{
+	char name[STORE_ID_BYTES + 8];
+
+	store_file_name(name, layer, suffix);
+	int fd = openat(store->layers_dir, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	if (fd < 0)
+		return err_sys(err, errno, "%s/layers/%s", store->path, name);
+	if (ftruncate(fd, (off_t)bytes)) {
+		int number = errno;
+
+		close(fd);
+		return err_sys(err, number, "%s/layers/%s", store->path, name);
+	}
+	return fd;
+}
+
+int store_draft_memory_layer(struct store_draft *draft, uint64_t size_bytes, char layer[STORE_ID_BYTES], int *fd,
+			     int *sums_fd, struct err *err)
+{
+	char marker[STORE_ID_BYTES + 8];
+
+	store_new_id(layer);
+	snprintf(marker, sizeof(marker), "mem-%s", layer);
+	CLEANUP_CLOSE int mark = openat(draft->dir, marker, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	if (mark < 0)
+		return err_sys(err, errno, "%s/staging/%s", draft->store->path, draft->id);
+	snprintf(draft->memory_layer, sizeof(draft->memory_layer), "%s", layer);
+	*fd = create_layer_file(draft->store, layer, ".mem", size_bytes, err);
+	if (*fd < 0)
+		return *fd;
+	*sums_fd = create_layer_file(draft->store, layer, ".sums", size_bytes / PAGE_BYTES * sizeof(uint64_t), err);
+	int rc = *sums_fd < 0 ? *sums_fd : fault_check(FAULT_STORE_MEMORY_LAYER_MADE, err);
+	if (rc) {
+		close(*fd);
+		if (*sums_fd >= 0)
+			close(*sums_fd);
+	}
+	return rc;
+}
+
+int store_draft_disk_layer(struct store_draft *draft, const char *disk, const char *path, const char *format,
+			   char layer[STORE_ID_BYTES], char **layer_path, struct err *err)
+{
+	struct store *store = draft->store;
+	char suffix[8], *name = draft->disk_layers[draft->disk_count];
+
+	*layer_path = NULL;
+	if (draft->disk_count == MAX_DISK_LAYERS)
+		return err_set(err, ERR_FAILED, E2BIG, "disk %s: more than %d disks", disk, MAX_DISK_LAYERS);
+	if (strcmp(format, "qcow2") && strcmp(format, "raw"))
+		return err_set(err, ERR_FAILED, EINVAL, "disk %s: no layer has the format '%s'", disk, format);
+	store_new_id(layer);
+	snprintf(suffix, sizeof(suffix), ".%s", format);
+	store_file_name(name, layer, suffix);
+	/* Follows: the layer is to be the image, where the user's path is a symbolic link to it. */
+	if (linkat(AT_FDCWD, path, store->layers_dir, name, AT_SYMLINK_FOLLOW)) {
+		int number = errno;
+
+		if (number == EXDEV) {
+			err_set(err, ERR_FAILED, EXDEV, "disk %s: %s and the store %s are on different filesystems",
+				disk, path, store->path);
+			err_hint(err, "name a store beside the disk with --store, or keep the image as `base =` of a "
+				      "disk in the store");
+			return -EXDEV;
+		}
+		return err_sys(err, number, "disk %s: link of %s into %s/layers", disk, path, store->path);
+	}
+	draft->disk_count++;
+	int rc = file_sync_dir(store->layers_dir, err);
+	if (!rc)
+		rc = fault_check(FAULT_STORE_DISK_LAYER_LINKED, err);
+	if (!rc)
+		*layer_path = xasprintf("%s/layers/%s", store->path, name);
+	return rc;
+}
+
+void store_draft_switched(struct store_draft *draft) { draft->switched = true; }
+
+int store_draft_put(struct store_draft *draft, const char *name, const void *data, size_t length, struct err *err)
+{
+	bool is_state = !strcmp(name, "state");
+	uint64_t sum = XXH3_64bits(data, length);
+	int rc = file_write_atomic(draft->dir, name, data, length, 0600, err);
+
+	if (rc)
+		return rc;
+	*(is_state ? &draft->state_bytes : &draft->index_bytes) = length;
+	*(is_state ? &draft->state_xxh3 : &draft->index_xxh3) = sum;
+	return 0;
+}
+
+/* A tag that is taken is found before the commit point, as there is no way back behind it. */
+static int check_tag(struct store *store, const char *tag, struct err *err)
+{
+	char other[STORE_ID_BYTES];
+	sqlite3_stmt *s;
+
+	if (!*tag)
+		return 0;
+	pthread_mutex_lock(&store->lock);
+	int rc = catalog_prepare_locked(store, "SELECT checkpoint FROM tags WHERE tag = ?", &s, err);
+	if (!rc) {
+		sqlite3_bind_text(s, 1, tag, -1, SQLITE_STATIC);
+		rc = catalog_step_locked(store, s, err);
+		if (rc == 1) {
+			catalog_text(s, 0, other, sizeof(other));
+			err_set(err, ERR_STATE, EEXIST, "tag '%s': it names checkpoint %.8s already", tag, other);
+			err_hint(err, "choose another tag");
+			rc = -EEXIST;
+		}
+		sqlite3_finalize(s);
+	}
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+/* Everything before the rename. */
+static int prepare_commit(struct store_draft *draft, struct store_checkpoint *checkpoint, struct err *err)
+{
+	CLEANUP_BUF struct buf manifest = BUF_INIT;
+
+	snprintf(checkpoint->id, sizeof(checkpoint->id), "%s", draft->id);
+	checkpoint->state_bytes = draft->state_bytes;
+	checkpoint->state_xxh3 = draft->state_xxh3;
+	checkpoint->index_bytes = draft->index_bytes;
+	checkpoint->index_xxh3 = draft->index_xxh3;
+	int rc = check_tag(draft->store, checkpoint->tag, err);
+	if (!rc)
+		rc = manifest_encode(checkpoint, &manifest, err);
+	if (!rc)
+		rc = file_write_atomic(draft->dir, "manifest", manifest.data, manifest.length, 0600, err);
+	if (!rc)
+		rc = file_sync_dir(draft->store->layers_dir, err);
+	return rc ? rc : fault_check(FAULT_STORE_BEFORE_RENAME, err);
+}
+
+/* Its tag may have been taken since it was looked for: the checkpoint matters more. */
+static int enter_with_or_without_tag(struct store *store, struct store_checkpoint *checkpoint,
+				     enum catalog_position position, struct err *err)
+{
+	pthread_mutex_lock(&store->lock);
+	int rc = catalog_enter_locked(store, checkpoint, position, err);
+	if (rc == -EEXIST) {
+		log_warn("checkpoint %.8s: it is saved without its tag '%s', which another one took meanwhile",
+			 checkpoint->id, checkpoint->tag);
+		checkpoint->tag[0] = '\0';
+		rc = catalog_enter_locked(store, checkpoint, position, err);
+	}
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+/* A committed checkpoint's layer dies with no draft any more. */
+static void remove_marker(struct store_draft *draft)
+{
+	char marker[STORE_ID_BYTES + 8];
+
+	if (!draft->memory_layer[0])
+		return;
+	snprintf(marker, sizeof(marker), "mem-%s", draft->memory_layer);
+	unlinkat(draft->dir, marker, 0);
+}
+
+int store_draft_commit(struct store_draft *draft, struct store_checkpoint *checkpoint, struct err *err)
+{
+	struct store *store = draft->store;
+	int rc = prepare_commit(draft, checkpoint, err);
+
+	if (!rc && renameat(store->staging_dir, draft->id, store->checkpoints_dir, draft->id))
+		rc = err_sys(err, errno, "%s/checkpoints/%s", store->path, draft->id);
+	if (rc) {
+		store_draft_abort(draft);
+		return rc;
+	}
+	/* It exists from here on; what fails now is mended by the next store_open, so it is no failure of the checkpoint. */
+	struct err later = ERR_INIT;
+	rc = fault_check(FAULT_STORE_AFTER_RENAME, &later);
+	if (!rc) {
+		remove_marker(draft);
+		rc = file_sync_dir(store->checkpoints_dir, &later);
+	}
+	if (!rc)
+		rc = enter_with_or_without_tag(store, checkpoint, CATALOG_VM_MOVES, &later);
+	if (rc) {
+		log_warn("checkpoint %.8s: it is saved, but its entry in the catalogue waits for the next start of a "
+			 "command: %s",
+			 draft->id, later.message);
+		close(draft->lock_fd); /* the lock's file stays: it tells the next store_open to enter the checkpoint */
+		draft->lock_fd = -1;
+	}
+	draft_free(draft);
+	return 0;
+}
+
+void store_draft_abort(struct store_draft *draft)
+{
+	if (!draft)
+		return;
+	if (draft->memory_layer[0])
+		remove_memory_layer(draft->store, draft->memory_layer);
+	if (!draft->switched)
+		for (unsigned i = 0; i < draft->disk_count; i++)
+			unlinkat(draft->store->layers_dir, draft->disk_layers[i], 0);
+	file_remove_tree(draft->store->staging_dir, draft->id, NULL);
+	draft_free(draft);
+}
+
+/* --- makers that died --- */
+
+/* Removes the markers in the folder `id` of `parent`, and with `layers` the memory layers that they name before them. */
+static void remove_markers(struct store *store, int parent, const char *id, bool layers)
+{
+	int fd = openat(parent, id, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+	DIR *stream = fd >= 0 ? fdopendir(fd) : NULL;
+	struct dirent *entry;
+
+	if (!stream)
+		return;
+	while ((entry = readdir(stream))) {
+		if (strncmp(entry->d_name, "mem-", 4) || !store_is_id(entry->d_name + 4))
+			continue;
+		if (layers)
+			remove_memory_layer(store, entry->d_name + 4);
+		unlinkat(fd, entry->d_name, 0);
+	}
+	closedir(stream);
+}
+
+static int enter_committed(struct store *store, const char *id, struct err *err)
+{
+	struct store_checkpoint checkpoint;
+	char path[STORE_ID_BYTES + 16];
+	CLEANUP_BUF struct buf text = BUF_INIT;
+
+	snprintf(path, sizeof(path), "%s/manifest", id);
+	int rc = file_read_all(store->checkpoints_dir, path, MANIFEST_MAX_BYTES, &text, err);
+	if (!rc)
+		rc = manifest_decode(path, text.data, text.length, &checkpoint, err);
+	if (rc)
+		return rc;
+	remove_markers(store, store->checkpoints_dir, id, false);
+	rc = enter_with_or_without_tag(store, &checkpoint, CATALOG_VM_MOVES_IF_AT_PARENT, err);
+	store_checkpoint_free(&checkpoint);
+	return rc;
+}
+
+static void remove_remains(struct store *store, const char *id)
+{
+	struct err error = ERR_INIT;
+
+	remove_markers(store, store->staging_dir, id, true);
+	if (file_remove_tree(store->staging_dir, id, &error))
+		log_warn("%s", error.message);
+}
+
+static void recover_one(struct store *store, const char *lock_name)
+{
+	char id[STORE_ID_BYTES];
+	struct err error = ERR_INIT;
+	struct stat st;
+
+	memcpy(id, lock_name, STORE_ID_BYTES - 1);
+	id[STORE_ID_BYTES - 1] = '\0';
+	CLEANUP_CLOSE int fd = openat(store->staging_dir, lock_name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+	if (fd < 0 || !store_is_id(id) || store_try_lock(fd) || fstat(fd, &st) || st.st_nlink == 0)
+		return; /* its maker lives, or another process mends it */
+	if (faccessat(store->checkpoints_dir, id, F_OK, 0) == 0) {
+		if (enter_committed(store, id, &error)) {
+			log_warn("checkpoint %.8s: %s", id, error.message);
+			return;
+		}
+	} else {
+		remove_remains(store, id);
+		if (faccessat(store->staging_dir, id, F_OK, AT_SYMLINK_NOFOLLOW) == 0)
+			return;
+	}
+	unlinkat(store->staging_dir, lock_name, 0);
+}
+
+/*
+ * A folder without a lock: the host crashed, and only the lock's removal had reached the disk. A maker makes its lock before the folder
+ * and removes it after the folder went, so a lock that is missing now says that nobody works in a folder seen before.
+ */
+static void recover_orphan(struct store *store, const char *id)
+{
+	char lock_name[STORE_ID_BYTES + 8];
+
+	store_file_name(lock_name, id, ".lock");
+	if (faccessat(store->staging_dir, lock_name, F_OK, AT_SYMLINK_NOFOLLOW) && errno == ENOENT)
+		remove_remains(store, id);
+}
+
+int draft_recover(struct store *store, struct err *err)
+{
+	int copy = openat(store->staging_dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
+	struct dirent *entry;
+
+	if (!stream)
+		return err_sys(err, errno, "%s/staging", store->path);
+	while ((entry = readdir(stream)))
+		if (strlen(entry->d_name) == STORE_ID_BYTES - 1 + 5 &&
+		    !strcmp(entry->d_name + STORE_ID_BYTES - 1, ".lock"))
+			recover_one(store, entry->d_name);
+		else if (store_is_id(entry->d_name))
+			recover_orphan(store, entry->d_name);
+	closedir(stream);
+	return 0;
+}

@@ -1,0 +1,320 @@
+#include "checkpoint/store/store.h"
+
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+
+#include <xxhash.h>
+
+#include "base/bytes.h"
+#include "base/file.h"
+#include "checkpoint/store/store_internal.h"
+
+#define FORMAT_FILE	"format"
+#define STATE_MAX_BYTES (1ull << 30)
+#define MISSING_HINT	"`vmcp run` makes it; another one is named by --store or VMCP_STORE"
+
+void store_new_id(char id[STORE_ID_BYTES])
+{
+	uint8_t bytes[16];
+
+	if (getrandom(bytes, sizeof(bytes), 0) != (ssize_t)sizeof(bytes))
+		abort(); /* the kernel does not fail for 16 bytes once it is up */
+	for (size_t i = 0; i < sizeof(bytes); i++)
+		snprintf(id + 2 * i, 3, "%02x", bytes[i]);
+}
+
+bool store_is_id(const char *text)
+{
+	return strlen(text) == STORE_ID_BYTES - 1 && strspn(text, "0123456789abcdef") == STORE_ID_BYTES - 1;
+}
+
+int store_check_name(const char *what, const char *name, struct err *err)
+{
+	size_t length = strlen(name);
+	bool good = length > 0 && length < STORE_NAME_BYTES && isalnum((unsigned char)name[0]);
+
+	for (size_t i = 0; good && i < length; i++)
+		good = isalnum((unsigned char)name[i]) || strchr("._-", name[i]);
+	if (good)
+		return 0;
+	err_set(err, ERR_USAGE, EINVAL, "%s: '%s' is no name", what, name);
+	err_hint(err, "letters, digits, '.', '_' and '-', at most %d, a letter or digit first", STORE_NAME_BYTES - 1);
+	return -EINVAL;
+}
+
+void store_file_name(char out[STORE_ID_BYTES + 8], const char *id, const char *suffix)
+{
+	snprintf(out, STORE_ID_BYTES + 8, "%s%s", id, suffix);
+}
+
+int store_try_lock(int fd)
+{
+	struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+
+	return fcntl(fd, F_OFD_SETLK, &lock) == 0 ? 0 : -EAGAIN;
+}
+
+/* --- opening --- */
+
+/* Temporaries that a crash left do not count: the folder may hold one of the format file itself. */
+static bool is_empty(int dir)
+{
+	int copy = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
+	struct dirent *entry;
+	bool empty = true;
+
+	if (!stream)
+		return false;
+	while ((entry = readdir(stream)))
+		if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..") && strcmp(entry->d_name, "lost+found") &&
+		    strncmp(entry->d_name, FILE_TEMP_PREFIX, strlen(FILE_TEMP_PREFIX)))
+			empty = false;
+	closedir(stream);
+	return empty;
+}
+
+static int make_format(struct store *store, bool create, struct err *err)
+{
+	char line[32];
+
+	if (!is_empty(store->dir)) {
+		err_set(err, ERR_FAILED, ENOTDIR, "%s: is no vmcp store, and not empty", store->path);
+		err_hint(err, "name another folder with --store or VMCP_STORE");
+		return -ENOTDIR;
+	}
+	if (!create) {
+		err_set(err, ERR_NOT_FOUND, ENOENT, "store: %s: is empty", store->path);
+		err_hint(err, MISSING_HINT);
+		return -ENOENT;
+	}
+	int length = snprintf(line, sizeof(line), "vmcp store %d\n", STORE_FORMAT_VERSION);
+	return file_write_atomic(store->dir, FORMAT_FILE, line, (size_t)length, 0600, err);
+}
+
+/* A folder is a store if it holds the format file; an empty one becomes a store. */
+static int check_format(struct store *store, bool create, struct err *err)
+{
+	CLEANUP_BUF struct buf text = BUF_INIT;
+	unsigned version;
+
+	if (faccessat(store->dir, FORMAT_FILE, F_OK, 0)) {
+		int made = make_format(store, create, err);
+
+		/* Not empty: another process may have made the store since, and the format file comes first. */
+		if (made != -ENOTDIR || faccessat(store->dir, FORMAT_FILE, F_OK, 0))
+			return made;
+		if (err)
+			*err = ERR_INIT;
+	}
+	int rc = file_read_all(store->dir, FORMAT_FILE, 4096, &text, err);
+	if (rc)
+		return rc;
+	if (sscanf((char *)text.data, "vmcp store %u", &version) != 1)
+		return err_set(err, ERR_DAMAGED, EINVAL, "%s/%s: damaged", store->path, FORMAT_FILE);
+	if (version > STORE_FORMAT_VERSION) {
+		err_set(err, ERR_FAILED, ENOTSUP, "%s: format %u is newer than this vmcp knows (%d)", store->path,
+			version, STORE_FORMAT_VERSION);
+		err_hint(err, "use the newer vmcp that wrote it");
+		return -ENOTSUP;
+	}
+	return 0;
+}
+
+static int open_folders(struct store *store, struct err *err)
+{
+	const struct {
+		const char *name;
+		int *fd;
+	} folders[] = {{"checkpoints", &store->checkpoints_dir},
+		       {"layers", &store->layers_dir},
+		       {"vms", &store->vms_dir},
+		       {"staging", &store->staging_dir}};
+
+	for (size_t i = 0; i < ARRAY_LENGTH(folders); i++) {
+		*folders[i].fd = file_open_dir(store->dir, folders[i].name, 1, err);
+		if (*folders[i].fd < 0)
+			return *folders[i].fd;
+	}
+	return 0;
+}
+
+int store_open(const char *path, bool create, struct store **out, struct err *err)
+{
+	struct store *store = xcalloc(1, sizeof(*store));
+	int rc;
+
+	store->checkpoints_dir = store->layers_dir = store->vms_dir = store->staging_dir = -1;
+	pthread_mutex_init(&store->lock, NULL);
+	store->path = xstrdup(path);
+	store->dir = rc = file_open_dir(AT_FDCWD, path, create, err);
+	if (rc < 0) {
+		err_prefix(err, "store");
+		err_hint(err, rc == -ENOENT ? MISSING_HINT
+					    : "name a folder that you may write to with --store or VMCP_STORE");
+		goto fail;
+	}
+	free(store->path);
+	store->path = realpath(path, NULL);
+	if (!store->path) {
+		rc = err_sys(err, errno, "%s", path);
+		goto fail;
+	}
+	rc = check_format(store, create, err);
+	if (!rc)
+		rc = open_folders(store, err);
+	if (!rc)
+		rc = catalog_open(store, err);
+	if (!rc)
+		rc = draft_recover(store, err);
+	if (rc)
+		goto fail;
+	*out = store;
+	return 0;
+fail:
+	store_close(store);
+	return rc < 0 ? rc : -EIO;
+}
+
+void store_close(struct store *store)
+{
+	if (!store)
+		return;
+	catalog_close(store);
+	const int fds[] = {store->dir, store->checkpoints_dir, store->layers_dir, store->vms_dir, store->staging_dir};
+	for (size_t i = 0; i < ARRAY_LENGTH(fds); i++)
+		if (fds[i] >= 0)
+			close(fds[i]);
+	pthread_mutex_destroy(&store->lock);
+	free(store->path);
+	free(store);
+}
+
+const char *store_path(const struct store *store) { return store->path; }
+
+/* --- reading checkpoints --- */
+
+void store_checkpoint_free(struct store_checkpoint *checkpoint)
+{
+	free(checkpoint->message);
+	free(checkpoint->disks);
+	free(checkpoint->config_text);
+	*checkpoint = (struct store_checkpoint){0};
+}
+
+int store_checkpoint_get(struct store *store, const char *id, struct store_checkpoint *out, struct err *err)
+{
+	CLEANUP_BUF struct buf text = BUF_INIT;
+	char name[STORE_ID_BYTES + 16], what[STORE_ID_BYTES + 32];
+	sqlite3_stmt *statement;
+	int rc;
+
+	*out = (struct store_checkpoint){0};
+	if (!store_is_id(id))
+		return err_set(err, ERR_NOT_FOUND, ENOENT, "checkpoint %s: there is none", id);
+	snprintf(name, sizeof(name), "%s/manifest", id);
+	rc = file_read_all(store->checkpoints_dir, name, MANIFEST_MAX_BYTES, &text, err);
+	if (rc)
+		return err_prefix(err, "checkpoint %.8s", id), rc;
+	snprintf(what, sizeof(what), "checkpoints/%s", name);
+	rc = manifest_decode(what, text.data, text.length, out, err);
+	if (!rc && strcmp(out->id, id))
+		rc = err_set(err, ERR_DAMAGED, EINVAL, "%s: it is the manifest of %s", what, out->id);
+	if (rc) {
+		store_checkpoint_free(out);
+		return rc;
+	}
+	/* The catalogue knows the present tag. */
+	pthread_mutex_lock(&store->lock);
+	out->tag[0] = '\0';
+	rc = catalog_prepare_locked(store, "SELECT tag FROM tags WHERE checkpoint = ?", &statement, err);
+	if (!rc) {
+		sqlite3_bind_text(statement, 1, id, -1, SQLITE_STATIC);
+		if (catalog_step_locked(store, statement, NULL) == 1)
+			catalog_text(statement, 0, out->tag, sizeof(out->tag));
+		sqlite3_finalize(statement);
+	}
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+int store_checkpoint_read(struct store *store, const struct store_checkpoint *checkpoint, const char *name,
+			  struct buf *out, struct err *err)
+{
+	char path[STORE_ID_BYTES + 16];
+	bool is_state = !strcmp(name, "state");
+	uint64_t bytes = is_state ? checkpoint->state_bytes : checkpoint->index_bytes;
+	uint64_t sum = is_state ? checkpoint->state_xxh3 : checkpoint->index_xxh3;
+	int rc;
+
+	snprintf(path, sizeof(path), "%s/%s", checkpoint->id, name);
+	rc = file_read_all(store->checkpoints_dir, path, STATE_MAX_BYTES, out, err);
+	if (rc)
+		return err_prefix(err, "checkpoint %.8s", checkpoint->id), rc;
+	if (out->length != bytes || XXH3_64bits(out->data, out->length) != sum) {
+		buf_free(out);
+		err_set(err, ERR_DAMAGED, EBADMSG,
+			"checkpoint %.8s: %s/checkpoints/%s is damaged: its checksum is not the manifest's",
+			checkpoint->id, store->path, path);
+		err_hint(err, "other checkpoints are not affected: see `vmcp log`");
+		return -EBADMSG;
+	}
+	return 0;
+}
+
+static int open_layer(struct store *store, const char *layer, const char *suffix, struct err *err)
+{
+	char name[STORE_ID_BYTES + 8];
+	struct stat st;
+
+	if (!store_is_id(layer))
+		return err_set(err, ERR_DAMAGED, EINVAL, "layer '%s': no id", layer);
+	store_file_name(name, layer, suffix);
+	/* A FIFO that someone planted must not hold us up. */
+	int fd = openat(store->layers_dir, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+	if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && fcntl(fd, F_SETFL, O_RDONLY) == 0)
+		return fd;
+	if (fd >= 0) {
+		close(fd);
+		return err_set(err, ERR_DAMAGED, EINVAL, "%s/layers/%s: is no file", store->path, name);
+	}
+	int number = errno;
+	err_sys(err, number, "%s/layers/%s", store->path, name);
+	if (err && number == ENOENT)
+		err->class = ERR_DAMAGED;
+	return -number;
+}
+
+int store_memory_layer_open(struct store *store, const char *layer, struct err *err)
+{
+	return open_layer(store, layer, ".mem", err);
+}
+
+int store_memory_sums_open(struct store *store, const char *layer, struct err *err)
+{
+	return open_layer(store, layer, ".sums", err);
+}
+
+int store_disk_layer_path(struct store *store, const char *layer, const char *format, char **path, struct err *err)
+{
+	if (!store_is_id(layer) || (strcmp(format, "qcow2") && strcmp(format, "raw")))
+		return err_set(err, ERR_DAMAGED, EINVAL, "layer '%s' of format '%s': neither exists", layer, format);
+	*path = xasprintf("%s/layers/%s.%s", store->path, layer, format);
+	if (access(*path, F_OK) == 0)
+		return 0;
+	int number = errno;
+	err_sys(err, number, "%s", *path);
+	if (err)
+		err->class = ERR_DAMAGED;
+	free(*path);
+	*path = NULL;
+	return -number;
+}

@@ -1,0 +1,160 @@
+/*
+ * The store: checkpoints, layers and VM records in one folder. docs/format.md is the specification of its files.
+ *
+ *     catalog.db                     SQLite, WAL: VMs, checkpoints, layers, references
+ *     checkpoints/<id>/manifest      JSON; a checkpoint exists if and only if this file does: the commit point is the rename of its folder
+ *     checkpoints/<id>/state         CBOR sections
+ *     checkpoints/<id>/index         page -> layer
+ *     layers/<id>.mem, <id>.qcow2    memory and disk layers, shared by reference count
+ *     layers/<id>.sums               page checksums of a memory layer: lives and dies with it
+ *     vms/<name>/                    record, control socket, console log of a VM
+ *     staging/<id>/                  what is not committed; removed when its maker is gone
+ *
+ * Several processes use one store at once: SQLite locks the catalogue, a staging folder carries an OFD lock of its maker.
+ * Everything read from a store is untrusted. A handle may be used by several threads (it locks itself).
+ */
+#ifndef VMCP_CHECKPOINT_STORE_STORE_H
+#define VMCP_CHECKPOINT_STORE_STORE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/buf.h"
+#include "base/err.h"
+
+#define STORE_ID_BYTES	 33 /* 32 lower-case hexadecimal digits (128 random bits) and NUL */
+#define STORE_NAME_BYTES 64 /* VM and disk names, tags: [A-Za-z0-9][A-Za-z0-9._-]*, at most 63 bytes */
+
+struct store;
+
+/* Opens the store, making it (mode 0700) if `create`. Replays nothing: staging folders of dead makers are removed, manifests that the catalogue
+ * lacks (a crash between rename and transaction) are entered. Newer format than ours: ERR_FAILED with a hint. Missing and !create: -ENOENT. */
+int store_open(const char *path, bool create, struct store **out, struct err *err);
+void store_close(struct store *store);
+const char *store_path(const struct store *store); /* absolute */
+
+void store_new_id(char id[STORE_ID_BYTES]); /* 128 random bits */
+/* -EINVAL, ERR_USAGE, naming `what`, if the name is not as STORE_NAME_BYTES says. */
+int store_check_name(const char *what, const char *name, struct err *err);
+
+/* --- VM records --- */
+
+struct store_vm {
+	char name[STORE_NAME_BYTES];
+	char uuid[37];
+	char at[STORE_ID_BYTES]; /* the checkpoint it stands at (newest taken or reverted to), "" */
+	int pid;		 /* of the process that runs it or ran it last */
+	bool alive;		 /* that process lives and holds the VM's lock */
+	char state
+		[16]; /* "running", "paused", "stopped", "crashed": as last recorded; "crashed" if recorded running and not alive */
+	uint64_t memory_bytes;
+	uint32_t cpus;
+	uint64_t started_wall_ns;
+	char config_path[4096]; /* guest.cfg it was started with, "" if none */
+	char *config_text;	/* malloc; freed by store_vm_free */
+};
+void store_vm_free(struct store_vm *vm);
+
+struct store_vm_lock;
+/* Takes the VM's name for this process: an OFD lock on vms/<name>/lock, held until release or death. Taken: -EBUSY, ERR_STATE, naming the pid. */
+int store_vm_lock(struct store *store, const char *name, struct store_vm_lock **out, struct err *err);
+void store_vm_unlock(struct store_vm_lock *lock);
+/* Folder of the VM (made by store_vm_lock), as a descriptor to be closed by the caller. The control socket is `control.sock` in it. */
+int store_vm_dir(struct store *store, const char *name, struct err *err);
+int store_vm_put(struct store *store, const struct store_vm *vm, struct err *err); /* inserts or replaces the record */
+int store_vm_set_state(struct store *store, const char *name, const char *state, struct err *err);
+int store_vm_set_position(struct store *store, const char *name, const char *checkpoint_id, struct err *err);
+/* -ENOENT, ERR_NOT_FOUND with the known names as hint. */
+int store_vm_get(struct store *store, const char *name, struct store_vm *out, struct err *err);
+/* All, by name. *list is malloc'ed, each element freed by store_vm_free. */
+int store_vm_list(struct store *store, struct store_vm **list, size_t *count, struct err *err);
+
+/* --- taking a checkpoint --- */
+
+struct store_disk_layer {
+	char disk[STORE_NAME_BYTES]; /* the VM's disk */
+	char layer[STORE_ID_BYTES];
+	char format[8];	     /* "qcow2" | "raw" */
+	uint64_t size_bytes; /* of the virtual disk */
+	uint64_t file_bytes; /* of the layer file as sealed */
+	uint64_t xxh3;	     /* of the file */
+	uint32_t inflight_writes, inflight_reads;
+};
+
+struct store_checkpoint {
+	char id[STORE_ID_BYTES];
+	char parent[STORE_ID_BYTES]; /* "" for a root */
+	char vm[STORE_NAME_BYTES];
+	char vm_uuid[37];
+	char tag[STORE_NAME_BYTES]; /* "" if none. In the catalogue only: a tag may move */
+	char *message;		    /* malloc or NULL */
+	uint64_t created_wall_ns;
+	bool live;
+	uint64_t memory_bytes, saved_pages, zero_pages, parent_pages, written_bytes;
+	uint64_t pause_ns, durable_ns;
+	uint32_t cpus;
+	char memory_layer[STORE_ID_BYTES];
+	uint32_t disk_count;
+	struct store_disk_layer *disks; /* malloc */
+	char *config_text;		/* malloc */
+	uint64_t state_bytes, state_xxh3, index_bytes, index_xxh3;
+	uint64_t size_bytes; /* what it occupies itself: its memory and disk layers, state, index */
+};
+void store_checkpoint_free(struct store_checkpoint *checkpoint);
+
+/* A checkpoint in the making. */
+struct store_draft;
+/* Makes staging/<id>/ for a new checkpoint with a new id. */
+int store_draft_begin(struct store *store, struct store_draft **out, struct err *err);
+const char *store_draft_id(const struct store_draft *draft);
+/* A new memory layer in layers/ (not referenced until commit), opened O_RDWR, size_bytes long and sparse; O_DIRECT is the caller's affair (fcntl).
+ * Beside it layers/<id>.sums, opened O_RDWR, size_bytes / 4096 * 8 long and sparse: xxh3-64 of each saved page (LE64), 0 for the others. Both
+ * descriptors are the caller's to close, and the caller fsyncs both before the commit. */
+int store_draft_memory_layer(struct store_draft *draft, uint64_t size_bytes, char layer[STORE_ID_BYTES], int *fd,
+			     int *sums_fd, struct err *err);
+/*
+ * A disk's present top image becomes layer `layer`: hard link of `path` into layers/<id>.qcow2 (or .raw). On another filesystem: -EXDEV with a hint. The full
+ * path of the layer is given in *layer_path (malloc). Undone by store_draft_abort unless the draft was marked switched (abort: the link may be gone
+ * already, as the engine renames it back over `path`). The link is durable on return (layers/ synced): the VM's disk stands on it from then on, before
+ * any commit. For the same reason the disk layers of a *dead* maker are never removed with its staging folder: they become layers of the VM.
+ */
+int store_draft_disk_layer(struct store_draft *draft, const char *disk, const char *path, const char *format,
+			   char layer[STORE_ID_BYTES], char **layer_path, struct err *err);
+/* The VM has switched to its overlays: from here on abort keeps the disk layers (the VM's chain needs them), as layers of the VM. */
+void store_draft_switched(struct store_draft *draft);
+/* Writes `state` and `index` (bytes as given) into the staging folder, durable, and notes their checksums. */
+int store_draft_put(struct store_draft *draft, const char *name, const void *data, size_t length, struct err *err);
+/*
+ * The commit: checksums of layers' files are in `checkpoint` (the rest of its fields filled in by the caller, state/index by store_draft_put); manifest written,
+ * everything synced, folder renamed to checkpoints/<id>, one catalogue transaction (checkpoint, layer references, tag, VM position). Frees the draft in every case.
+ * -EEXIST if the tag is taken.
+ */
+int store_draft_commit(struct store_draft *draft, struct store_checkpoint *checkpoint, struct err *err);
+/* Removes everything the draft made (see store_draft_switched). Frees it. NULL allowed. */
+void store_draft_abort(struct store_draft *draft);
+
+/* --- reading --- */
+
+/* Finds the checkpoint meant by an id, a unique prefix (4 digits or more), a tag, a VM's name (the newest of it) or VM~N. Ambiguous: ERR_USAGE. None: ERR_NOT_FOUND. */
+int store_resolve(struct store *store, const char *reference, char id[STORE_ID_BYTES], struct err *err);
+/* Reads and validates the manifest. Damaged: ERR_DAMAGED naming file and field. */
+int store_checkpoint_get(struct store *store, const char *id, struct store_checkpoint *out, struct err *err);
+/* All of a VM, or of all VMs (vm NULL), by creation time; from the catalogue: config_text and disks are NULL. *list malloc'ed, elements freed by store_checkpoint_free. */
+int store_checkpoint_list(struct store *store, const char *vm, struct store_checkpoint **list, size_t *count,
+			  struct err *err);
+/* Reads `state` or `index` of a checkpoint whole and checks it against the manifest's checksum. */
+int store_checkpoint_read(struct store *store, const struct store_checkpoint *checkpoint, const char *name,
+			  struct buf *out, struct err *err);
+/* Opens a memory layer read-only. Returns a descriptor or -errno. A file shorter than the memory: the caller's check. */
+int store_memory_layer_open(struct store *store, const char *layer, struct err *err);
+/* The same for its page checksums, layers/<id>.sums. */
+int store_memory_sums_open(struct store *store, const char *layer, struct err *err);
+/* Full path of a disk layer (malloc). Missing file: ERR_DAMAGED. */
+int store_disk_layer_path(struct store *store, const char *layer, const char *format, char **path, struct err *err);
+
+/* --- naming --- */
+int store_tag(struct store *store, const char *id, const char *tag,
+	      struct err *err); /* moves nothing: -EEXIST if the tag names another */
+
+#endif

@@ -1,0 +1,223 @@
+/* Records of VMs: rows of the catalogue, and a folder vms/<name>/ whose lock tells whether the VM's process lives. */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/bytes.h"
+#include "base/file.h"
+#include "checkpoint/store/store_internal.h"
+
+struct store_vm_lock {
+	int fd;
+};
+
+void store_vm_free(struct store_vm *vm)
+{
+	free(vm->config_text);
+	*vm = (struct store_vm){0};
+}
+
+int store_vm_dir(struct store *store, const char *name, struct err *err)
+{
+	int rc = store_check_name("VM", name, err);
+
+	return rc ? rc : file_open_dir(store->vms_dir, name, 0, err);
+}
+
+int store_vm_lock(struct store *store, const char *name, struct store_vm_lock **out, struct err *err)
+{
+	char text[32] = "";
+	int rc = store_check_name("VM", name, err);
+
+	if (rc)
+		return rc;
+	CLEANUP_CLOSE int dir = file_open_dir(store->vms_dir, name, 1, err);
+	if (dir < 0)
+		return dir;
+	int fd = openat(dir, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	if (fd < 0)
+		return err_sys(err, errno, "%s/vms/%s/lock", store->path, name);
+	if (store_try_lock(fd)) {
+		ssize_t n = pread(fd, text, sizeof(text) - 1, 0);
+
+		close(fd);
+		text[n > 0 ? strcspn(text, "\n") : 0] = '\0';
+		/* Empty in the moment between another process's lock and its entry. */
+		err_set(err, ERR_STATE, EBUSY, "VM %s: runs already%s%s", name, *text ? ", in process " : "", text);
+		err_hint(err, "`vmcp console %s` attaches to it; --name starts another one", name);
+		return -EBUSY;
+	}
+	int length = snprintf(text, sizeof(text), "%d\n", (int)getpid());
+	if (ftruncate(fd, 0) || pwrite(fd, text, (size_t)length, 0) != length) {
+		rc = err_sys(err, errno, "%s/vms/%s/lock", store->path, name);
+		close(fd);
+		return rc;
+	}
+	*out = xcalloc(1, sizeof(**out));
+	(*out)->fd = fd;
+	return 0;
+}
+
+void store_vm_unlock(struct store_vm_lock *lock)
+{
+	if (!lock)
+		return;
+	close(lock->fd);
+	free(lock);
+}
+
+/* True if some process holds the VM's lock. */
+static bool is_alive(struct store *store, const char *name)
+{
+	struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+	char path[STORE_NAME_BYTES + 8];
+
+	snprintf(path, sizeof(path), "%s/lock", name);
+	CLEANUP_CLOSE int fd = openat(store->vms_dir, path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+	return fd >= 0 && fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+}
+
+int store_vm_put(struct store *store, const struct store_vm *vm, struct err *err)
+{
+	sqlite3_stmt *s;
+
+	pthread_mutex_lock(&store->lock);
+	int rc = catalog_prepare_locked(store, "INSERT OR REPLACE INTO vms VALUES(?,?,?,?,?,?,?,?,?,?)", &s, err);
+	if (!rc) {
+		sqlite3_bind_text(s, 1, vm->name, -1, SQLITE_STATIC);
+		sqlite3_bind_text(s, 2, vm->uuid, -1, SQLITE_STATIC);
+		sqlite3_bind_text(s, 3, vm->at, -1, SQLITE_STATIC);
+		sqlite3_bind_int(s, 4, vm->pid);
+		sqlite3_bind_text(s, 5, vm->state, -1, SQLITE_STATIC);
+		sqlite3_bind_int64(s, 6, (sqlite3_int64)vm->memory_bytes);
+		sqlite3_bind_int64(s, 7, vm->cpus);
+		sqlite3_bind_int64(s, 8, (sqlite3_int64)vm->started_wall_ns);
+		sqlite3_bind_text(s, 9, vm->config_path, -1, SQLITE_STATIC);
+		sqlite3_bind_text(s, 10, vm->config_text ? vm->config_text : "", -1, SQLITE_STATIC);
+		rc = catalog_step_locked(store, s, err);
+		sqlite3_finalize(s);
+	}
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+int store_vm_set_state(struct store *store, const char *name, const char *state, struct err *err)
+{
+	sqlite3_stmt *s;
+
+	pthread_mutex_lock(&store->lock);
+	int rc = catalog_prepare_locked(store, "UPDATE vms SET state = ? WHERE name = ?", &s, err);
+	if (!rc) {
+		sqlite3_bind_text(s, 1, state, -1, SQLITE_STATIC);
+		sqlite3_bind_text(s, 2, name, -1, SQLITE_STATIC);
+		rc = catalog_step_locked(store, s, err);
+		sqlite3_finalize(s);
+	}
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+static void read_row(struct store *store, sqlite3_stmt *s, struct store_vm *vm)
+{
+	*vm = (struct store_vm){0};
+	catalog_text(s, 0, vm->name, sizeof(vm->name));
+	catalog_text(s, 1, vm->uuid, sizeof(vm->uuid));
+	catalog_text(s, 2, vm->at, sizeof(vm->at));
+	vm->pid = sqlite3_column_int(s, 3);
+	catalog_text(s, 4, vm->state, sizeof(vm->state));
+	vm->memory_bytes = (uint64_t)sqlite3_column_int64(s, 5);
+	vm->cpus = (uint32_t)sqlite3_column_int64(s, 6);
+	vm->started_wall_ns = (uint64_t)sqlite3_column_int64(s, 7);
+	catalog_text(s, 8, vm->config_path, sizeof(vm->config_path));
+	const unsigned char *text = sqlite3_column_text(s, 9);
+	vm->config_text = xstrdup(text ? (const char *)text : "");
+	vm->alive = is_alive(store, vm->name);
+	if (!vm->alive && strcmp(vm->state, "stopped"))
+		snprintf(vm->state, sizeof(vm->state), "crashed");
+}
+
+#define VM_COLUMNS "name, uuid, at, pid, state, memory_bytes, cpus, started_wall_ns, config_path, config_text"
+
+static int list_locked(struct store *store, struct store_vm **list, size_t *count, struct err *err)
+{
+	size_t capacity = 0;
+	sqlite3_stmt *s;
+	int rc = catalog_prepare_locked(store, "SELECT " VM_COLUMNS " FROM vms ORDER BY name", &s, err);
+
+	if (rc)
+		return rc;
+	while ((rc = catalog_step_locked(store, s, err)) == 1) {
+		if (*count == capacity) {
+			capacity = capacity ? capacity * 2 : 16;
+			struct store_vm *grown = realloc(*list, capacity * sizeof(**list));
+
+			if (!grown) {
+				rc = err_sys(err, ENOMEM, "list of VMs");
+				break;
+			}
+			*list = grown;
+		}
+		read_row(store, s, &(*list)[(*count)++]);
+	}
+	sqlite3_finalize(s);
+	return rc;
+}
+
+int store_vm_list(struct store *store, struct store_vm **list, size_t *count, struct err *err)
+{
+	*list = NULL;
+	*count = 0;
+	pthread_mutex_lock(&store->lock);
+	int rc = list_locked(store, list, count, err);
+	pthread_mutex_unlock(&store->lock);
+	if (rc) {
+		for (size_t i = 0; i < *count; i++)
+			store_vm_free(&(*list)[i]);
+		free(*list);
+		*list = NULL;
+		*count = 0;
+	}
+	return rc;
+}
+
+static int unknown_vm(struct store *store, const char *name, struct err *err)
+{
+	struct store_vm *list = NULL;
+	char known[160] = "";
+	size_t count = 0, used = 0;
+
+	list_locked(store, &list, &count, NULL);
+	for (size_t i = 0; i < count; i++) {
+		if (used < sizeof(known))
+			used += (size_t)snprintf(known + used, sizeof(known) - used, "%s%s", i ? ", " : "",
+						 list[i].name);
+		store_vm_free(&list[i]);
+	}
+	free(list);
+	err_set(err, ERR_NOT_FOUND, ENOENT, "VM %s: there is none of that name", name);
+	if (count)
+		err_hint(err, "known: %s", known);
+	else
+		err_hint(err, "start one with `vmcp run guest.cfg`");
+	return -ENOENT;
+}
+
+int store_vm_get(struct store *store, const char *name, struct store_vm *out, struct err *err)
+{
+	sqlite3_stmt *s;
+
+	pthread_mutex_lock(&store->lock);
+	int rc = catalog_prepare_locked(store, "SELECT " VM_COLUMNS " FROM vms WHERE name = ?", &s, err);
+	if (!rc) {
+		sqlite3_bind_text(s, 1, name, -1, SQLITE_STATIC);
+		rc = catalog_step_locked(store, s, err);
+		if (rc == 1)
+			read_row(store, s, out);
+		sqlite3_finalize(s);
+		rc = rc == 1 ? 0 : rc < 0 ? rc : unknown_vm(store, name, err);
+	}
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}

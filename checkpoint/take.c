@@ -1,0 +1,231 @@
+/* Taking a checkpoint: stage and pause. What comes after is in persist.c. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/buf.h"
+#include "base/clock.h"
+#include "base/fault.h"
+#include "base/priority.h"
+#include "checkpoint/engine_internal.h"
+#include "checkpoint/operation.h"
+
+/* Taken early, as a save of minutes that ends with "the tag is taken" helps nobody. The commit looks again. */
+static int check_tag(struct ckpt_engine *engine, const char *tag, struct err *err)
+{
+	struct store_checkpoint *list;
+	size_t count;
+	int r = store_check_name("tag", tag, err);
+	if (r == 0)
+		r = store_checkpoint_list(engine->store, NULL, &list, &count, err);
+	if (r != 0)
+		return r;
+	for (size_t i = 0; i < count; i++) {
+		if (r == 0 && strcmp(list[i].tag, tag) == 0) {
+			err_set(err, ERR_STATE, EEXIST, "tag '%s': it names checkpoint %.8s already", tag, list[i].id);
+			r = err_hint(err, "choose another tag");
+		}
+		store_checkpoint_free(&list[i]);
+	}
+	free(list);
+	return r;
+}
+
+static struct take *take_new(struct ckpt_engine *engine, const struct ckpt_request *request)
+{
+	struct take *take = xcalloc(1, sizeof(*take));
+	take->engine = engine;
+	take->live = request->live;
+	take->tag = request->tag ? xstrdup(request->tag) : NULL;
+	take->message = request->message ? xstrdup(request->message) : NULL;
+	take->fd = take->sums_fd = -1;
+	take->start_ns = clock_now_ns();
+	take->result.live = request->live;
+	ckpt_position(engine, take->result.parent);
+	return take;
+}
+
+static int check_request(struct ckpt_engine *engine, const struct ckpt_request *request, struct err *err)
+{
+	if (request->live && engine->live_error.number != 0) {
+		if (err)
+			*err = engine->live_error;
+		err_prefix(err, "a live checkpoint is not possible");
+		return err_hint(err, "leave out --live: a checkpoint of a VM that stands still needs no userfaultfd");
+	}
+	for (unsigned i = 0; i < engine->disk_count; i++) {
+		if (engine->disks[i].unsafe) {
+			err_set(err, ERR_STATE, EIO, "disk %s: an earlier checkpoint could not make its layer durable",
+				engine->disks[i].name);
+			return err_hint(err,
+					"see why the disk's filesystem fails, stop the VM and run `qemu-img check %s`",
+					engine->disks[i].path);
+		}
+	}
+	return request->tag ? check_tag(engine, request->tag, err) : 0;
+}
+
+static int stage(struct take *take, struct err *err)
+{
+	struct ckpt_engine *engine = take->engine;
+	int r = store_draft_begin(engine->store, &take->draft, err);
+	if (r != 0)
+		return r;
+	snprintf(take->result.id, sizeof(take->result.id), "%s", store_draft_id(take->draft));
+	pthread_mutex_lock(&engine->lock);
+	memcpy(engine->progress.id, take->result.id, sizeof(engine->progress.id));
+	pthread_mutex_unlock(&engine->lock);
+	r = store_draft_memory_layer(take->draft, mem_size(engine->mem), take->memory_layer, &take->fd, &take->sums_fd,
+				     err);
+	if (r != 0)
+		take->fd = take->sums_fd = -1; /* closed by whom failed */
+	if (r == 0)
+		r = take_stage_disks(take, err);
+	if (r == 0)
+		r = engine_check_cancel(engine, err);
+	/* Last, as from here on the guest pays for its writes. */
+	if (r == 0)
+		r = take->live ? memcow_arm(engine->memcow, take->fd, take->sums_fd, err)
+			       : memcow_arm_stopped(engine->memcow, take->fd, take->sums_fd, err);
+	take->armed = r == 0;
+	if (r == 0)
+		r = engine_check_cancel(engine, err);
+	return r == 0 ? fault_check(FAULT_TAKE_STAGED, err) : r;
+}
+
+/*
+ * The loop stands before the vCPUs do: each vCPU thread saves its local APIC on its way out, so an interrupt that a
+ * device raised after that would be in the virtqueue's used ring but in no saved state, and a guest that goes back
+ * would wait for it for ever.
+ */
+static int stop_machine(struct take *take, struct err *err)
+{
+	struct ckpt_engine *engine = take->engine;
+	loop_park_request(engine->loop);
+	loop_park_wait(engine->loop);
+	take->parked = true;
+	take->pause_start_ns = clock_now_ns();
+	if (vm_is_quiesced(engine->vm))
+		return 0;
+	take->stopped = true;
+	vm_quiesce_request(engine->vm);
+	return vm_quiesce_wait(engine->vm, err);
+}
+
+static void count_inflight(struct take *take)
+{
+	for (unsigned i = 0; i < take->disk_count; i++) {
+		const struct component *c = &take->engine->components[take->disks[i].disk->component];
+		struct component_inflight inflight = {0};
+		if (c->inflight)
+			c->inflight(c->opaque, &inflight);
+		take->disks[i].layer.inflight_reads = inflight.reads;
+		take->disks[i].layer.inflight_writes = inflight.writes;
+	}
+}
+
+/* Nothing from here to the end of the pause allocates or touches a file. */
+static int pause_and_capture(struct take *take, struct err *err)
+{
+	struct ckpt_engine *engine = take->engine;
+	struct ckpt_result *result = &take->result;
+	int r = stop_machine(take, err);
+	if (r == 0)
+		r = fault_check(FAULT_TAKE_QUIESCED, err);
+	uint64_t quiesced_ns = clock_now_ns();
+	if (r == 0)
+		r = state_set_capture(&engine->captured, err);
+	if (r == 0) {
+		count_inflight(take);
+		r = fault_check(FAULT_TAKE_CAPTURED, err);
+	}
+	uint64_t state_ns = clock_now_ns();
+	/* Memory before the disks, as it can fail and they cannot: until the switch a failure is without any effect. */
+	if (r == 0 && take->live)
+		r = memcow_instant(engine->memcow, err);
+	uint64_t memory_ns = clock_now_ns();
+	if (r != 0)
+		return r;
+	for (unsigned i = 0; i < take->disk_count; i++)
+		cow_overlay_switch(take->disks[i].overlay);
+	take->switched = true;
+	uint64_t disks_ns = clock_now_ns();
+	/* A checkpoint that is not live saves memory before completions of requests in flight can change it: the loop
+	 * stays parked. */
+	uint64_t end_ns = take->live ? take_release_machine(take) : clock_now_ns();
+	result->quiesce_ns = quiesced_ns - take->pause_start_ns;
+	result->state_ns = state_ns - quiesced_ns;
+	result->memory_ns = memory_ns - state_ns;
+	result->disks_ns = disks_ns - memory_ns;
+	result->resume_ns = end_ns - disks_ns;
+	result->pause_ns = end_ns - take->pause_start_ns;
+	result->captured_ns = end_ns - take->start_ns;
+	result->created_wall_ns = clock_wall_ns();
+	return 0;
+}
+
+static void fill_captured(struct take *take)
+{
+	struct memcow_stats stats;
+	struct ckpt_result *result = &take->result;
+	store_draft_switched(take->draft);
+	memcow_get_stats(take->engine->memcow, &stats);
+	result->total_pages = stats.total_pages;
+	result->armed_again_pages = stats.armed_again_pages;
+	result->disk_count = take->disk_count;
+	for (unsigned i = 0; i < take->disk_count; i++) {
+		struct ckpt_disk_result *disk = &result->disks[i];
+		const struct store_disk_layer *layer = &take->disks[i].layer;
+		_Static_assert(sizeof(disk->name) >= sizeof(layer->disk), "a disk's name fits");
+		memcpy(disk->name, layer->disk, sizeof(layer->disk));
+		memcpy(disk->layer, layer->layer, sizeof(layer->layer));
+		disk->inflight_writes = layer->inflight_writes;
+		disk->inflight_reads = layer->inflight_reads;
+	}
+}
+
+static int capture(struct take *take, struct err *err)
+{
+	int r = stage(take, err);
+	if (r != 0)
+		return r;
+	engine_set_phase(take->engine, "pause");
+	/* The guest stands: nobody may come between. */
+	priority_begin(PRIORITY_URGENT);
+	r = pause_and_capture(take, err);
+	priority_end(SCHED_OTHER);
+	if (take->switched)
+		fill_captured(take);
+	return r == 0 ? fault_check(FAULT_TAKE_RESUMED, err) : r;
+}
+
+int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, struct ckpt_result *result,
+	      struct err *err)
+{
+	int r = operation_begin(engine, OPERATION_TAKE, err);
+	if (r != 0)
+		return r;
+	r = check_request(engine, request, err);
+	if (r != 0) {
+		operation_end(engine);
+		return r;
+	}
+	struct take *take = take_new(engine, request);
+	r = capture(take, err);
+	if (r == 0 && take->live && request->wait == CKPT_WAIT_CAPTURED) {
+		*result = take->result;
+		/* The thread ends the operation and frees the take. Without a thread the rest happens here. */
+		if (engine_run_background(engine, take, NULL) == 0)
+			return 0;
+	}
+	if (r == 0)
+		r = take_persist(take, err);
+	if (r != 0)
+		take_fail(take);
+	*result = take->result;
+	take_free(take);
+	operation_end(engine);
+	return r;
+}

@@ -1,0 +1,200 @@
+/*
+ * The disks' part of a checkpoint. At every instant, a crash included, the disk's path opens as its present state:
+ *
+ *     1 the image is linked into the store as a layer                 path and layer are one file
+ *     2 an empty overlay is made beside it, its backing the layer     path unchanged
+ *     3 the overlay is renamed onto path, the folder synced           path reads as the layer, still written
+ *     4 the switch, in the pause                                      the VM writes the overlay
+ *
+ * Before 4 the layer is renamed back over path to undo.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include "base/buf.h"
+#include "base/bytes.h"
+#include "base/fault.h"
+#include "base/file.h"
+#include "base/log.h"
+#include "checkpoint/engine_internal.h"
+
+#define HASH_CHUNK_BYTES (1u << 20)
+
+char *disk_temp_path(const char *path) { return xasprintf("%s.vmcp-new", path); }
+
+int disk_sync_folder(const char *path, struct err *err)
+{
+	const char *slash = strrchr(path, '/');
+	CLEANUP_FREE char *folder = slash == NULL   ? xstrdup(".")
+				    : slash == path ? xstrdup("/")
+						    : strndup(path, (size_t)(slash - path));
+	CLEANUP_CLOSE int fd = file_open_dir(AT_FDCWD, folder ? folder : ".", 0, err);
+	return fd < 0 ? fd : file_sync_dir(fd, err);
+}
+
+/* A layer of an earlier checkpoint that was cancelled: the next one stands on it. */
+static int seal_leftover(struct engine_disk *disk, const volatile bool *cancel, struct err *err)
+{
+	if (!disk->unsealed)
+		return 0;
+	int r = cow_overlay_seal(disk->unsealed, cancel, err);
+	if (r != -ECANCELED)
+		disk->unsealed = NULL;
+	if (r != 0 && r != -ECANCELED)
+		disk->unsafe = true;
+	return r;
+}
+
+static int stage_disk(struct take *take, struct take_disk *d, struct err *err)
+{
+	struct engine_disk *disk = d->disk;
+	struct store_disk_layer *layer = &d->layer;
+	int r = seal_leftover(disk, &take->engine->cancel, err);
+	if (r != 0)
+		return r;
+	snprintf(layer->disk, sizeof(layer->disk), "%s", disk->name);
+	snprintf(layer->format, sizeof(layer->format), "%s",
+		 cow_format_of(disk->disk) == COW_FORMAT_QCOW2 ? "qcow2" : "raw");
+	layer->size_bytes = cow_size(disk->disk);
+	d->temp_path = disk_temp_path(disk->path);
+	unlink(d->temp_path); /* of a process that died here */
+	r = store_draft_disk_layer(take->draft, disk->name, disk->path, layer->format, layer->layer, &d->layer_path,
+				   err);
+	if (r == 0)
+		r = fault_check(FAULT_TAKE_DISK_LINKED, err);
+	if (r == 0)
+		r = cow_overlay_prepare(disk->disk, d->temp_path, d->layer_path, &d->overlay, err);
+	if (r == 0)
+		r = fault_check(FAULT_TAKE_DISK_PREPARED, err);
+	if (r == 0 && rename(d->temp_path, disk->path) != 0)
+		r = err_sys(err, errno, "rename %s to %s", d->temp_path, disk->path);
+	if (r != 0)
+		return r;
+	d->renamed = true;
+	r = fault_check(FAULT_TAKE_DISK_RENAMED, err);
+	return r == 0 ? disk_sync_folder(disk->path, err) : r;
+}
+
+int take_stage_disks(struct take *take, struct err *err)
+{
+	struct ckpt_engine *engine = take->engine;
+	for (unsigned i = 0; i < engine->disk_count; i++) {
+		take->disks[i].disk = &engine->disks[i];
+		take->disk_count = i + 1;
+		int r = stage_disk(take, &take->disks[i], err);
+		if (r == 0)
+			r = engine_check_cancel(engine, err);
+		if (r != 0)
+			return err_prefix(err, "disk %s", engine->disks[i].name);
+	}
+	return 0;
+}
+
+void take_unstage_disks(struct take *take)
+{
+	for (unsigned i = take->disk_count; i-- > 0;) {
+		struct take_disk *d = &take->disks[i];
+		if (d->overlay)
+			cow_overlay_abandon(d->overlay);
+		d->overlay = NULL;
+		if (!d->renamed) {
+			if (d->temp_path)
+				unlink(d->temp_path);
+			continue;
+		}
+		/* The VM's image is the layer's file. */
+		if (rename(d->layer_path, d->disk->path) == 0) {
+			disk_sync_folder(d->disk->path, NULL);
+			continue;
+		}
+		/* The path reads as the layer, so nothing is lost as long as that stays; but the VM goes on to write
+		 * the layer. */
+		log_error("disk %s: cannot put %s back to %s: %s; no further checkpoint until the VM is started again",
+			  d->disk->name, d->layer_path, d->disk->path, strerror(errno));
+		d->disk->unsafe = true;
+		store_draft_switched(take->draft);
+	}
+}
+
+/* xxh3 of the whole file; its holes are hashed without being read. */
+static int hash_file(int fd, uint64_t size, uint64_t *sum, const volatile bool *cancel, struct err *err)
+{
+	XXH3_state_t *state = XXH3_createState();
+	CLEANUP_FREE uint8_t *chunk = malloc(HASH_CHUNK_BYTES);
+	int r = state && chunk ? 0 : err_sys(err, ENOMEM, "checksum");
+	uint64_t data = 0, hole = 0; /* [data, hole) is the next stretch of data */
+	if (r == 0)
+		XXH3_64bits_reset(state);
+	for (uint64_t at = 0; at < size && r == 0;) {
+		if (at >= hole) {
+			off_t next = lseek(fd, (off_t)at, SEEK_DATA);
+			data = next >= 0 ? (uint64_t)next : errno == ENXIO ? size : at;
+			off_t end = next >= 0 ? lseek(fd, next, SEEK_HOLE) : -1;
+			hole = end > (off_t)at ? (uint64_t)end : size;
+		}
+		uint64_t until = at < data ? data : hole;
+		size_t length = (size_t)min_u64(min_u64(until, size) - at, HASH_CHUNK_BYTES);
+		if (at < data)
+			memset(chunk, 0, length);
+		else
+			r = file_pread_full(fd, chunk, length, at, err);
+		if (r == 0)
+			XXH3_64bits_update(state, chunk, length);
+		at += length;
+		if (r == 0 && __atomic_load_n(cancel, __ATOMIC_RELAXED))
+			r = err_set(err, ERR_FAILED, ECANCELED, "cancelled while a disk layer was being checksummed");
+	}
+	if (r == 0)
+		*sum = XXH3_64bits_digest(state);
+	XXH3_freeState(state);
+	return r;
+}
+
+static int measure_layer(struct take *take, struct take_disk *d, struct err *err)
+{
+	struct stat st;
+	CLEANUP_CLOSE int fd = open(d->layer_path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0 || fstat(fd, &st) != 0)
+		return err_sys(err, errno, "%s", d->layer_path);
+	d->layer.file_bytes = (uint64_t)st.st_size;
+	return hash_file(fd, d->layer.file_bytes, &d->layer.xxh3, &take->engine->cancel, err);
+}
+
+int take_seal_disks(struct take *take, struct err *err)
+{
+	for (unsigned i = 0; i < take->disk_count; i++) {
+		struct take_disk *d = &take->disks[i];
+		int r = cow_overlay_seal(d->overlay, &take->engine->cancel, err);
+		if (r != -ECANCELED)
+			d->overlay = NULL;
+		if (r != 0 && r != -ECANCELED)
+			d->disk->unsafe = true;
+		if (r == 0)
+			r = measure_layer(take, d, err);
+		if (r != 0)
+			return err_prefix(err, "disk %s: layer", d->disk->name);
+	}
+	return 0;
+}
+
+void take_settle_disks(struct take *take)
+{
+	for (unsigned i = 0; i < take->disk_count; i++) {
+		struct take_disk *d = &take->disks[i];
+		if (!d->overlay)
+			continue;
+		struct err err = ERR_INIT;
+		d->disk->unsealed = d->overlay;
+		d->overlay = NULL;
+		/* If it was cancelled because a request hangs, the next checkpoint waits for that one. */
+		if (seal_leftover(d->disk, &take->engine->cancel, &err) != 0 && err.number != ECANCELED)
+			log_error("disk %s: the layer of the failed checkpoint is not durable: %s", d->disk->name,
+				  err.message);
+	}
+}

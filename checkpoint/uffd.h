@@ -1,0 +1,27 @@
+/*
+ * userfaultfd write protection of one mapping. This file and memcow_fault.c are the only ones that know userfaultfd.
+ *
+ * Functions that return int give 0 or -errno. uffd_protect and uffd_release allocate nothing and may be called from any
+ * thread; both retry while the kernel reports that the address space is changing.
+ */
+#ifndef VMCP_CHECKPOINT_UFFD_H
+#define VMCP_CHECKPOINT_UFFD_H
+
+#include <stddef.h>
+
+#include "base/err.h"
+
+/* A non-blocking userfaultfd that reports write-protect faults of memfds, those of the kernel included. Returns it, or
+ * -errno (ERR_HOST and a hint). */
+int uffd_open(struct err *err);
+/* Registers [base, base + bytes) for write-protect faults. ERR_HOST if the mapping's kind cannot be. */
+int uffd_register(int uffd, void *base, size_t bytes, struct err *err);
+/* Drops the registration, and with it all protection; wakes whoever waits. */
+int uffd_unregister(int uffd, void *base, size_t bytes);
+
+/* Write-protects the pages, populated or not (as page table markers). */
+int uffd_protect(int uffd, void *base, size_t bytes);
+/* Takes the protection away and wakes the threads that wait for one of the pages. */
+int uffd_release(int uffd, void *base, size_t bytes);
+
+#endif
