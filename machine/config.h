@@ -1,0 +1,51 @@
+/*
+ * guest.cfg: what machine to build. The keys are those of docs/guest-cfg.md.
+ *
+ * Reading checks everything that can be checked without starting anything: unknown sections and keys, values out of range, files
+ * that are not there. An error names file, line and what to do.
+ */
+#ifndef VMCP_MACHINE_CONFIG_H
+#define VMCP_MACHINE_CONFIG_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/buf.h"
+#include "base/err.h"
+
+#define CONFIG_MAX_DISKS 26
+#define CONFIG_NAME_BYTES 64
+
+enum config_console { CONFIG_CONSOLE_STDIO, CONFIG_CONSOLE_SOCKET };
+
+struct config_disk {
+	char name[CONFIG_NAME_BYTES]; /* of its section: [disk NAME] */
+	char *path;		      /* absolute; the file that is the disk. NULL for a `base` disk until the machine places it */
+	char *base;		      /* absolute; read-only base shared by many VMs, or NULL */
+	bool readonly;
+};
+
+struct machine_config {
+	char name[CONFIG_NAME_BYTES];
+	char *source;  /* absolute path of the file, "" if it came from a checkpoint */
+	uint64_t memory_bytes;
+	unsigned cpus;
+	char *kernel;  /* absolute; NULL only where `need_kernel` was not asked for */
+	char *initrd;  /* absolute, or NULL */
+	char *cmdline; /* "" if none */
+	char *cpu_model;
+	enum config_console console;
+	bool rng;
+	unsigned disk_count;
+	struct config_disk disks[CONFIG_MAX_DISKS];
+};
+
+/* Reads a file. The name defaults to the file's name without its ending. */
+int config_read_file(const char *path, struct machine_config *out, struct err *err);
+/* Reads text that config_to_text made (from a checkpoint's manifest: untrusted). `what` names it in errors. Files are not looked for. */
+int config_read_text(const char *what, const char *text, struct machine_config *out, struct err *err);
+/* Appends the canonical form: every key, absolute paths. */
+int config_to_text(const struct machine_config *config, struct buf *out, struct err *err);
+void config_free(struct machine_config *config); /* leaves zeroes */
+
+#endif

@@ -1,0 +1,56 @@
+/* What the reader of guest.cfg (config.c) and its keys (config_keys.c) share. */
+#ifndef VMCP_MACHINE_CONFIG_INTERNAL_H
+#define VMCP_MACHINE_CONFIG_INTERNAL_H
+
+#include "machine/config.h"
+
+#define CONFIG_MAX_SECTIONS  64
+#define CONFIG_SECTION_BYTES (CONFIG_NAME_BYTES + 16)
+
+enum config_section {
+	CONFIG_SECTION_NONE,
+	CONFIG_SECTION_VM,
+	CONFIG_SECTION_DISK,
+	CONFIG_SECTION_NET,
+	CONFIG_SECTION_CHECKPOINT,
+};
+
+struct config_reading {
+	struct machine_config *config;
+	const char *what;   /* the file's name, for errors */
+	const char *folder; /* relative paths are relative to it; NULL: paths must be absolute */
+	bool look_for_files;
+	const char *text; /* what is not yet read of the text */
+	bool within_line; /* the part of `text` before it did not end a line */
+	unsigned line;	  /* of the line that is being handled */
+	struct err *err;  /* never NULL; set as soon as reading has failed */
+	/* the section that is being read */
+	enum config_section section;
+	unsigned section_line;
+	struct config_disk *disk;
+	uint64_t seen_keys; /* bit per entry of the section's key table */
+	/* all sections so far, "disk root" */
+	unsigned section_count;
+	char sections[CONFIG_MAX_SECTIONS][CONFIG_SECTION_BYTES];
+	unsigned lines[CONFIG_MAX_SECTIONS];
+	unsigned disk_lines[CONFIG_MAX_DISKS];
+};
+
+typedef int config_set_fn(struct config_reading *reading, void *object, const char *key, const char *value);
+
+struct config_key {
+	const char *name;
+	config_set_fn *set; /* `object` is the machine_config, or the config_disk in a disk's section */
+	bool repeats;
+};
+
+/* The keys of a section's kind. */
+const struct config_key *config_keys(enum config_section section, size_t *count);
+/* "FILE:LINE: KEY: WHY". Returns -EINVAL. */
+int config_fail(struct config_reading *reading, const char *key, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+int config_check_name(struct config_reading *reading, const char *key, const char *value);
+/* UTF-8 without control characters other than the tab. */
+bool config_is_text(const char *text, size_t length);
+
+#endif

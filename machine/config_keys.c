@@ -1,0 +1,414 @@
+/* The keys of guest.cfg: one setter each, and the tables of what each kind of section knows. */
+#include <ctype.h>
+#include <errno.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "base/bytes.h"
+#include "machine/config_internal.h"
+#include "vmm/memory.h"
+#include "vmm/vm.h"
+
+static int parse_size(struct config_reading *r, const char *key, const char *value, uint64_t *out)
+{
+	char *end;
+	uint64_t factor = 1;
+
+	errno = 0;
+	unsigned long long number = strtoull(value, &end, 10);
+	if (!isdigit((unsigned char)value[0]) || errno)
+		goto bad;
+	switch (toupper((unsigned char)*end)) {
+	case 'T':
+		factor <<= 10;
+		/* fall through */
+	case 'G':
+		factor <<= 10;
+		/* fall through */
+	case 'M':
+		factor <<= 10;
+		/* fall through */
+	case 'K':
+		factor <<= 10;
+		end++;
+		break;
+	}
+	if (*end || mul_overflows(number, factor, out))
+		goto bad;
+	return 0;
+bad:
+	config_fail(r, key, "'%s' is no size", value);
+	return err_hint(r->err, "write a number with K, M, G or T, for example 512M");
+}
+
+static int set_memory(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	struct machine_config *config = object;
+	int rc = parse_size(r, key, value, &config->memory_bytes);
+
+	if (rc)
+		return rc;
+	if (config->memory_bytes < MEM_MIN_BYTES || config->memory_bytes > MEM_MAX_BYTES ||
+	    config->memory_bytes % (2u << 20)) {
+		config_fail(r, key, "%s is not possible", value);
+		return err_hint(r->err, "a multiple of 2M from %lluM to %lluG", MEM_MIN_BYTES >> 20,
+				MEM_MAX_BYTES >> 30);
+	}
+	return 0;
+}
+
+static int set_cpus(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	struct machine_config *config = object;
+	char *end;
+	unsigned long cpus = strtoul(value, &end, 10);
+
+	if (!isdigit((unsigned char)value[0]) || *end || cpus < 1 || cpus > VM_MAX_CPUS) {
+		config_fail(r, key, "'%s' is no number of CPUs", value);
+		return err_hint(r->err, "a number from 1 to %d", VM_MAX_CPUS);
+	}
+	config->cpus = (unsigned)cpus;
+	return 0;
+}
+
+static int parse_bool(struct config_reading *r, const char *key, const char *value, bool *out)
+{
+	*out = !strcmp(value, "yes");
+	if (*out || !strcmp(value, "no"))
+		return 0;
+	config_fail(r, key, "'%s' is neither yes nor no", value);
+	return err_hint(r->err, "write %s = yes or %s = no", key, key);
+}
+
+int config_check_name(struct config_reading *r, const char *key, const char *value)
+{
+	size_t length = strlen(value);
+	bool good = length > 0 && length < CONFIG_NAME_BYTES && isalnum((unsigned char)value[0]);
+
+	for (size_t i = 0; good && i < length; i++)
+		good = isalnum((unsigned char)value[i]) || strchr("._-", value[i]);
+	if (good)
+		return 0;
+	config_fail(r, key, "'%s' is no name", value);
+	return err_hint(r->err, "letters, digits, '.', '_' and '-', at most %d, a letter or digit first",
+			CONFIG_NAME_BYTES - 1);
+}
+
+static int set_name(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	struct machine_config *config = object;
+	int rc = config_check_name(r, key, value);
+
+	if (!rc)
+		snprintf(config->name, sizeof(config->name), "%s", value);
+	return rc;
+}
+
+static int set_text(struct config_reading *r, void *object, const char *key, const char *value, size_t offset)
+{
+	char **field = (char **)(void *)((char *)object + offset);
+
+	(void)r;
+	(void)key;
+	free(*field);
+	*field = xstrdup(value);
+	return 0;
+}
+
+static int set_cmdline(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	return set_text(r, object, key, value, offsetof(struct machine_config, cmdline));
+}
+
+static int set_cpu_model(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	if (strcmp(value, "host")) {
+		config_fail(r, key, "'%s' is not supported yet", value);
+		return err_hint(r->err, "this version knows cpu_model = host");
+	}
+	return set_text(r, object, key, value, offsetof(struct machine_config, cpu_model));
+}
+
+static int check_file(struct config_reading *r, const char *key, const char *path)
+{
+	struct stat st;
+
+	if (stat(path, &st)) {
+		err_sys(r->err, errno, "%s:%u: %s: %s", r->what, r->line, key, path);
+		return err_hint(r->err, "paths are relative to the folder of %s", r->what);
+	}
+	if (S_ISREG(st.st_mode) || S_ISBLK(st.st_mode))
+		return 0;
+	config_fail(r, key, "%s is not a file", path);
+	return err_hint(r->err, "name a regular file or a block device");
+}
+
+static int parse_path(struct config_reading *r, const char *key, const char *value, char **out)
+{
+	CLEANUP_FREE char *path = NULL;
+
+	if (!*value) {
+		config_fail(r, key, "the path is empty");
+		return err_hint(r->err, "write %s = FILE, or leave the key out", key);
+	}
+	if (value[0] != '/' && !r->folder) {
+		config_fail(r, key, "'%s' is not an absolute path", value);
+		return err_hint(r->err, "this text was not written by vmcp");
+	}
+	path = value[0] == '/' ? xstrdup(value) : xasprintf("%s/%s", r->folder, value);
+	if (strlen(path) >= PATH_MAX) {
+		config_fail(r, key, "the path is longer than %d bytes", PATH_MAX - 1);
+		return err_hint(r->err, "move the file to a shorter path");
+	}
+	/* A folder's name can hold what no line can; checkpoints keep these texts as lines of UTF-8. */
+	if (!config_is_text(path, strlen(path))) {
+		config_fail(r, key, "the path of the folder holds control characters or is no UTF-8: %s", path);
+		return err_hint(r->err, "rename the folder");
+	}
+	if (r->look_for_files) {
+		int rc = check_file(r, key, path);
+
+		if (rc)
+			return rc;
+	}
+	free(*out);
+	*out = path;
+	path = NULL;
+	return 0;
+}
+
+static int set_kernel(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	return parse_path(r, key, value, &((struct machine_config *)object)->kernel);
+}
+
+static int set_initrd(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	return parse_path(r, key, value, &((struct machine_config *)object)->initrd);
+}
+
+static int set_backing(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	(void)object;
+	if (!strcmp(value, "small"))
+		return 0;
+	if (!strcmp(value, "thp") || !strcmp(value, "hugetlb")) {
+		config_fail(r, key, "'%s' is not supported yet", value);
+		return err_hint(r->err, "this version knows memory_backing = small");
+	}
+	config_fail(r, key, "'%s' is no memory backing", value);
+	return err_hint(r->err, "small, thp or hugetlb");
+}
+
+static int set_console(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	struct machine_config *config = object;
+
+	if (!strcmp(value, "stdio"))
+		config->console = CONFIG_CONSOLE_STDIO;
+	else if (!strcmp(value, "socket"))
+		config->console = CONFIG_CONSOLE_SOCKET;
+	else {
+		config_fail(r, key, "'%s' is no console", value);
+		return err_hint(r->err, "stdio or socket");
+	}
+	return 0;
+}
+
+static int set_rng(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	return parse_bool(r, key, value, &((struct machine_config *)object)->rng);
+}
+
+static int set_balloon(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	bool wanted;
+	int rc = parse_bool(r, key, value, &wanted);
+
+	(void)object;
+	if (rc || !wanted)
+		return rc;
+	config_fail(r, key, "a balloon is not supported yet");
+	return err_hint(r->err, "leave the key out, or write balloon = no");
+}
+
+static int set_vsock(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	char *end;
+	unsigned long cid = strtoul(value, &end, 10);
+
+	(void)object;
+	if (!isdigit((unsigned char)value[0]) || *end || cid < 3 || cid > UINT32_MAX - 1) {
+		config_fail(r, key, "'%s' is no vsock number of a guest", value);
+		return err_hint(r->err, "a number from 3 to 4294967294");
+	}
+	config_fail(r, key, "vsock is not supported yet");
+	return err_hint(r->err, "leave the key out");
+}
+
+/* Without links in it: a checkpoint puts a new file in the place of the image, not of a link to it. */
+static int parse_image(struct config_reading *r, const char *key, const char *value, char **out)
+{
+	int rc = parse_path(r, key, value, out);
+
+	if (rc || !r->look_for_files)
+		return rc;
+	char *real = realpath(*out, NULL);
+	if (!real)
+		return err_sys(r->err, errno, "%s:%u: %s: %s", r->what, r->line, key, *out);
+	free(*out);
+	*out = real;
+	if (config_is_text(real, strlen(real)))
+		return 0;
+	config_fail(r, key, "the path of the folder holds control characters or is no UTF-8: %s", real);
+	return err_hint(r->err, "rename the folder");
+}
+
+static int set_disk_path(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	return parse_image(r, key, value, &((struct config_disk *)object)->path);
+}
+
+static int set_disk_base(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	return parse_image(r, key, value, &((struct config_disk *)object)->base);
+}
+
+static int set_disk_readonly(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	return parse_bool(r, key, value, &((struct config_disk *)object)->readonly);
+}
+
+static int set_net_mode(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	static const char *const modes[] = {"user", "tap", "bridge", "libvirt"};
+
+	(void)object;
+	if (!strcmp(value, "none"))
+		return 0;
+	for (size_t i = 0; i < ARRAY_LENGTH(modes); i++)
+		if (!strcmp(value, modes[i])) {
+			config_fail(r, key, "networks are not supported yet");
+			return err_hint(r->err, "write mode = none, or leave the section out");
+		}
+	config_fail(r, key, "'%s' is no network mode", value);
+	return err_hint(r->err, "user, tap, bridge, libvirt or none");
+}
+
+static int set_net_mac(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	bool good = strlen(value) == 17 && strspn(value, "0:") < 17;
+
+	(void)object;
+	for (int i = 0; good && i < 17; i++)
+		good = i % 3 == 2 ? value[i] == ':' : isxdigit((unsigned char)value[i]) != 0;
+	/* The lowest bit of the first byte marks a group's address. */
+	if (good && strchr("02468aceACE", value[1]))
+		return 0;
+	config_fail(r, key, "'%s' is no MAC address of a network card", value);
+	return err_hint(r->err, "six bytes in hexadecimal, the first one even, for example 52:54:00:12:34:56");
+}
+
+static bool skip_port(const char **at)
+{
+	unsigned long port = 0;
+	const char *start = *at;
+
+	for (; isdigit((unsigned char)**at) && *at - start < 5; (*at)++)
+		port = port * 10 + (unsigned long)(**at - '0');
+	return port > 0 && port < 65536;
+}
+
+static int set_net_forward(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	const char *at = value + 4;
+
+	(void)object;
+	if ((!strncmp(value, "tcp:", 4) || !strncmp(value, "udp:", 4)) && skip_port(&at) && *at++ == ':' &&
+	    skip_port(&at) && !*at)
+		return 0;
+	config_fail(r, key, "'%s' is no port to forward", value);
+	return err_hint(r->err, "PROTOCOL:HOST_PORT:GUEST_PORT, for example tcp:8080:80");
+}
+
+static int set_net_interface(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	(void)object;
+	if (*value && strlen(value) < 16 && !strpbrk(value, "/ \t"))
+		return 0;
+	config_fail(r, key, "'%s' is no interface name", value);
+	return err_hint(r->err, "at most 15 characters, no space and no '/'");
+}
+
+static int set_every(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	char *end;
+	unsigned long number = strtoul(value, &end, 10);
+
+	(void)object;
+	if (!isdigit((unsigned char)value[0]) ||
+	    (strcmp(end, "ms") && strcmp(end, "s") && strcmp(end, "m") && strcmp(end, "h") && *end)) {
+		config_fail(r, key, "'%s' is no time", value);
+		return err_hint(r->err, "a number with ms, s, m or h, for example 30s; 0 means never");
+	}
+	if (number == 0)
+		return 0;
+	config_fail(r, key, "periodic checkpoints are not supported yet");
+	return err_hint(r->err, "leave the key out, and call `vmcp checkpoint --live` from a timer");
+}
+
+static int set_keep(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	char *end;
+	unsigned long number = strtoul(value, &end, 10);
+
+	(void)object;
+	if (isdigit((unsigned char)value[0]) && !*end && number >= 1 && number <= 1000000)
+		return 0;
+	config_fail(r, key, "'%s' is no number of checkpoints", value);
+	return err_hint(r->err, "a number from 1 to 1000000");
+}
+
+static const struct config_key vm_keys[] = {
+	{.name = "name", .set = set_name},	     {.name = "memory", .set = set_memory},
+	{.name = "cpus", .set = set_cpus},	     {.name = "kernel", .set = set_kernel},
+	{.name = "initrd", .set = set_initrd},	     {.name = "cmdline", .set = set_cmdline},
+	{.name = "cpu_model", .set = set_cpu_model}, {.name = "memory_backing", .set = set_backing},
+	{.name = "console", .set = set_console},     {.name = "rng", .set = set_rng},
+	{.name = "balloon", .set = set_balloon},     {.name = "vsock_cid", .set = set_vsock},
+};
+static const struct config_key disk_keys[] = {
+	{.name = "path", .set = set_disk_path},
+	{.name = "base", .set = set_disk_base},
+	{.name = "readonly", .set = set_disk_readonly},
+};
+static const struct config_key net_keys[] = {
+	{.name = "mode", .set = set_net_mode},
+	{.name = "mac", .set = set_net_mac},
+	{.name = "forward", .set = set_net_forward, .repeats = true},
+	{.name = "tap", .set = set_net_interface},
+	{.name = "bridge", .set = set_net_interface},
+};
+static const struct config_key checkpoint_keys[] = {
+	{.name = "every", .set = set_every},
+	{.name = "keep", .set = set_keep},
+};
+
+const struct config_key *config_keys(enum config_section section, size_t *count)
+{
+	static const struct {
+		const struct config_key *keys;
+		size_t count;
+	} tables[] = {
+		[CONFIG_SECTION_VM] = {vm_keys, ARRAY_LENGTH(vm_keys)},
+		[CONFIG_SECTION_DISK] = {disk_keys, ARRAY_LENGTH(disk_keys)},
+		[CONFIG_SECTION_NET] = {net_keys, ARRAY_LENGTH(net_keys)},
+		[CONFIG_SECTION_CHECKPOINT] = {checkpoint_keys, ARRAY_LENGTH(checkpoint_keys)},
+	};
+
+	*count = tables[section].count;
+	return tables[section].keys;
+}

@@ -1,0 +1,53 @@
+/*
+ * The machine: lays out and builds a VM with its devices from a configuration. The only folder that names concrete devices.
+ *
+ * machine_create builds everything and loads either the kernel or a checkpoint; the VM stands still until machine_resume. The I/O thread runs from
+ * machine_create to machine_destroy.
+ *
+ * Threads: any, except that machine_create and machine_destroy are called once, by one thread, with no other call under way. Calls that stop or start the VM
+ * (pause, resume, checkpoint's pause, revert) take turns through a lock of the machine.
+ */
+#ifndef VMCP_MACHINE_MACHINE_H
+#define VMCP_MACHINE_MACHINE_H
+
+#include <stdbool.h>
+
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/store/store.h"
+#include "machine/config.h"
+#include "machine/console.h"
+
+struct machine;
+
+struct machine_options {
+	struct machine_config *config; /* base disks get their `path` here; must outlive the machine */
+	struct store *store;
+	const char *uuid;
+	const char *from;	       /* checkpoint to start from, NULL: boot */
+	struct console *console;
+	/* As vm_config.stopped: from a vCPU thread, must not block. */
+	void (*stopped)(void *opaque, enum vm_stop_reason reason, const struct err *err);
+	void *opaque;
+};
+
+int machine_create(const struct machine_options *options, struct machine **out, struct err *err);
+/* Stops the VM, cancels a checkpoint under way, writes back and closes the disks. The error, if any, is of the disks: the machine is gone in any case. */
+int machine_destroy(struct machine *machine, struct err *err);
+
+/* Lets the VM run. -EALREADY, ERR_STATE if it runs. After a revert that failed half way both fail with its error. */
+int machine_resume(struct machine *machine, struct err *err);
+int machine_pause(struct machine *machine, struct err *err);
+bool machine_is_paused(struct machine *machine);
+/* Presses the ACPI power button. A paused machine: ERR_STATE. */
+int machine_power_button(struct machine *machine, struct err *err);
+/* CLOCK_MONOTONIC of the first instruction; waits for it up to a second; 0 if it did not come. */
+uint64_t machine_first_entry_ns(struct machine *machine);
+
+/* ckpt_take and ckpt_wait, with turns taken only up to the capture of a live checkpoint. -EBUSY, ERR_STATE while another
+ * one is under way. */
+int machine_checkpoint(struct machine *machine, const struct ckpt_request *request, struct ckpt_result *result, struct err *err);
+int machine_revert(struct machine *machine, const char *id, struct ckpt_revert_result *result, struct err *err);
+struct ckpt_engine *machine_engine(struct machine *machine);
+struct vm *machine_vm(struct machine *machine);
+
+#endif
