@@ -1,0 +1,25 @@
+/* The client's side of the control socket. A client is used by one thread. */
+#ifndef VMCP_CONTROL_CLIENT_H
+#define VMCP_CONTROL_CLIENT_H
+
+#include <jansson.h>
+
+#include "base/err.h"
+#include "checkpoint/store/store.h"
+
+struct control_client;
+
+/* Connects to the process that runs VM `name`. It does not run: ERR_STATE (known) or ERR_NOT_FOUND, with a hint. */
+int control_connect(struct store *store, const char *name, struct control_client **out, struct err *err);
+void control_close(struct control_client *client);
+
+/* `params` is stolen (NULL: none). *result is a new reference. `progress` (may be NULL) sees every progress notification. */
+typedef void control_progress_fn(void *opaque, const json_t *params);
+int control_call(struct control_client *client, const char *method, json_t *params, control_progress_fn *progress,
+		 void *opaque, json_t **result, struct err *err);
+
+/* Attaches to the console: after the response the socket carries raw bytes both ways. Returns the descriptor (the client keeps it) or -errno. Bytes that already came
+ * are handed out in *early (to be freed by buf_free). */
+int control_attach_console(struct control_client *client, size_t scrollback_bytes, struct buf *early, struct err *err);
+
+#endif

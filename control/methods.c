@@ -1,0 +1,313 @@
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/buf.h"
+#include "base/bytes.h"
+#include "base/log.h"
+#include "control/protocol.h"
+#include "control/server.h"
+
+/* --- parameters and results --- */
+
+static int get_text(const json_t *params, const char *key, bool needed, const char **out, struct err *err)
+{
+	const json_t *value = json_object_get(params, key);
+
+	*out = NULL;
+	if (!value || json_is_null(value))
+		return needed ? err_set(err, ERR_USAGE, EINVAL, "control message: parameter `%s` is missing", key) : 0;
+	*out = json_string_value(value);
+	return *out ? 0 : err_set(err, ERR_USAGE, EINVAL, "control message: parameter `%s` is no string", key);
+}
+
+static int get_bool(const json_t *params, const char *key, bool *out, struct err *err)
+{
+	const json_t *value = json_object_get(params, key);
+
+	*out = json_is_true(value);
+	if (!value || json_is_boolean(value))
+		return 0;
+	return err_set(err, ERR_USAGE, EINVAL, "control message: parameter `%s` is neither true nor false", key);
+}
+
+static json_int_t number(uint64_t value) { return (json_int_t)value; }
+
+static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
+
+static json_t *result_to_json(const char *vm, const struct ckpt_request *request, const struct ckpt_result *r)
+{
+	json_t *disks = json_array();
+
+	for (uint32_t i = 0; i < r->disk_count; i++)
+		json_array_append_new(disks, json_pack("{s:s, s:s, s:I, s:I}", "name", r->disks[i].name, "layer",
+						       r->disks[i].layer, "inflight_writes",
+						       number(r->disks[i].inflight_writes), "inflight_reads",
+						       number(r->disks[i].inflight_reads)));
+	json_t *pause = json_pack("{s:I, s:I, s:I, s:I, s:I}", "quiesce_ns", number(r->quiesce_ns), "state_ns",
+				  number(r->state_ns), "disks_ns", number(r->disks_ns), "memory_ns",
+				  number(r->memory_ns), "resume_ns", number(r->resume_ns));
+	json_t *memory =
+		json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "total_pages", number(r->total_pages),
+			  "saved_pages", number(r->saved_pages), "zero_pages", number(r->zero_pages), "parent_pages",
+			  number(r->parent_pages), "cow_faults", number(r->cow_faults), "cow_fault_p50_ns",
+			  number(r->cow_fault_p50_ns), "cow_fault_p99_ns", number(r->cow_fault_p99_ns),
+			  "cow_fault_max_ns", number(r->cow_fault_max_ns), "written_bytes", number(r->written_bytes),
+			  "armed_again_pages", number(r->armed_again_pages));
+	return json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:s, s:I, s:o, s:o, s:o, s:I, s:o}", "id", r->id, "vm",
+			 vm, "parent", text_or_null(r->parent), "tag", text_or_null(request->tag), "message",
+			 text_or_null(request->message), "created", control_time_to_json(r->created_wall_ns), "live",
+			 r->live, "durability", r->durable ? "durable" : "captured", "pause_ns", number(r->pause_ns),
+			 "pause", pause, "memory", memory, "disks", disks, "captured_ns", number(r->captured_ns),
+			 "durable_ns", r->durable ? json_integer(number(r->durable_ns)) : json_null());
+}
+
+/* --- methods; each holds machine_lock for reading, and target->machine is there unless the table says otherwise --- */
+
+static int vm_info(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	struct machine *machine = x->target->machine;
+	char at[STORE_ID_BYTES];
+
+	(void)params;
+	(void)err;
+	ckpt_position(machine_engine(machine), at);
+	*result = json_pack("{s:s, s:s, s:i, s:i, s:o}", "name", x->target->name, "state",
+			    machine_is_paused(machine) ? "paused" : "running", "pid", (int)getpid(), "cpus",
+			    (int)vm_cpus(machine_vm(machine)), "at", text_or_null(at));
+	return 0;
+}
+
+static int change_state(struct control_exchange *x, int (*change)(struct machine *machine, struct err *err),
+			const char *state, json_t **result, struct err *err)
+{
+	struct control_target *target = x->target;
+
+	pthread_mutex_lock(&target->record_lock);
+	int rc = change(target->machine, err);
+	if (!rc)
+		rc = store_vm_set_state(target->store, target->name, state, err);
+	pthread_mutex_unlock(&target->record_lock);
+	*result = rc ? NULL : json_object();
+	return rc;
+}
+
+static int vm_pause(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	(void)params;
+	return change_state(x, machine_pause, "paused", result, err);
+}
+
+static int vm_resume_method(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	(void)params;
+	return change_state(x, machine_resume, "running", result, err);
+}
+
+static int vm_power_button(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	int rc = machine_power_button(x->target->machine, err);
+
+	(void)params;
+	*result = rc ? NULL : json_object();
+	return rc;
+}
+
+static int vm_kill(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	(void)params;
+	(void)err;
+	x->target->kill(x->target->opaque);
+	*result = json_object();
+	return 0;
+}
+
+/* What a thread needs that tells the client of the progress while the connection's own thread works. */
+struct reporter {
+	struct control_exchange *x;
+	pthread_t thread;
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	bool stop;
+};
+
+static void send_progress(struct control_exchange *x)
+{
+	struct ckpt_progress progress;
+
+	ckpt_progress(machine_engine(x->target->machine), &progress);
+	if (!progress.active)
+		return;
+	json_t *note = json_pack("{s:s, s:s, s:{s:s, s:s, s:I, s:I}}", "jsonrpc", "2.0", "method", "progress", "params",
+				 "id", progress.id, "phase", progress.phase ? progress.phase : "", "done_pages",
+				 number(progress.done_pages), "total_pages", number(progress.total_pages));
+	/* A client that went away does not end its checkpoint. What was sent in part leaves no line to go on with. */
+	if (control_send(x->fd, note, NULL))
+		shutdown(x->fd, SHUT_RDWR);
+	json_decref(note);
+}
+
+static void *reporter_main(void *opaque)
+{
+	struct reporter *reporter = opaque;
+	struct timespec until;
+
+	pthread_mutex_lock(&reporter->lock);
+	while (!reporter->stop) {
+		clock_gettime(CLOCK_REALTIME, &until);
+		until.tv_nsec += 200000000;
+		until.tv_sec += until.tv_nsec / 1000000000;
+		until.tv_nsec %= 1000000000;
+		if (pthread_cond_timedwait(&reporter->changed, &reporter->lock, &until) == ETIMEDOUT && !reporter->stop)
+			send_progress(reporter->x);
+	}
+	pthread_mutex_unlock(&reporter->lock);
+	return NULL;
+}
+
+static int checkpoint_take(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	struct ckpt_request request = {0};
+	struct reporter reporter = {.x = x, .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
+	struct ckpt_result taken;
+	const char *wait;
+	int rc;
+
+	rc = get_bool(params, "live", &request.live, err);
+	if (!rc)
+		rc = get_text(params, "tag", false, &request.tag, err);
+	if (!rc)
+		rc = get_text(params, "message", false, &request.message, err);
+	if (!rc)
+		rc = get_text(params, "wait", false, &wait, err);
+	if (rc)
+		return rc;
+	if (wait && strcmp(wait, "captured") && strcmp(wait, "durable"))
+		return err_set(err, ERR_USAGE, EINVAL, "control message: `wait` is '%s', neither captured nor durable",
+			       wait);
+	if (request.tag) {
+		rc = store_check_name("tag", request.tag, err);
+		if (rc)
+			return rc;
+	}
+	request.wait = wait && !strcmp(wait, "captured") ? CKPT_WAIT_CAPTURED : CKPT_WAIT_DURABLE;
+	bool reports = pthread_create(&reporter.thread, NULL, reporter_main, &reporter) == 0;
+	rc = machine_checkpoint(x->target->machine, &request, &taken, err);
+	if (reports) {
+		pthread_mutex_lock(&reporter.lock);
+		reporter.stop = true;
+		pthread_cond_signal(&reporter.changed);
+		pthread_mutex_unlock(&reporter.lock);
+		pthread_join(reporter.thread, NULL);
+	}
+	if (!rc)
+		*result = result_to_json(x->target->name, &request, &taken);
+	return rc;
+}
+
+static int checkpoint_cancel(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	(void)params;
+	if (!ckpt_cancel(machine_engine(x->target->machine)))
+		return err_set(err, ERR_STATE, ENOENT, "%s: no checkpoint is under way", x->target->name);
+	*result = json_object();
+	return 0;
+}
+
+static int revert(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	struct ckpt_revert_result reverted;
+	const char *id;
+	int rc = get_text(params, "id", true, &id, err);
+
+	if (!rc)
+		rc = machine_revert(x->target->machine, id, &reverted, err);
+	if (!rc)
+		*result = json_pack("{s:s, s:s, s:s, s:I, s:I}", "vm", x->target->name, "checkpoint", reverted.id,
+				    "mode", "in-place", "restored_pages", number(reverted.restored_pages), "revert_ns",
+				    number(reverted.revert_ns));
+	return rc;
+}
+
+static int stats(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	struct vm_counters c;
+
+	(void)params;
+	(void)err;
+	vm_get_counters(machine_vm(x->target->machine), &c);
+	*result = json_pack("{s:s, s:I, s:I, s:I, s:I, s:I}", "vm", x->target->name, "exits", number(c.exits),
+			    "io_exits", number(c.io_exits), "mmio_exits", number(c.mmio_exits), "halts",
+			    number(c.halts), "signals", number(c.signals));
+	return 0;
+}
+
+static int console_attach_method(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	const json_t *wanted = json_object_get(params, "scrollback_bytes");
+	json_int_t scrollback = json_integer_value(wanted);
+
+	(void)result;
+	if (wanted && (!json_is_integer(wanted) || scrollback < 0))
+		return err_set(err, ERR_USAGE, EINVAL, "control message: parameter `scrollback_bytes` is no count");
+	int fd = fcntl(x->fd, F_DUPFD_CLOEXEC, 0);
+	if (fd < 0)
+		return err_sys(err, errno, "console");
+	struct console_watcher watcher = {
+		.in_fd = fd, .out_fd = fd, .owned = true, .escape = -1, .scrollback_bytes = (size_t)scrollback};
+	/* The response first: from the attachment on the socket carries the console's bytes. */
+	json_t *response = json_pack("{s:s, s:O, s:{}}", "jsonrpc", "2.0", "id", x->id, "result");
+	int rc = control_send(x->fd, response, err);
+	json_decref(response);
+	if (rc) {
+		close(fd);
+		return rc;
+	}
+	x->console_taken = true;
+	rc = console_attach(x->target->console, &watcher, err);
+	if (rc) {
+		dprintf(fd, "vmcp: %s\r\n", err ? err->message : "no room for another watcher");
+		close(fd);
+	}
+	return rc;
+}
+
+static const struct method {
+	const char *name;
+	int (*run)(struct control_exchange *x, const json_t *params, json_t **result, struct err *err);
+	bool without_machine; /* works while there is none: the guest resets, or the process ends */
+} methods[] = {
+	{"vm.info", vm_info, false},
+	{"vm.pause", vm_pause, false},
+	{"vm.resume", vm_resume_method, false},
+	{"vm.power-button", vm_power_button, false},
+	{"vm.kill", vm_kill, true},
+	{"vm.stats", stats, false},
+	{"vm.revert", revert, false},
+	{"checkpoint.take", checkpoint_take, false},
+	{"checkpoint.cancel", checkpoint_cancel, false},
+	{"console.attach", console_attach_method, true},
+};
+
+int control_dispatch(struct control_exchange *x, const char *method, const json_t *params, json_t **result,
+		     struct err *err)
+{
+	for (size_t i = 0; i < ARRAY_LENGTH(methods); i++) {
+		if (strcmp(methods[i].name, method))
+			continue;
+		pthread_rwlock_rdlock(&x->target->machine_lock);
+		bool usable = x->target->machine && !atomic_load(&x->target->ending);
+		int rc = usable || methods[i].without_machine
+				 ? methods[i].run(x, params, result, err)
+				 : err_set(err, ERR_STATE, EAGAIN, "%s: the machine is starting or ending",
+					   x->target->name);
+		pthread_rwlock_unlock(&x->target->machine_lock);
+		return rc;
+	}
+	return err_set(err, ERR_USAGE, ENOSYS, "control message: unknown method '%s'", method);
+}

@@ -1,0 +1,624 @@
+#include "control/process.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/random.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/buf.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "control/server.h"
+
+#define ESCAPE_BYTE 0x1d /* Ctrl-] */
+
+#define END_POLL_NS 10000000
+
+/* Why a guest stopped is asked of its machine: by the time the main thread comes to it, a revert may have undone it. */
+enum event { EVENT_NONE, EVENT_STOPPED, EVENT_KILL };
+
+struct process {
+	const struct process_options *options;
+	struct store *store;
+	struct store_vm_lock *name_lock;
+	int dir; /* of the VM in the store */
+	struct machine_config config;
+	struct store_vm record;
+	char from[STORE_ID_BYTES]; /* "" when booting */
+	struct console *console;
+	struct control_server *server;
+	struct control_target target;
+	pthread_t signal_thread;
+	bool signal_thread_runs, terminal_raw;
+	struct termios terminal;
+	/* what the main thread waits for */
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	enum event event; /* under lock; a kill stays */
+};
+
+static void post_event(struct process *process, enum event event)
+{
+	pthread_mutex_lock(&process->lock);
+	if (process->event != EVENT_KILL)
+		process->event = event;
+	pthread_cond_broadcast(&process->changed);
+	pthread_mutex_unlock(&process->lock);
+}
+
+static void guest_stopped(void *opaque, enum vm_stop_reason reason, const struct err *err)
+{
+	(void)reason;
+	(void)err;
+	post_event(opaque, EVENT_STOPPED);
+}
+
+static void killed(void *opaque) { post_event(opaque, EVENT_KILL); }
+
+static enum event wait_event(struct process *process)
+{
+	pthread_mutex_lock(&process->lock);
+	while (process->event == EVENT_NONE)
+		pthread_cond_wait(&process->changed, &process->lock);
+	enum event event = process->event;
+	if (event != EVENT_KILL)
+		process->event = EVENT_NONE;
+	pthread_mutex_unlock(&process->lock);
+	return event;
+}
+
+static bool is_killed(struct process *process)
+{
+	pthread_mutex_lock(&process->lock);
+	bool is = process->event == EVENT_KILL;
+	pthread_mutex_unlock(&process->lock);
+	return is;
+}
+
+/* --- the terminal and signals --- */
+
+static void restore_terminal(struct process *process)
+{
+	if (process->terminal_raw)
+		tcsetattr(STDIN_FILENO, TCSADRAIN, &process->terminal);
+	process->terminal_raw = false;
+}
+
+static void set_terminal_raw(struct process *process)
+{
+	struct termios raw;
+
+	if (!isatty(STDIN_FILENO) || tcgetattr(STDIN_FILENO, &process->terminal))
+		return;
+	raw = process->terminal;
+	cfmakeraw(&raw);
+	raw.c_oflag = process->terminal.c_oflag; /* what vmcp itself says still gets its carriage returns */
+	process->terminal_raw = tcsetattr(STDIN_FILENO, TCSADRAIN, &raw) == 0;
+}
+
+/* SIGTERM, SIGINT and SIGHUP end the VM as `kill` does: disks are written back and closed, the record is kept right. */
+static void exit_signals(sigset_t *set)
+{
+	sigemptyset(set);
+	sigaddset(set, SIGTERM);
+	sigaddset(set, SIGINT);
+	sigaddset(set, SIGHUP);
+}
+
+static void *signal_main(void *opaque)
+{
+	struct process *process = opaque;
+	sigset_t set;
+	int number;
+
+	exit_signals(&set);
+	if (sigwait(&set, &number) == 0)
+		post_event(process, EVENT_KILL);
+	return NULL;
+}
+
+static int start_signals(struct process *process, struct err *err)
+{
+	sigset_t set;
+
+	signal(SIGPIPE, SIG_IGN);
+	exit_signals(&set);
+	pthread_sigmask(SIG_BLOCK, &set, NULL);
+	int rc = pthread_create(&process->signal_thread, NULL, signal_main, process);
+	if (rc)
+		return err_sys(err, rc, "signal thread");
+	process->signal_thread_runs = true;
+	return 0;
+}
+
+/* --- what to run --- */
+
+static int find_config(struct process *process, struct err *err)
+{
+	const struct process_options *options = process->options;
+	struct store_checkpoint checkpoint;
+	char what[STORE_ID_BYTES + 16];
+	int rc;
+
+	if (!options->from)
+		return config_read_file(options->config_path, &process->config, err);
+	rc = store_resolve(process->store, options->from, process->from, err);
+	if (!rc)
+		rc = store_checkpoint_get(process->store, process->from, &checkpoint, err);
+	if (rc)
+		return rc;
+	snprintf(what, sizeof(what), "checkpoint %.8s", process->from);
+	rc = config_read_text(what, checkpoint.config_text, &process->config, err);
+	bool other = options->name && strcmp(options->name, checkpoint.vm);
+	store_checkpoint_free(&checkpoint);
+	if (rc || !other)
+		return rc;
+	/* Another VM than the one that was saved: its disks are its own, in the store. */
+	for (unsigned i = 0; i < process->config.disk_count; i++) {
+		struct config_disk *disk = &process->config.disks[i];
+
+		if (disk->readonly)
+			continue;
+		free(disk->path);
+		disk->path = xasprintf("%s/vms/%s/%s.qcow2", store_path(process->store), options->name, disk->name);
+		free(disk->base);
+		disk->base = NULL;
+	}
+	return 0;
+}
+
+static void new_uuid(char out[37])
+{
+	uint8_t b[16];
+
+	if (getrandom(b, sizeof(b), 0) != (ssize_t)sizeof(b))
+		abort(); /* the kernel does not fail for 16 bytes */
+	b[6] = (uint8_t)((b[6] & 0x0f) | 0x40);
+	b[8] = (uint8_t)((b[8] & 0x3f) | 0x80);
+	snprintf(out, 37, "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2], b[3], b[4], b[5], b[6],
+		 b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
+}
+
+/* A VM that is known keeps its uuid. */
+static void choose_uuid(struct process *process)
+{
+	struct store_vm known;
+
+	new_uuid(process->record.uuid);
+	if (store_vm_get(process->store, process->config.name, &known, NULL))
+		return;
+	snprintf(process->record.uuid, sizeof(process->record.uuid), "%s", known.uuid);
+	store_vm_free(&known);
+}
+
+/* Enters the VM, which is about to run, into the catalogue. */
+static int write_record(struct process *process, struct err *err)
+{
+	struct store_vm *vm = &process->record;
+	CLEANUP_BUF struct buf text = BUF_INIT;
+	int rc = config_to_text(&process->config, &text, err);
+
+	if (!rc)
+		rc = buf_append(&text, NULL, 1, err);
+	if (rc)
+		return rc;
+	/* A boot is a new root: its memory comes from no checkpoint. */
+	snprintf(vm->at, sizeof(vm->at), "%s", process->from);
+	snprintf(vm->name, sizeof(vm->name), "%s", process->config.name);
+	snprintf(vm->state, sizeof(vm->state), "running");
+	snprintf(vm->config_path, sizeof(vm->config_path), "%s", process->config.source);
+	vm->pid = (int)getpid();
+	vm->memory_bytes = process->config.memory_bytes;
+	vm->cpus = process->config.cpus;
+	vm->started_wall_ns = clock_wall_ns();
+	vm->config_text = (char *)text.data;
+	rc = store_vm_put(process->store, vm, err);
+	vm->config_text = NULL;
+	return rc;
+}
+
+/* --- life --- */
+
+static void foreground_escape(void *opaque)
+{
+	struct process *process = opaque;
+
+	log_info("console closed by Ctrl-]: the VM is ended (`vmcp run --detach` keeps it without a terminal)");
+	post_event(process, EVENT_KILL);
+}
+
+static int attach_terminal(struct process *process, struct err *err)
+{
+	struct console_watcher watcher = {
+		.in_fd = STDIN_FILENO, .out_fd = STDOUT_FILENO, .escape = -1, .escaped = foreground_escape, .opaque = process};
+
+	if (process->options->detach || process->config.console != CONFIG_CONSOLE_STDIO)
+		return 0;
+	set_terminal_raw(process);
+	if (process->terminal_raw)
+		watcher.escape = ESCAPE_BYTE;
+	return console_attach(process->console, &watcher, err);
+}
+
+/* A detached VM's console goes to vms/NAME/console.log; the file of the run before is kept as console.log.1. */
+static int attach_console_log(struct process *process, struct err *err)
+{
+	if (!process->options->detach)
+		return 0;
+	renameat(process->dir, "console.log", process->dir, "console.log.1");
+	int fd = openat(process->dir, "console.log", O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+	if (fd < 0)
+		return err_sys(err, errno, "console.log");
+	struct console_watcher watcher = {.in_fd = -1, .out_fd = fd, .owned = true, .escape = -1};
+	return console_attach(process->console, &watcher, err);
+}
+
+static int build_machine(struct process *process, const char *from, struct err *err)
+{
+	struct machine_options options = {
+		.config = &process->config,
+		.store = process->store,
+		.uuid = process->record.uuid,
+		.from = from && *from ? from : NULL,
+		.console = process->console,
+		.stopped = guest_stopped,
+		.opaque = process,
+	};
+	struct machine *machine;
+	int rc = machine_create(&options, &machine, err);
+
+	if (rc)
+		return rc;
+	pthread_rwlock_wrlock(&process->target.machine_lock);
+	process->target.machine = machine;
+	process->target.ending = false;
+	pthread_rwlock_unlock(&process->target.machine_lock);
+	return 0;
+}
+
+/*
+ * Lets no method begin any more (target.ending), waits for those under way, and returns with machine_lock held. What
+ * users were promised is kept: a checkpoint that is being written may become durable. Only a kill cancels it; again and
+ * again, as one that had not begun at the first time has at the next.
+ */
+static void close_machine(struct process *process)
+{
+	const struct timespec moment = {.tv_nsec = END_POLL_NS};
+	struct ckpt_engine *engine = machine_engine(process->target.machine);
+
+	process->target.ending = true;
+	for (;;) {
+		bool kill = is_killed(process);
+
+		if (kill)
+			ckpt_cancel(engine);
+		if (pthread_rwlock_trywrlock(&process->target.machine_lock) == 0) {
+			struct ckpt_progress progress;
+
+			ckpt_progress(engine, &progress);
+			if (kill || !progress.active)
+				return;
+			pthread_rwlock_unlock(&process->target.machine_lock);
+		}
+		nanosleep(&moment, NULL);
+	}
+}
+
+static int drop_machine(struct process *process, struct err *err)
+{
+	struct machine *machine = process->target.machine;
+
+	if (!machine)
+		return 0;
+	close_machine(process);
+	process->target.machine = NULL;
+	pthread_rwlock_unlock(&process->target.machine_lock);
+	return machine_destroy(machine, err);
+}
+
+static int start(struct process *process, struct err *err)
+{
+	int rc = start_signals(process, err);
+
+	if (!rc)
+		rc = console_create(&process->console, err);
+	if (rc)
+		return rc;
+	process->target.console = process->console;
+	choose_uuid(process);
+	rc = build_machine(process, process->from, err);
+	if (!rc)
+		rc = attach_console_log(process, err);
+	/* From here on it is known; a VM that cannot be built leaves what is known of it as it was. */
+	if (!rc)
+		rc = write_record(process, err);
+	if (!rc)
+		rc = control_server_start(process->dir, &process->target, &process->server, err);
+	if (!rc)
+		rc = attach_terminal(process, err);
+	if (!rc)
+		rc = machine_resume(process->target.machine, err);
+	return rc;
+}
+
+static void tell_result(struct process *process, struct process_result *result)
+{
+	uint64_t entry = machine_first_entry_ns(process->target.machine);
+
+	snprintf(result->vm, sizeof(result->vm), "%s", process->config.name);
+	snprintf(result->checkpoint, sizeof(result->checkpoint), "%s", process->from);
+	result->pid = (int)getpid();
+	result->boot_ns = entry > process->options->started_ns ? entry - process->options->started_ns : 0;
+}
+
+/* The guest begins anew, in a machine that stands at no checkpoint. */
+static int reset(struct process *process, struct err *err)
+{
+	log_info("the guest resets");
+	int rc = drop_machine(process, err);
+	if (!rc && process->from[0] && !process->config.kernel)
+		rc = err_set(err, ERR_FAILED, ENOENT, "%s: reset: the configuration names no kernel", process->config.name);
+	if (!rc)
+		rc = store_vm_set_position(process->store, process->config.name, "", err);
+	if (!rc)
+		rc = build_machine(process, NULL, err);
+	return rc ? rc : machine_resume(process->target.machine, err);
+}
+
+/* Asked once no method is under way: a revert may have brought the guest back to life since it stopped. If not, nothing
+ * can any more. */
+static bool is_at_end(struct process *process, enum vm_stop_reason *reason, struct err *error)
+{
+	close_machine(process);
+	bool stopped = vm_has_stopped(machine_vm(process->target.machine), reason, error);
+	process->target.ending = stopped;
+	pthread_rwlock_unlock(&process->target.machine_lock);
+	return stopped;
+}
+
+/* Until the VM ends. */
+static int live(struct process *process, struct err *err)
+{
+	while (wait_event(process) != EVENT_KILL) {
+		struct err error = ERR_INIT;
+		enum vm_stop_reason reason;
+		int rc;
+
+		if (!is_at_end(process, &reason, &error))
+			continue;
+		switch (reason) {
+		case VM_STOP_POWER_OFF:
+			return 0;
+		case VM_STOP_RESET:
+			rc = reset(process, err);
+			if (rc)
+				return rc;
+			break;
+		default:
+			if (err)
+				*err = error;
+			return -(error.number ? error.number : EIO);
+		}
+	}
+	return 0;
+}
+
+static int end(struct process *process, int rc, struct err *err)
+{
+	struct err closing = ERR_INIT;
+
+	/* First, as a method that waits for a checkpoint would hold up the server's end. */
+	int closed = drop_machine(process, &closing);
+	control_server_stop(process->server);
+	console_destroy(process->console);
+	restore_terminal(process);
+	if (process->signal_thread_runs) {
+		pthread_cancel(process->signal_thread);
+		pthread_join(process->signal_thread, NULL);
+	}
+	if (!rc && closed) {
+		rc = closed;
+		if (err)
+			*err = closing;
+	}
+	if (process->record.name[0])
+		store_vm_set_state(process->store, process->record.name, rc ? "crashed" : "stopped", NULL);
+	return rc;
+}
+
+static int prepare(struct process *process, struct err *err)
+{
+	const struct process_options *options = process->options;
+	int rc = store_open(options->store_path, true, &process->store, err);
+
+	if (!rc)
+		rc = find_config(process, err);
+	if (!rc && options->name) {
+		rc = store_check_name("--name", options->name, err);
+		if (!rc)
+			snprintf(process->config.name, sizeof(process->config.name), "%s", options->name);
+	}
+	if (!rc)
+		rc = store_vm_lock(process->store, process->config.name, &process->name_lock, err);
+	if (rc)
+		return rc;
+	process->dir = store_vm_dir(process->store, process->config.name, err);
+	return process->dir < 0 ? process->dir : 0;
+}
+
+static void process_init(struct process *process, const struct process_options *options)
+{
+	*process = (struct process){.options = options, .dir = -1};
+	pthread_mutex_init(&process->lock, NULL);
+	pthread_cond_init(&process->changed, NULL);
+	pthread_rwlock_init(&process->target.machine_lock, NULL);
+	pthread_mutex_init(&process->target.record_lock, NULL);
+}
+
+static void process_free(struct process *process)
+{
+	if (process->dir >= 0)
+		close(process->dir);
+	store_vm_unlock(process->name_lock);
+	config_free(&process->config);
+	store_close(process->store);
+	pthread_mutex_destroy(&process->target.record_lock);
+	pthread_rwlock_destroy(&process->target.machine_lock);
+	pthread_cond_destroy(&process->changed);
+	pthread_mutex_destroy(&process->lock);
+}
+
+/* Called with the result when the guest runs. */
+typedef void running_fn(void *opaque, const struct process_result *result);
+
+static int run_here(const struct process_options *options, running_fn *running, void *opaque, struct process_result *result,
+		    struct err *err)
+{
+	struct process process;
+	int rc;
+
+	process_init(&process, options);
+	rc = prepare(&process, err);
+	if (!rc) {
+		process.target.store = process.store;
+		process.target.name = process.config.name;
+		process.target.kill = killed;
+		process.target.opaque = &process;
+		rc = start(&process, err);
+		if (!rc) {
+			tell_result(&process, result);
+			log_set_sink(STDERR_FILENO, process.config.name);
+			if (running)
+				running(opaque, result);
+			rc = live(&process, err);
+		}
+		rc = end(&process, rc, err);
+	}
+	process_free(&process);
+	return rc;
+}
+
+/* --- detached --- */
+
+/* What the child sends to its parent when the guest runs or could not start: plain structs, as both are the same program. */
+struct child_report {
+	int rc;
+	struct process_result result;
+	struct err error;
+};
+
+struct child {
+	int report_fd;
+	const struct process_options *options;
+};
+
+static void send_report(int *fd, const struct child_report *report)
+{
+	if (*fd < 0)
+		return;
+	(void)!write(*fd, report, sizeof(*report)); /* a parent that is gone does not matter */
+	close(*fd);
+	*fd = -1;
+}
+
+/* The guest runs: the parent may go, and stdout, stderr belong to the log from now on. */
+static void child_running(void *opaque, const struct process_result *result)
+{
+	struct child *child = opaque;
+	struct child_report report = {.result = *result};
+	char *path = xasprintf("%s/vms/%s/log", child->options->store_path, result->vm);
+	int log = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+
+	free(path);
+	if (log < 0)
+		log = open("/dev/null", O_WRONLY | O_CLOEXEC); /* whoever reads what we say must see its end in any case */
+	if (log >= 0) {
+		dup2(log, STDOUT_FILENO);
+		dup2(log, STDERR_FILENO);
+		close(log);
+	}
+	send_report(&child->report_fd, &report);
+}
+
+/* Whatever else the caller left open: a pipe or lock of its own must not live as long as the VM. */
+static void close_inherited(int keep)
+{
+	if (keep > STDERR_FILENO + 1)
+		close_range(STDERR_FILENO + 1, (unsigned)keep - 1, 0);
+	close_range((unsigned)keep + 1, ~0u, 0);
+}
+
+static int child_main(struct child *child)
+{
+	struct child_report report = {0};
+
+	setsid();
+	close_inherited(child->report_fd);
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	if (null >= 0) {
+		dup2(null, STDIN_FILENO);
+		close(null);
+	}
+	report.rc = run_here(child->options, child_running, child, &report.result, &report.error);
+	if (report.rc && child->report_fd < 0)
+		log_error("%s", report.error.message);
+	send_report(&child->report_fd, &report);
+	return report.rc ? 1 : 0;
+}
+
+static int run_detached(const struct process_options *options, struct process_result *result, struct err *err)
+{
+	struct child_report report;
+	struct child child = {.options = options};
+	int ends[2];
+
+	if (pipe2(ends, O_CLOEXEC))
+		return err_sys(err, errno, "pipe");
+	pid_t pid = fork();
+	if (pid < 0) {
+		int number = errno;
+
+		close(ends[0]);
+		close(ends[1]);
+		return err_sys(err, number, "fork");
+	}
+	if (pid == 0) {
+		close(ends[0]);
+		child.report_fd = ends[1];
+		_exit(child_main(&child));
+	}
+	close(ends[1]);
+	ssize_t n;
+	do
+		n = read(ends[0], &report, sizeof(report));
+	while (n < 0 && errno == EINTR);
+	close(ends[0]);
+	if (n != (ssize_t)sizeof(report))
+		return err_set(err, ERR_FAILED, EPIPE, "the VM's process ended before its guest ran");
+	if (report.rc) {
+		if (err)
+			*err = report.error;
+		return report.rc;
+	}
+	*result = report.result;
+	return 0;
+}
+
+int process_run(const struct process_options *options, struct process_result *result, struct err *err)
+{
+	int rc;
+
+	*result = (struct process_result){0};
+	rc = options->detach ? run_detached(options, result, err) : run_here(options, NULL, NULL, result, err);
+	if (!rc && options->detach)
+		result->socket = xasprintf("%s/vms/%s/control.sock", options->store_path, result->vm);
+	return rc;
+}

@@ -1,0 +1,40 @@
+/*
+ * The process of one VM: `vmcp run` is this. Builds the machine, serves its control socket, keeps its record in the store, and ends with it.
+ *
+ * A guest that resets is built again in the same process; a guest that powers off ends it with 0; a machine that KVM cannot run on ends it with an error, and the
+ * record says "crashed".
+ */
+#ifndef VMCP_CONTROL_PROCESS_H
+#define VMCP_CONTROL_PROCESS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/err.h"
+#include "checkpoint/store/store.h"
+
+struct process_options {
+	const char *store_path;
+	const char *config_path; /* guest.cfg, or NULL with `from` */
+	const char *from;	 /* a reference to a checkpoint, or NULL */
+	const char *name;	 /* --name, or NULL: the configuration's */
+	bool detach;
+	uint64_t started_ns;	 /* CLOCK_MONOTONIC at the start of this program */
+};
+
+struct process_result {
+	char vm[STORE_NAME_BYTES];
+	char checkpoint[STORE_ID_BYTES]; /* what `from` meant, "" otherwise */
+	int pid;
+	char *socket;	  /* malloc: path of the control socket; NULL when the VM has ended */
+	uint64_t boot_ns; /* started_ns to the first guest instruction */
+};
+
+/*
+ * Runs the VM. In the foreground it returns when the VM has ended: 0 for a power off, or an error. With `detach` the VM lives in a child of its own
+ * session, whose stderr goes to vms/NAME/log, and this returns once the guest's first instruction ran (*result set), or with the child's error.
+ * Must be called before the program has other threads.
+ */
+int process_run(const struct process_options *options, struct process_result *result, struct err *err);
+
+#endif
