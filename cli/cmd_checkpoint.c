@@ -1,0 +1,322 @@
+/* checkpoint, cancel, revert, tag. */
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "cli/cli.h"
+#include "control/client.h"
+#include "control/process.h"
+
+/* --- Ctrl-C cancels --- */
+
+struct canceller {
+	struct store *store;
+	const char *vm;
+	pthread_t thread;
+};
+
+static int cancel_checkpoint(struct store *store, const char *vm, struct err *err)
+{
+	struct control_client *client;
+	json_t *result = NULL;
+	int rc = control_connect(store, vm, &client, err);
+
+	if (rc)
+		return rc;
+	rc = control_call(client, "checkpoint.cancel", NULL, NULL, NULL, &result, err);
+	json_decref(result);
+	control_close(client);
+	return rc;
+}
+
+static void *canceller_main(void *opaque)
+{
+	struct canceller *canceller = opaque;
+	sigset_t set;
+	int number;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGINT);
+	sigaddset(&set, SIGTERM);
+	/* A checkpoint that is durable by now cannot be cancelled: its answer is on the way. One that has not begun yet
+	 * can be, by the next Ctrl-C. */
+	while (sigwait(&set, &number) == 0) {
+		pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, NULL);
+		cancel_checkpoint(canceller->store, canceller->vm, NULL);
+		pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, NULL);
+	}
+	return NULL;
+}
+
+static bool canceller_start(struct canceller *canceller)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGINT);
+	sigaddset(&set, SIGTERM);
+	pthread_sigmask(SIG_BLOCK, &set, NULL);
+	return pthread_create(&canceller->thread, NULL, canceller_main, canceller) == 0;
+}
+
+static void canceller_stop(struct canceller *canceller)
+{
+	pthread_cancel(canceller->thread);
+	pthread_join(canceller->thread, NULL);
+}
+
+/* --- checkpoint --- */
+
+static json_t *text_or_null(const char *text) { return text ? json_string(text) : json_null(); }
+
+static int take(struct cli *cli, struct store *store, const char *vm, json_t **result, struct err *err)
+{
+	const char *wait = cli_value(cli, "wait");
+	struct cli_progress progress = cli_progress_begin(cli);
+	struct canceller canceller = {.store = store, .vm = vm};
+	struct control_client *client;
+	int rc = control_connect(store, vm, &client, err);
+
+	if (rc)
+		return rc;
+	bool cancels = canceller_start(&canceller);
+	rc = control_call(client, "checkpoint.take",
+			  json_pack("{s:b, s:o, s:o, s:s}", "live", cli_given(cli, "live"), "tag",
+				    text_or_null(cli_value(cli, "tag")), "message",
+				    text_or_null(cli_value(cli, "message")), "wait", wait ? wait : "durable"),
+			  cli_progress_show, &progress, result, err);
+	if (cancels)
+		canceller_stop(&canceller);
+	cli_progress_end(&progress);
+	control_close(client);
+	return rc;
+}
+
+static void print_taken(const struct cli *cli, const json_t *result)
+{
+	char pause[24], durable[24];
+
+	printf("%s\n", json_string_value(json_object_get(result, "id")));
+	if (cli->quiet)
+		return;
+	cli_format_duration(pause, (uint64_t)json_integer_value(json_object_get(result, "pause_ns")));
+	fflush(stdout);
+	if (!json_is_integer(json_object_get(result, "durable_ns"))) {
+		fprintf(stderr, "vmcp: captured, the VM stood still for %s; it is being written\n", pause);
+		return;
+	}
+	cli_format_duration(durable, (uint64_t)json_integer_value(json_object_get(result, "durable_ns")));
+	fprintf(stderr, "vmcp: durable after %s; the VM stood still for %s\n", durable, pause);
+}
+
+static int run_checkpoint(struct cli *cli, struct err *err)
+{
+	const char *wait = cli_value(cli, "wait"), *tag = cli_value(cli, "tag");
+	char name[STORE_NAME_BYTES];
+	struct store *store;
+	json_t *result;
+	int rc = 0;
+
+	if (wait && strcmp(wait, "captured") && strcmp(wait, "durable")) {
+		err_set(err, ERR_USAGE, EINVAL, "--wait: '%s' is neither captured nor durable", wait);
+		return err_hint(err, "durable is the default");
+	}
+	if (tag)
+		rc = store_check_name("--tag", tag, err);
+	if (!rc)
+		rc = cli_open_vm(cli, &store, name, err);
+	if (rc)
+		return rc;
+	rc = take(cli, store, name, &result, err);
+	store_close(store);
+	if (rc)
+		return rc;
+	if (cli->json) {
+		cli_print_json(result);
+		return 0;
+	}
+	print_taken(cli, result);
+	json_decref(result);
+	return 0;
+}
+
+static int run_cancel(struct cli *cli, struct err *err)
+{
+	char name[STORE_NAME_BYTES];
+	struct store *store;
+	int rc = cli_open_vm(cli, &store, name, err);
+
+	if (rc)
+		return rc;
+	rc = cancel_checkpoint(store, name, err);
+	store_close(store);
+	if (!rc && cli->json)
+		cli_print_json(json_pack("{s:s}", "vm", name));
+	return rc;
+}
+
+/* --- revert --- */
+
+static int revert_in_place(struct store *store, const char *vm, const char *id, json_t **result, struct err *err)
+{
+	struct control_client *client;
+	int rc = control_connect(store, vm, &client, err);
+
+	if (rc)
+		return rc;
+	rc = control_call(client, "vm.revert", json_pack("{s:s}", "id", id), NULL, NULL, result, err);
+	control_close(client);
+	return rc;
+}
+
+/* The VM is gone: it starts from the checkpoint, detached. */
+static int revert_by_start(struct cli *cli, const char *id, json_t **result, struct err *err)
+{
+	struct process_options options = {
+		.store_path = cli->store_path, .from = id, .detach = true, .started_ns = cli->started_ns};
+	struct process_result started;
+	int rc = process_run(&options, &started, err);
+
+	if (rc)
+		return rc;
+	*result = json_pack("{s:s, s:s, s:s, s:o, s:I, s:i}", "vm", started.vm, "checkpoint", started.checkpoint,
+			    "mode", "started", "restored_pages", json_null(), "revert_ns", (json_int_t)started.boot_ns,
+			    "pid", started.pid);
+	free(started.socket);
+	return 0;
+}
+
+static void print_reverted(const json_t *result)
+{
+	char took[24];
+
+	cli_format_duration(took, (uint64_t)json_integer_value(json_object_get(result, "revert_ns")));
+	printf("%s is back at %.8s (%s, %s)\n", json_string_value(json_object_get(result, "vm")),
+	       json_string_value(json_object_get(result, "checkpoint")),
+	       json_string_value(json_object_get(result, "mode")), took);
+}
+
+/* Finds the checkpoint and whether the VM that took it runs. */
+static int find_target(struct cli *cli, struct store *store, char id[STORE_ID_BYTES], char name[STORE_NAME_BYTES],
+		       bool *alive, struct err *err)
+{
+	struct store_checkpoint checkpoint;
+	struct store_vm vm;
+	int rc = store_resolve(store, cli->arguments[0], id, err);
+
+	if (!rc)
+		rc = store_checkpoint_get(store, id, &checkpoint, err);
+	if (rc)
+		return rc;
+	snprintf(name, STORE_NAME_BYTES, "%s", checkpoint.vm);
+	store_checkpoint_free(&checkpoint);
+	*alive = false;
+	if (store_vm_get(store, name, &vm, NULL) == 0) {
+		*alive = vm.alive;
+		store_vm_free(&vm);
+	}
+	return 0;
+}
+
+static int run_revert(struct cli *cli, struct err *err)
+{
+	char id[STORE_ID_BYTES], name[STORE_NAME_BYTES];
+	struct store *store;
+	json_t *result;
+	bool alive;
+	int rc = cli_open_store(cli, &store, err);
+
+	if (rc)
+		return rc;
+	rc = find_target(cli, store, id, name, &alive, err);
+	if (!rc && alive)
+		rc = revert_in_place(store, name, id, &result, err);
+	store_close(store); /* before a process is forked: a database handle must not be in two */
+	if (!rc && !alive)
+		rc = revert_by_start(cli, id, &result, err);
+	if (rc)
+		return rc;
+	if (cli->json) {
+		cli_print_json(result);
+		return 0;
+	}
+	print_reverted(result);
+	json_decref(result);
+	return 0;
+}
+
+/* --- tag --- */
+
+static int run_tag(struct cli *cli, struct err *err)
+{
+	char id[STORE_ID_BYTES];
+	struct store *store;
+	int rc = cli_open_store(cli, &store, err);
+
+	if (rc)
+		return rc;
+	rc = store_resolve(store, cli->arguments[0], id, err);
+	if (!rc)
+		rc = store_tag(store, id, cli->arguments[1], err);
+	store_close(store);
+	if (!rc && cli->json)
+		cli_print_json(json_pack("{s:s, s:s}", "id", id, "tag", cli->arguments[1]));
+	return rc;
+}
+
+static const struct cli_option checkpoint_options[] = {
+	{"live", 0, NULL, "the VM keeps running while the checkpoint is generated"},
+	{"message", 'm', "TEXT", "a note that `vmcp log` shows"},
+	{"tag", 't', "NAME", "a name for it"},
+	{"wait", 0, "WHAT",
+	 "captured: return when the VM runs again; durable (default): when all is on stable storage"},
+	{0},
+};
+static const struct cli_option none[] = {{0}};
+
+const struct cli_command cli_checkpoint = {
+	.name = "checkpoint",
+	.synopsis = "[--live] [VM] [-m TEXT] [--tag NAME] [--wait captured|durable]",
+	.summary = "save a VM: registers, devices, memory and disks at one instant",
+	.help = "Prints the checkpoint's id. Where one VM runs, VM may be left out. Ctrl-C cancels cleanly: the VM "
+		"runs on and\n"
+		"nothing of the checkpoint is left.\n\n"
+		"Examples:\n"
+		"    vmcp checkpoint --live web --tag before-upgrade -m 'all tests pass'\n"
+		"    vmcp checkpoint --live --wait captured",
+	.options = checkpoint_options,
+	.max_arguments = 1,
+	.run = run_checkpoint,
+};
+const struct cli_command cli_cancel = {.name = "cancel",
+				       .synopsis = "[VM]",
+				       .summary = "cancel the checkpoint that is under way",
+				       .options = none,
+				       .max_arguments = 1,
+				       .run = run_cancel};
+const struct cli_command cli_revert = {
+	.name = "revert",
+	.synopsis = "CKPT",
+	.summary = "take a VM back to a checkpoint",
+	.help = "In place if the VM runs; else it starts from the checkpoint, detached. What the VM did since, on its "
+		"disks too, is\n"
+		"dropped: take a checkpoint first if it matters.\n\n"
+		"Examples:\n"
+		"    vmcp revert before-upgrade\n"
+		"    vmcp revert web~2",
+	.options = none,
+	.min_arguments = 1,
+	.max_arguments = 1,
+	.run = run_revert,
+};
+const struct cli_command cli_tag = {.name = "tag",
+				    .synopsis = "CKPT NAME",
+				    .summary = "give a checkpoint a name",
+				    .options = none,
+				    .min_arguments = 2,
+				    .max_arguments = 2,
+				    .run = run_tag};

@@ -1,0 +1,117 @@
+/* doctor: what this host can do, what each lack costs, and how to mend it. */
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/host.h"
+#include "cli/cli.h"
+
+struct finding {
+	const char *what;
+	bool good;
+	char value[96];
+	const char *cost; /* of the lack */
+	const char *mend;
+};
+
+#define MAX_FINDINGS 16
+
+static const char *kvm_word(const struct host *host)
+{
+	switch (host->kvm_kind) {
+	case HOST_KVM_HARDWARE:
+		return "hardware";
+	case HOST_KVM_SOFTWARE:
+		return "software";
+	default:
+		return "none";
+	}
+}
+
+static void add(struct finding *list, size_t *n, const char *what, bool good, const char *value, const char *cost,
+		const char *mend)
+{
+	list[*n] = (struct finding){.what = what, .good = good, .cost = cost, .mend = mend};
+	snprintf(list[*n].value, sizeof(list[*n].value), "%s", value);
+	(*n)++;
+}
+
+static size_t examine(const struct host *host, struct finding *list)
+{
+	char text[96], size[16];
+	size_t n = 0;
+
+	snprintf(text, sizeof(text), "%s%s%s", kvm_word(host), host->kvm_module[0] ? ", " : "",
+		 host->kvm_kind == HOST_KVM_NONE ? strerror(host->kvm_errno) : host->kvm_module);
+	add(list, &n, "kvm", host->kvm_kind == HOST_KVM_HARDWARE, text,
+	    host->kvm_kind == HOST_KVM_SOFTWARE ? "guest code at CPL 0 is emulated: a stock Linux kernel does not boot"
+						: "no VM can run",
+	    host->kvm_errno == EACCES ? "add yourself to the group kvm, or run as root"
+				      : "load kvm_intel or kvm_amd, switch virtualization on in the firmware, or use a "
+					"machine with nested KVM");
+	if (host->kvm_kind != HOST_KVM_NONE) {
+		bool all = host->kvm_irqfd && host->kvm_ioeventfd && host->kvm_xsave2 && host->kvm_sregs2;
+
+		add(list, &n, "kvm features", all, all ? "irqfd, ioeventfd, xsave2, sregs2" : "some are missing",
+		    "devices need irqfd and ioeventfd; older register calls lose state of new CPUs",
+		    "use Linux 5.17 or later");
+	}
+	add(list, &n, "userfaultfd", host->uffd_features != 0,
+	    host->uffd_features ? "usable" : strerror(host->uffd_errno),
+	    "no live checkpoints (`vmcp checkpoint` without --live works)",
+	    "give access to /dev/userfaultfd, or set vm.unprivileged_userfaultfd=1");
+	if (host->uffd_features)
+		add(list, &n, "write protection", host->uffd_wp_shmem,
+		    host->uffd_wp_shmem ? "of memfds" : "not of memfds",
+		    "no live checkpoints (`vmcp checkpoint` without --live works)", "use Linux 5.19 or later");
+	add(list, &n, "io_uring", host->io_uring, host->io_uring ? "usable" : strerror(host->io_uring_errno),
+	    "disk requests go through threads, which is slower",
+	    "set kernel.io_uring_disabled=0, or allow it in the container's seccomp profile");
+	cli_format_size(size, host->memory_available_bytes);
+	snprintf(text, sizeof(text), "%s available", size);
+	add(list, &n, "memory", host->memory_available_bytes >= (256ull << 20), text, "guests do not fit", "free some");
+	snprintf(text, sizeof(text), "%u", host->cpus);
+	add(list, &n, "cpus", host->cpus >= 2, text,
+	    "the VM and the threads of a checkpoint share one CPU: longer pauses", "use 2 or more");
+	add(list, &n, "kernel", true, host->kernel_release, "", "");
+	return n;
+}
+
+static int run(struct cli *cli, struct err *err)
+{
+	struct finding list[MAX_FINDINGS];
+	json_t *findings = json_array();
+	struct host host;
+
+	(void)err;
+	host_probe(&host);
+	size_t n = examine(&host, list);
+	for (size_t i = 0; i < n; i++) {
+		const struct finding *f = &list[i];
+
+		json_array_append_new(findings, json_pack("{s:s, s:b, s:s, s:s, s:s}", "what", f->what, "ok", f->good,
+							  "value", f->value, "cost", f->good ? "" : f->cost, "mend",
+							  f->good ? "" : f->mend));
+		if (cli->json)
+			continue;
+		printf("%s  %-17s %s\n", f->good ? "ok  " : "LACK", f->what, f->value);
+		if (!f->good)
+			printf("      cost: %s\n      mend: %s\n", f->cost, f->mend);
+	}
+	if (cli->json)
+		cli_print_json(json_pack("{s:s, s:s, s:I, s:b, s:b, s:b, s:b, s:o}", "kvm", kvm_word(&host), "kernel",
+					 host.kernel_release, "uffd_features", (json_int_t)host.uffd_features,
+					 "uffd_wp_shmem", host.uffd_wp_shmem, "io_uring", host.io_uring, "pagemap_scan",
+					 host.pagemap_scan, "dirty_ring", host.kvm_dirty_ring, "findings", findings));
+	else
+		json_decref(findings);
+	return 0;
+}
+
+static const struct cli_option none[] = {{0}};
+
+const struct cli_command cli_doctor = {.name = "doctor",
+				       .synopsis = "",
+				       .summary = "what this host can do, and how to mend what it lacks",
+				       .options = none,
+				       .run = run};

@@ -1,0 +1,286 @@
+/* log and show. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/buf.h"
+#include "base/clock.h"
+#include "cli/cli.h"
+#include "control/protocol.h"
+
+struct tree {
+	struct store_checkpoint *list;
+	size_t count;
+	struct store_vm *vms;
+	size_t vm_count;
+};
+
+static void tree_free(struct tree *tree)
+{
+	for (size_t i = 0; i < tree->count; i++)
+		store_checkpoint_free(&tree->list[i]);
+	for (size_t i = 0; i < tree->vm_count; i++)
+		store_vm_free(&tree->vms[i]);
+	free(tree->list);
+	free(tree->vms);
+}
+
+static int tree_read(const struct cli *cli, const char *vm, struct tree *tree, struct err *err)
+{
+	struct store *store;
+	int rc = cli_open_store(cli, &store, err);
+
+	*tree = (struct tree){0};
+	if (rc == -ENOENT && !vm)
+		return 0; /* nothing was ever run here */
+	if (rc)
+		return rc;
+	if (vm) {
+		struct store_vm known;
+
+		rc = store_vm_get(store, vm, &known, err);
+		if (!rc)
+			store_vm_free(&known);
+	}
+	if (!rc)
+		rc = store_checkpoint_list(store, vm, &tree->list, &tree->count, err);
+	if (!rc)
+		rc = store_vm_list(store, &tree->vms, &tree->vm_count, err);
+	store_close(store);
+	if (rc)
+		tree_free(tree);
+	return rc;
+}
+
+static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
+
+static json_t *log_to_json(const struct tree *tree, const char *vm)
+{
+	json_t *checkpoints = json_array(), *vms = json_array();
+
+	for (size_t i = 0; i < tree->count; i++) {
+		const struct store_checkpoint *c = &tree->list[i];
+		json_t *children = json_array();
+
+		for (size_t j = 0; j < tree->count; j++)
+			if (!strcmp(tree->list[j].parent, c->id))
+				json_array_append_new(children, json_string(tree->list[j].id));
+		json_array_append_new(checkpoints,
+				      json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:I, s:s}", "id", c->id, "vm",
+						c->vm, "parent", text_or_null(c->parent), "children", children,
+						"created", control_time_to_json(c->created_wall_ns), "tag",
+						text_or_null(c->tag), "message", text_or_null(c->message), "size_bytes",
+						(json_int_t)c->size_bytes, "durability", "durable"));
+	}
+	for (size_t i = 0; i < tree->vm_count; i++)
+		if (!vm || !strcmp(tree->vms[i].name, vm))
+			json_array_append_new(vms, json_pack("{s:s, s:s, s:o}", "name", tree->vms[i].name, "state",
+							     tree->vms[i].state, "at", text_or_null(tree->vms[i].at)));
+	return json_pack("{s:o, s:o}", "checkpoints", checkpoints, "vms", vms);
+}
+
+/* Names of the VMs that stand at a checkpoint: " <- web, api". */
+static void standing(const struct tree *tree, const char *id, char *out, size_t size)
+{
+	size_t used = 0;
+
+	out[0] = '\0';
+	for (size_t i = 0; i < tree->vm_count; i++)
+		if (!strcmp(tree->vms[i].at, id) && used < size)
+			used += (size_t)snprintf(out + used, size - used, "%s%s", used ? ", " : "  <- ",
+						 tree->vms[i].name);
+}
+
+static void print_line(const struct tree *tree, const struct store_checkpoint *c, const char *graph)
+{
+	char age[16], size[16], at[128];
+	uint64_t now = clock_wall_ns();
+
+	cli_format_age(age, now > c->created_wall_ns ? now - c->created_wall_ns : 0);
+	cli_format_size(size, c->size_bytes);
+	standing(tree, c->id, at, sizeof(at));
+	printf("%s%.12s  %5s  %-12.12s  %6s  %-16s %s%s\n", graph, c->id, age, c->parent[0] ? c->parent : "-", size,
+	       c->tag[0] ? c->tag : "-", c->message ? c->message : "", at);
+}
+
+static bool is_child(const struct tree *tree, size_t i, const char *parent)
+{
+	if (parent)
+		return !strcmp(tree->list[i].parent, parent);
+	/* A root: no parent, or one that is not listed. */
+	for (size_t j = 0; j < tree->count; j++)
+		if (!strcmp(tree->list[i].parent, tree->list[j].id))
+			return false;
+	return true;
+}
+
+/* A subtree still to be printed. The depth of a tree is the user's, so the walk keeps its own stack. */
+struct pending {
+	size_t index;
+	char *prefix; /* of its children */
+	char *graph;  /* of its own line */
+};
+
+static size_t push_children(const struct tree *tree, const char *parent, const char *prefix, struct pending *stack,
+			    size_t top)
+{
+	bool last = true;
+
+	for (size_t i = tree->count; i-- > 0;) {
+		if (!is_child(tree, i, parent))
+			continue;
+		stack[top++] = (struct pending){
+			.index = i,
+			.graph = parent ? xasprintf("%s%s", prefix, last ? "`- " : "|- ") : xstrdup(""),
+			.prefix = parent ? xasprintf("%s%s", prefix, last ? "   " : "|  ") : xstrdup(""),
+		};
+		last = false;
+	}
+	return top;
+}
+
+static void print_graph(const struct tree *tree)
+{
+	struct pending *stack = xcalloc(tree->count + 1, sizeof(*stack));
+	size_t top = push_children(tree, NULL, "", stack, 0);
+
+	while (top) {
+		struct pending one = stack[--top];
+
+		print_line(tree, &tree->list[one.index], one.graph);
+		top = push_children(tree, tree->list[one.index].id, one.prefix, stack, top);
+		free(one.graph);
+		free(one.prefix);
+	}
+	free(stack);
+}
+
+static int run_log(struct cli *cli, struct err *err)
+{
+	const char *vm = cli->argument_count ? cli->arguments[0] : NULL;
+	struct tree tree;
+	int rc = vm ? store_check_name("VM", vm, err) : 0;
+
+	if (!rc)
+		rc = tree_read(cli, vm, &tree, err);
+	if (rc)
+		return rc;
+	if (cli->json) {
+		cli_print_json(log_to_json(&tree, vm));
+	} else {
+		printf("%-12s  %5s  %-12s  %6s  %-16s %s\n", "ID", "AGE", "PARENT", "SIZE", "TAG", "MESSAGE");
+		if (cli_given(cli, "graph"))
+			print_graph(&tree);
+		else
+			for (size_t i = tree.count; i-- > 0;)
+				print_line(&tree, &tree.list[i], "");
+	}
+	tree_free(&tree);
+	return 0;
+}
+
+/* --- show --- */
+
+static json_t *show_to_json(const struct store_checkpoint *c)
+{
+	json_t *disks = json_array();
+
+	for (uint32_t i = 0; i < c->disk_count; i++) {
+		const struct store_disk_layer *disk = &c->disks[i];
+
+		json_array_append_new(disks, json_pack("{s:s, s:s, s:s, s:I, s:I, s:i, s:i}", "name", disk->disk,
+						       "layer", disk->layer, "format", disk->format, "size_bytes",
+						       (json_int_t)disk->size_bytes, "layer_bytes",
+						       (json_int_t)disk->file_bytes, "inflight_writes",
+						       (int)disk->inflight_writes, "inflight_reads",
+						       (int)disk->inflight_reads));
+	}
+	json_t *memory =
+		json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I}", "layer", c->memory_layer, "size_bytes",
+			  (json_int_t)c->memory_bytes, "total_pages", (json_int_t)(c->memory_bytes / 4096),
+			  "saved_pages", (json_int_t)c->saved_pages, "zero_pages", (json_int_t)c->zero_pages,
+			  "parent_pages", (json_int_t)c->parent_pages, "written_bytes", (json_int_t)c->written_bytes);
+	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:s}", "id",
+			 c->id, "vm", c->vm, "vm_uuid", c->vm_uuid, "parent", text_or_null(c->parent), "tag",
+			 text_or_null(c->tag), "message", text_or_null(c->message), "created",
+			 control_time_to_json(c->created_wall_ns), "live", c->live, "durability", "durable", "cpus",
+			 (int)c->cpus, "pause_ns", (json_int_t)c->pause_ns, "durable_ns", (json_int_t)c->durable_ns,
+			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "config",
+			 c->config_text ? c->config_text : "");
+}
+
+static void print_show(const struct store_checkpoint *c)
+{
+	char size[16], other[16], pause[24], durable[24];
+	json_t *created = control_time_to_json(c->created_wall_ns);
+
+	cli_format_size(size, c->size_bytes);
+	cli_format_duration(pause, c->pause_ns);
+	cli_format_duration(durable, c->durable_ns);
+	printf("checkpoint  %s\nvm          %s (%s)\nparent      %s\n", c->id, c->vm, c->vm_uuid,
+	       c->parent[0] ? c->parent : "-");
+	printf("tag         %s\nmessage     %s\ncreated     %s\n", c->tag[0] ? c->tag : "-",
+	       c->message ? c->message : "-", json_string_value(created));
+	printf("taken       %s, %u vCPU%s, pause %s, durable after %s\nsize        %s\n", c->live ? "live" : "stopped",
+	       c->cpus, c->cpus == 1 ? "" : "s", pause, durable, size);
+	cli_format_size(size, c->memory_bytes);
+	cli_format_size(other, c->written_bytes);
+	printf("memory      %s: %llu pages saved (%s), %llu zero, %llu of the parent; layer %s\n", size,
+	       (unsigned long long)c->saved_pages, other, (unsigned long long)c->zero_pages,
+	       (unsigned long long)c->parent_pages, c->memory_layer);
+	for (uint32_t i = 0; i < c->disk_count; i++) {
+		const struct store_disk_layer *disk = &c->disks[i];
+
+		cli_format_size(size, disk->size_bytes);
+		cli_format_size(other, disk->file_bytes);
+		printf("disk        %s: %s, layer %s.%s of %s; in flight: %u writes, %u reads\n", disk->disk, size,
+		       disk->layer, disk->format, other, disk->inflight_writes, disk->inflight_reads);
+	}
+	printf("\n%s", c->config_text ? c->config_text : "");
+	json_decref(created);
+}
+
+static int run_show(struct cli *cli, struct err *err)
+{
+	struct store_checkpoint checkpoint;
+	char id[STORE_ID_BYTES];
+	struct store *store;
+	int rc = cli_open_store(cli, &store, err);
+
+	if (rc)
+		return rc;
+	rc = store_resolve(store, cli->arguments[0], id, err);
+	if (!rc)
+		rc = store_checkpoint_get(store, id, &checkpoint, err);
+	store_close(store);
+	if (rc)
+		return rc;
+	if (cli->json)
+		cli_print_json(show_to_json(&checkpoint));
+	else
+		print_show(&checkpoint);
+	store_checkpoint_free(&checkpoint);
+	return 0;
+}
+
+static const struct cli_option log_options[] = {
+	{"graph", 0, NULL, "draw the tree"},
+	{0},
+};
+static const struct cli_option none[] = {{0}};
+
+const struct cli_command cli_log = {.name = "log",
+				    .synopsis = "[VM] [--graph]",
+				    .summary =
+					    "the checkpoints, newest first, or as a tree; marks where each VM stands",
+				    .options = log_options,
+				    .max_arguments = 1,
+				    .run = run_log};
+const struct cli_command cli_show = {.name = "show",
+				     .synopsis = "CKPT",
+				     .summary = "everything about one checkpoint",
+				     .options = none,
+				     .min_arguments = 1,
+				     .max_arguments = 1,
+				     .run = run_show};

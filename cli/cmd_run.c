@@ -1,0 +1,67 @@
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "cli/cli.h"
+#include "control/process.h"
+
+static int run(struct cli *cli, struct err *err)
+{
+	struct process_options options = {
+		.store_path = cli->store_path,
+		.config_path = cli->argument_count ? cli->arguments[0] : NULL,
+		.from = cli_value(cli, "from"),
+		.name = cli_value(cli, "name"),
+		.detach = cli_given(cli, "detach"),
+		.started_ns = cli->started_ns,
+	};
+	struct process_result result;
+
+	if (!options.config_path == !options.from) {
+		err_set(err, ERR_USAGE, EINVAL, "run: name either a configuration or --from CKPT");
+		return err_hint(err, "usage: vmcp run %s", cli->command->synopsis);
+	}
+	int rc = process_run(&options, &result, err);
+	if (rc || !options.detach)
+		return rc;
+	if (cli->json)
+		cli_print_json(json_pack("{s:s, s:i, s:s, s:I}", "vm", result.vm, "pid", result.pid, "socket",
+					 result.socket, "boot_ns", (json_int_t)result.boot_ns));
+	else
+		printf("%s\n", result.vm);
+	free(result.socket);
+	return 0;
+}
+
+static const struct cli_option options[] = {
+	{"detach", 'd', NULL, "return once the guest runs, and print the VM's name"},
+	{"from", 0, "CKPT", "start from a checkpoint instead of booting"},
+	{"name", 0, "NAME", "name of the VM (default: the configuration's)"},
+	{0},
+};
+
+const struct cli_command cli_run = {
+	.name = "run",
+	.synopsis = "GUEST.CFG | --from CKPT  [--detach] [--name NAME]",
+	.summary = "boot a VM, or start one from a checkpoint",
+	.help = "In the foreground the guest's serial console is on stdin and stdout; Ctrl-] ends the VM. With --from "
+		"and another\n"
+		"--name the new VM gets disks of its own in the store; without one it takes the place of the VM that "
+		"was saved.\n\n"
+		"A small guest.cfg:\n"
+		"    [vm]\n"
+		"    name = web\n"
+		"    memory = 512M\n"
+		"    kernel = vmlinuz\n"
+		"    initrd = initrd.img\n"
+		"    cmdline = console=ttyS0 root=/dev/vda rw\n"
+		"    [disk root]\n"
+		"    path = root.qcow2\n\n"
+		"Examples:\n"
+		"    vmcp run guest.cfg\n"
+		"    vmcp run --detach guest.cfg && vmcp console web\n"
+		"    vmcp run --from before-upgrade --name try2 --detach",
+	.options = options,
+	.max_arguments = 1,
+	.run = run,
+};

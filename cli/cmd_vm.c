@@ -1,0 +1,257 @@
+/* Commands that act on a VM: ps, pause, resume, stop, kill, stats. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/clock.h"
+#include "cli/cli.h"
+#include "control/client.h"
+
+#define STOP_TIMEOUT_S 30
+#define KILL_TIMEOUT_S 10
+
+/* Calls one method of the chosen VM's process, without parameters. */
+static int call_vm(struct cli *cli, const char *method, char name[STORE_NAME_BYTES], json_t **result, struct err *err)
+{
+	struct control_client *client = NULL;
+	struct store *store;
+	json_t *answer = NULL;
+	int rc = cli_open_vm(cli, &store, name, err);
+
+	if (rc)
+		return rc;
+	rc = control_connect(store, name, &client, err);
+	if (!rc)
+		rc = control_call(client, method, NULL, NULL, NULL, &answer, err);
+	control_close(client);
+	store_close(store);
+	if (result)
+		*result = answer;
+	else
+		json_decref(answer);
+	return rc;
+}
+
+static int change_state(struct cli *cli, const char *method, const char *state, struct err *err)
+{
+	char name[STORE_NAME_BYTES];
+	int rc = call_vm(cli, method, name, NULL, err);
+
+	if (rc)
+		return rc;
+	if (cli->json)
+		cli_print_json(json_pack("{s:s, s:s}", "vm", name, "state", state));
+	else if (!cli->quiet)
+		printf("%s: %s\n", name, state);
+	return 0;
+}
+
+static int run_pause(struct cli *cli, struct err *err) { return change_state(cli, "vm.pause", "paused", err); }
+
+static int run_resume(struct cli *cli, struct err *err) { return change_state(cli, "vm.resume", "running", err); }
+
+/* Waits until the VM's process is gone. False: it is still there. */
+static int wait_gone(struct cli *cli, const char *name, unsigned seconds, bool *gone, struct err *err)
+{
+	const struct timespec moment = {.tv_nsec = 20000000};
+	uint64_t limit = clock_now_ns() + seconds * 1000000000ull;
+	struct store *store;
+	int rc = cli_open_store(cli, &store, err);
+
+	*gone = false;
+	while (!rc && !*gone) {
+		struct store_vm vm;
+
+		rc = store_vm_get(store, name, &vm, err);
+		if (rc)
+			break;
+		*gone = !vm.alive;
+		store_vm_free(&vm);
+		if (*gone || clock_now_ns() >= limit)
+			break;
+		nanosleep(&moment, NULL);
+	}
+	store_close(store);
+	return rc;
+}
+
+static int tell_stopped(struct cli *cli, const char *name, const char *how)
+{
+	if (cli->json)
+		cli_print_json(json_pack("{s:s, s:s, s:s}", "vm", name, "state", "stopped", "how", how));
+	else if (!cli->quiet)
+		printf("%s: stopped (%s)\n", name, how);
+	return 0;
+}
+
+static int kill_vm(struct cli *cli, char name[STORE_NAME_BYTES], struct err *err)
+{
+	bool gone;
+	int rc = call_vm(cli, "vm.kill", name, NULL, err);
+
+	/* Its process may be gone before it answers. */
+	if (rc && rc != -ECONNRESET)
+		return rc;
+	rc = wait_gone(cli, name, KILL_TIMEOUT_S, &gone, err);
+	if (!rc && !gone) {
+		err_set(err, ERR_FAILED, ETIMEDOUT, "%s: its process does not end", name);
+		rc = err_hint(err, "see vms/%s/log in the store; SIGKILL ends it in any case", name);
+	}
+	return rc;
+}
+
+static int run_kill(struct cli *cli, struct err *err)
+{
+	char name[STORE_NAME_BYTES];
+	int rc = kill_vm(cli, name, err);
+
+	return rc ? rc : tell_stopped(cli, name, "killed");
+}
+
+static int run_stop(struct cli *cli, struct err *err)
+{
+	unsigned timeout = STOP_TIMEOUT_S;
+	char name[STORE_NAME_BYTES];
+	bool gone;
+	int rc = cli_given(cli, "timeout") ? cli_parse_seconds("--timeout", cli_value(cli, "timeout"), &timeout, err)
+					   : 0;
+
+	if (!rc)
+		rc = call_vm(cli, "vm.power-button", name, NULL, err);
+	if (!rc)
+		rc = wait_gone(cli, name, timeout, &gone, err);
+	if (rc)
+		return rc;
+	if (gone)
+		return tell_stopped(cli, name, "powered off");
+	if (!cli->quiet)
+		fprintf(stderr, "vmcp: %s: the guest did not power off within %u s: ending it\n", name, timeout);
+	rc = kill_vm(cli, name, err);
+	return rc ? rc : tell_stopped(cli, name, "killed");
+}
+
+static int run_stats(struct cli *cli, struct err *err)
+{
+	char name[STORE_NAME_BYTES];
+	json_t *result, *value;
+	const char *key;
+	int rc = call_vm(cli, "vm.stats", name, &result, err);
+
+	if (rc)
+		return rc;
+	if (cli->json) {
+		cli_print_json(result);
+		return 0;
+	}
+	json_object_foreach(result, key, value)
+	{
+		if (json_is_integer(value))
+			printf("%-12s %lld\n", key, (long long)json_integer_value(value));
+	}
+	json_decref(result);
+	return 0;
+}
+
+/* --- ps --- */
+
+static json_t *vm_to_json(const struct store_vm *vm, uint64_t now)
+{
+	return json_pack("{s:s, s:s, s:o, s:o, s:I, s:i, s:o}", "name", vm->name, "state", vm->state, "pid",
+			 vm->alive ? json_integer(vm->pid) : json_null(), "uptime_ns",
+			 vm->alive && now > vm->started_wall_ns ? json_integer((json_int_t)(now - vm->started_wall_ns))
+								: json_null(),
+			 "memory_bytes", (json_int_t)vm->memory_bytes, "cpus", (int)vm->cpus, "last_checkpoint",
+			 vm->at[0] ? json_string(vm->at) : json_null());
+}
+
+static void print_vm(const struct store_vm *vm, uint64_t now)
+{
+	char pid[16] = "-", uptime[16] = "-", memory[16];
+
+	if (vm->alive) {
+		snprintf(pid, sizeof(pid), "%d", vm->pid);
+		cli_format_age(uptime, now > vm->started_wall_ns ? now - vm->started_wall_ns : 0);
+	}
+	cli_format_size(memory, vm->memory_bytes);
+	printf("%-20s %-8s %8s %7s %7s %5u  %.8s\n", vm->name, vm->state, pid, uptime, memory, vm->cpus,
+	       vm->at[0] ? vm->at : "-");
+}
+
+static int run_ps(struct cli *cli, struct err *err)
+{
+	uint64_t now = clock_wall_ns();
+	struct store_vm *list = NULL;
+	struct store *store;
+	size_t count = 0;
+	int rc = cli_open_store(cli, &store, err);
+
+	if (rc == -ENOENT) /* nothing was ever run here */
+		rc = 0;
+	else if (!rc) {
+		rc = store_vm_list(store, &list, &count, err);
+		store_close(store);
+	}
+	if (rc)
+		return rc;
+	json_t *vms = json_array();
+	if (!cli->json)
+		printf("%-20s %-8s %8s %7s %7s %5s  %s\n", "NAME", "STATE", "PID", "UPTIME", "MEMORY", "CPUS",
+		       "CHECKPOINT");
+	for (size_t i = 0; i < count; i++) {
+		if (cli->json)
+			json_array_append_new(vms, vm_to_json(&list[i], now));
+		else
+			print_vm(&list[i], now);
+		store_vm_free(&list[i]);
+	}
+	free(list);
+	if (cli->json)
+		cli_print_json(json_pack("{s:o}", "vms", vms));
+	else
+		json_decref(vms);
+	return 0;
+}
+
+static const struct cli_option stop_options[] = {
+	{"timeout", 0, "SECONDS", "how long to wait for the guest before it is ended (default 30)"},
+	{0},
+};
+static const struct cli_option none[] = {{0}};
+
+const struct cli_command cli_ps = {.name = "ps",
+				   .synopsis = "",
+				   .summary = "the VMs of the store, running or not",
+				   .options = none,
+				   .run = run_ps};
+const struct cli_command cli_pause = {.name = "pause",
+				      .synopsis = "[VM]",
+				      .summary = "stop the guest where it stands",
+				      .options = none,
+				      .max_arguments = 1,
+				      .run = run_pause};
+const struct cli_command cli_resume = {.name = "resume",
+				       .synopsis = "[VM]",
+				       .summary = "let a paused guest go on",
+				       .options = none,
+				       .max_arguments = 1,
+				       .run = run_resume};
+const struct cli_command cli_stop = {.name = "stop",
+				     .synopsis = "[VM] [--timeout SECONDS]",
+				     .summary = "press the guest's power button; end it if it does not answer",
+				     .options = stop_options,
+				     .max_arguments = 1,
+				     .run = run_stop};
+const struct cli_command cli_kill = {.name = "kill",
+				     .synopsis = "[VM]",
+				     .summary = "end a VM without asking the guest; its disks are closed cleanly",
+				     .options = none,
+				     .max_arguments = 1,
+				     .run = run_kill};
+const struct cli_command cli_stats = {.name = "stats",
+				      .synopsis = "[VM]",
+				      .summary = "counters of a running VM",
+				      .options = none,
+				      .max_arguments = 1,
+				      .run = run_stats};
