@@ -1,0 +1,95 @@
+#!/bin/bash
+# run.sh - set up, build and test vmcp
+#
+#   tests/run.sh [--quick]
+#
+# On a fresh Debian 12, as root: installs from Debian's packages what is missing, builds, and runs every test:
+#
+#   1. units and engine tests, in a release build and under ASan+UBSan; thread-heavy ones under TSan too
+#   2. whole VMs with the tiny guest (examples/tiny), on this host's KVM, else in a software machine
+#   3. a stock Debian guest: on a hardware KVM directly, else in a software machine (tests/with-kvm)
+#
+# --quick: the release build and its units only. Exit status: 0 if everything passed; what was skipped is said.
+# VMCP_TEST_ROUNDS and VMCP_TEST_DEBIAN_ROUNDS set the rounds of the long tests (100 and 20).
+
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+quick=''
+case ${1:-} in
+    '') ;;
+    --quick) quick=1 ;;
+    --help | -h) sed -n '2,/^$/{/^#/!d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    *) echo "run.sh: unknown argument '$1'" >&2; exit 2 ;;
+esac
+
+started=$SECONDS failed=()
+step() { printf '\n=== %s (after %d s)\n' "$1" $((SECONDS - started)); }
+# Runs a part to its end even if an earlier one failed: one run shows all that is broken.
+part() {
+    local name=$1
+    shift
+    step "$name"
+    "$@" || { failed+=("$name"); printf '=== FAILED: %s\n' "$name"; }
+}
+build_and_test() {
+    local preset=$1
+    # Chained, as set -e does not hold in what stands left of ||.
+    cmake --preset "$preset" >"build/$preset.log" 2>&1 || { cat "build/$preset.log"; return 1; }
+    cmake --build --preset "$preset" >"build/$preset.log" 2>&1 || { tail -n 50 "build/$preset.log"; return 1; }
+    ctest --preset "$preset" -j "$(nproc)"
+}
+# What sanitizers look for is not to be found on a slow disk: temporary files in memory, less of the long random tests.
+build_and_test_in_memory() (
+    TMPDIR=$(mktemp -d /dev/shm/vmcp-test.XXXXXX 2>/dev/null || mktemp -d)
+    trap 'rm -rf "$TMPDIR"' EXIT
+    export TMPDIR DISK_TEST_SCALE=0.3
+    build_and_test "$@"
+)
+
+# One test of the stock guest in a machine of its own. QEMU's emulated SVM now and then delivers an interrupt to the emulated host between
+# VMRUN and VMLOAD, and that host's kernel dies of it (with-kvm says so and exits with 125): then once more, aloud.
+debian_test() {
+    local try status=125
+    for try in 1 2 3 4; do
+        status=0
+        tests/with-kvm --mem 7168 python3 tests/vm/debian_test.py "$1" || status=$?
+        [ "$status" -eq 125 ] || break
+        echo "run.sh: the software machine itself died (try $try of 4)"
+    done
+    return "$status"
+}
+
+step "packages"
+scripts/setup.sh build test
+mkdir -p build
+part "release build: units and engine" build_and_test release
+[ -z "$quick" ] || { [ ${#failed[@]} -eq 0 ]; exit; }
+part "ASan+UBSan build: units and engine" build_and_test_in_memory debug
+part "TSan build: thread-heavy parts" build_and_test_in_memory tsan
+
+export VMCP_BIN=$PWD/build/release/cli/vmcp VMCP_TINY=$PWD/build/release/examples/tiny/tiny.elf
+kind=$(tests/with-kvm --explain) || kind=none
+printf '\n=== this host: %s\n' "$kind"
+case $kind in
+    none*) near_kvm=(tests/with-kvm --quiet) ;;
+    *) near_kvm=() ;;
+esac
+part "whole VMs: the tiny guest" "${near_kvm[@]}" python3 tests/vm/tiny_test.py
+part "whole VMs: bad input and faults" "${near_kvm[@]}" python3 tests/vm/bad_input_test.py
+part "whole VMs under ASan+UBSan" env VMCP_BIN="$PWD/build/debug/cli/vmcp" VMCP_TEST_ROUNDS=10 \
+    "${near_kvm[@]}" python3 tests/vm/tiny_test.py revert gone captured raw second powers json cancel
+
+VMCP_GUEST=$PWD/build/debian-guest
+export VMCP_GUEST
+part "the Debian guest: making it" examples/debian-guest/build.sh "$VMCP_GUEST"
+for name in boot_smp checkpoint_damage_revert stress_smp; do
+    part "the Debian guest: $name" debian_test "$name"
+done
+
+printf '\n=== %d s\n' $((SECONDS - started))
+if [ ${#failed[@]} -gt 0 ]; then
+    printf '=== failed: %s\n' "${failed[@]}"
+    exit 1
+fi
+echo "=== everything passed"

@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""A stock Debian guest on a KVM that can run one: run by tests/with-kvm. VMCP_GUEST names the folder that examples/debian-guest/build.sh made."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+import vmcp_test  # noqa: E402
+from guest_console import READY, GuestConsole  # noqa: E402
+from vmcp_test import check, check_equal  # noqa: E402
+
+BOOT_S = 180
+# QEMU's emulated SVM does not intercept XSETBV, so its KVM does not know which state the guest's kernel switched on (QEMU as the inner VMM sees the
+# same): there the guest keeps to FXSAVE.
+NESTED = " norandmaps noxsave" if os.environ.get("VMCP_WITH_KVM") == "nested" else ""
+ROUNDS = int(os.environ.get("VMCP_TEST_DEBIAN_ROUNDS", "20"))
+# What a guest's kernel says when it was treated badly. "clocksource: Switched" and the like are no complaints.
+COMPLAINTS = re.compile(r"lockup|stall|hung_task|blocked for more|I/O error|Buffer I/O|EXT4-fs error|time jumped|Clocksource .* unstable|"
+                        r"clock skew|BUG:|WARNING:|Oops|Call Trace|NMI watchdog: (BUG|Watchdog)|ACPI (Error|Warning|BIOS)|virtio.*error", re.I)
+
+
+def config(env, cpus=1, memory="384M", name="debian"):
+    guest = os.environ["VMCP_GUEST"]
+    disk = env.path("root.qcow2")
+    if not os.path.exists(disk):
+        shutil.copyfile(os.path.join(guest, "root.qcow2"), disk)
+    return env.write(f"{name}.cfg", f"""[vm]
+name = {name}
+memory = {memory}
+cpus = {cpus}
+kernel = {guest}/vmlinuz
+initrd = {guest}/initrd.img
+cmdline = console=ttyS0 root=/dev/vda rootfstype=ext4 rw quiet loglevel=5{NESTED}
+rng = yes
+[disk root]
+path = {disk}
+""")
+
+
+def boot(env, **kwargs):
+    console = GuestConsole.spawn([env.vmcp_bin, "--store", env.store, "run", config(env, **kwargs)], log=env.path("console.log"),
+                                 stderr=open(env.path("stderr.log"), "ab"))
+    env.consoles.append(console)
+    console.wait_for(READY, BOOT_S)
+    console.sync(60)
+    return console
+
+
+def attach(env, name="debian"):
+    console = GuestConsole.spawn([env.vmcp_bin, "--store", env.store, "console", name], log=env.path("console.log"))
+    env.consoles.append(console)
+    console.sync(60)
+    return console
+
+
+def check_log(console, what):
+    log = console.check("dmesg", 60)
+    bad = [line for line in log.splitlines() if COMPLAINTS.search(line)]
+    check(not bad, f"{what}: the guest's kernel complains:\n" + "\n".join(bad[:20]))
+
+
+def fsck(env, checkpoint, what):
+    """The disk as of a checkpoint: clean after the journal is replayed. On a flat copy."""
+    shown = env.vmcp_json("show", checkpoint)
+    disk = shown["disks"][0]
+    layer = os.path.join(env.store, "layers", f"{disk['layer']}.{disk['format']}")
+    raw = env.path("fsck.raw")
+    subprocess.run(["qemu-img", "convert", "-U", "-O", "raw", layer, raw], check=True)
+    subprocess.run(["e2fsck", "-p", "-E", "journal_only", raw], capture_output=True, check=False)
+    done = subprocess.run(["e2fsck", "-f", "-n", raw], capture_output=True, check=False)
+    os.unlink(raw)
+    check_equal(done.returncode, 0, f"{what}: e2fsck: {done.stdout.decode()}{done.stderr.decode()}")
+
+
+def test_boot_smp(env):
+    """1, 2 and 4 vCPUs; every device is found; the power button and poweroff work."""
+    for cpus in (1, 2, 4):
+        console = boot(env, cpus=cpus, name=f"smp{cpus}")
+        check_equal(console.check("nproc").strip(), str(cpus), "nproc")
+        check_equal(console.check("cat /sys/devices/system/clocksource/clocksource0/current_clocksource").strip() in ("kvm-clock", "tsc"), True, "clocksource")
+        check("virtio_rng" in console.check("cat /sys/class/misc/hw_random/rng_current"), "no virtio rng")
+        check_log(console, f"{cpus} vCPUs")
+        if cpus == 2:
+            result = env.vmcp_json("stop", f"smp{cpus}", "--timeout", "60", timeout=90)
+            check_equal(result["how"], "powered off", "how it stopped")
+        else:
+            console.send_line("sync; poweroff -f")
+        check_equal(console.wait_exit(60), 0, "exit status")
+
+
+def test_checkpoint_damage_revert(env):
+    """The main job: a live checkpoint while files are written, damage, a crash, back; files, processes and memory are there."""
+    console = boot(env)
+    console.check("mkdir -p /data /dev/shm/mem && for i in $(seq 50); do head -c 20000 /dev/urandom > /data/$i; done; "
+                  "head -c 3000000 /dev/urandom > /dev/shm/mem/secret; sync", 120)
+    sums = console.check("sha256sum /data/* /dev/shm/mem/secret | sha256sum").strip()
+    console.check("(i=0; while :; do i=$((i+1)); echo $i >> /var/log/counter; done) & echo $! > /run/pid; sleep 1")
+    taken = env.vmcp_json("checkpoint", "--live", "--tag", "good", timeout=120)
+    uptime = float(console.check("cat /proc/uptime").split()[0])
+    console.check("rm -rf /data /dev/shm/mem /usr/sbin /etc/passwd; sync")
+    console.send_line("kill $(cat /run/pid); echo c > /proc/sysrq-trigger")
+    console.wait_for(re.compile(rb"Kernel panic|sysrq: Trigger a crash"), 60)
+    env.vmcp_json("revert", "good", timeout=120)
+    console.sync(60)
+    check_equal(console.check("sha256sum /data/* /dev/shm/mem/secret | sha256sum").strip(), sums, "content after the revert")
+    last = "tail -n 2 /var/log/counter | head -n 1"  # the line written last may still be in the making
+    first = int(console.check(last))
+    check(int(console.check("sleep 1; " + last)) > first, "the process does not go on")
+    check_equal(console.run("kill -0 $(cat /run/pid)")[0], 0, "the process is gone")
+    after = float(console.check("cat /proc/uptime").split()[0])
+    check(abs(after - uptime) < 60, f"the guest's clock jumped: {uptime} -> {after}")
+    check_log(console, "after the revert in place")
+    fsck(env, taken["id"], "checkpoint")
+    # The same once more with the VM's process gone.
+    env.vmcp("kill", "debian")
+    back = env.vmcp_json("revert", "good", timeout=120)
+    check_equal(back["mode"], "started", "mode")
+    console = attach(env)
+    check_equal(console.check("sha256sum /data/* /dev/shm/mem/secret | sha256sum").strip(), sums, "content after the start")
+    check_log(console, "after the start from a checkpoint")
+    env.vmcp("kill", "debian")
+
+
+def test_stress_smp(env):
+    """2 vCPUs under stress-ng survive rounds of live checkpoint and revert; the disk as of every checkpoint is clean."""
+    console = boot(env, cpus=2, memory="256M")
+    console.check("cd /var/tmp && (stress-ng --cpu 1 --vm 1 --vm-bytes 32M --hdd 1 --hdd-bytes 16M --switch 1 --timer 1 --quiet --timeout 0 & echo $! > /run/stress); sleep 3", 60)
+    for number in range(ROUNDS):
+        taken = env.vmcp_json("checkpoint", "--live", "debian", timeout=180)
+        time.sleep(0.3)
+        env.vmcp_json("revert", taken["id"], timeout=120)
+        fsck(env, taken["id"], f"round {number}")
+        print(f"  round {number}: pause {taken['pause_ns'] / 1e6:.2f} ms, {taken['memory']['cow_faults']} faults", flush=True)
+    console.sync(120)
+    check_equal(console.run("kill -0 $(cat /run/stress)")[0], 0, "stress-ng is gone")
+    console.check("kill $(cat /run/stress); wait; sync", 120)
+    check_log(console, f"after {ROUNDS} rounds")
+    env.vmcp("kill", "debian")
+
+
+if __name__ == "__main__":
+    vmcp_test.main(__name__)

@@ -1,0 +1,305 @@
+#!/usr/bin/env python3
+"""Whole VMs with the tiny guest, on any KVM. The guest checks its own memory and disk against what it did."""
+
+import filecmp
+import os
+import select
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+import vmcp_test  # noqa: E402
+from vmcp_test import Skip, check, check_equal  # noqa: E402
+
+BUSY = "set=64M rate=20000 disk=1 disk_blocks=2048 qd=8 report=0"
+ROUNDS = int(os.environ.get("VMCP_TEST_ROUNDS", "100"))
+
+
+def image_check(path):
+    done = subprocess.run(["qemu-img", "check", "-U", path], capture_output=True, check=False)
+    check(done.returncode in (0, 3), f"qemu-img check {path}: {done.stdout.decode()}{done.stderr.decode()}")
+
+
+def compare_images(a, b):
+    done = subprocess.run(["qemu-img", "compare", "-U", a, b], capture_output=True, check=False)
+    check(done.returncode == 0, f"qemu-img compare {a} {b}: {done.stdout.decode()}{done.stderr.decode()}")
+
+
+def test_boot_sizes(env):
+    """The hole below 4 GiB is right: all memory can be used and holds what was written."""
+    for memory, cpus, pages in (("128M", 1, "all"), ("3G", 2, "all"), ("3074M", 1, "all"), ("5G", 4, "all"), ("16G", 1, "64M")):
+        guest = env.start_tiny(memory=memory, cpus=cpus, name=f"m{memory}", cmdline=f"set={pages} report=0 rate=1000")
+        guest.check(timeout=180)
+        env.vmcp("kill", f"m{memory}")
+
+
+def test_checkpoint_and_revert(env):
+    """Rounds of live checkpoint under memory and disk writes, more writes, revert in place, self-check."""
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(cmdline=BUSY, disks=[("data", disk)])
+    for number in range(ROUNDS):
+        taken = env.vmcp_json("checkpoint", "--live", "tiny")
+        check_equal(taken["durability"], "durable", "durability")
+        time.sleep(0.02)
+        back = env.vmcp_json("revert", taken["id"])
+        check_equal((back["mode"], back["checkpoint"]), ("in-place", taken["id"]), "revert")
+        guest.check()
+        guest.epoch(number + 1)
+    env.vmcp("kill", "tiny")
+    image_check(disk)
+
+
+def test_checkpoints_under_way(env):
+    """A checkpoint leaves a guest that never stops writing whole, again and again, also at full speed."""
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(memory="512M", cmdline="set=256M mode=zipf disk=1 disk_blocks=4096 qd=32 report=0", disks=[("data", disk)])
+    for _ in range(5):
+        env.vmcp_json("checkpoint", "--live", "tiny")
+        guest.check()
+    env.vmcp("kill", "tiny")
+    image_check(disk)
+
+
+def test_revert_of_a_vm_that_is_gone(env):
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(cmdline=BUSY, disks=[("data", disk)])
+    guest.epoch(7)
+    taken = env.vmcp_json("checkpoint", "--live", "--tag", "good")
+    time.sleep(0.1)
+    env.vmcp("kill", "tiny")
+    back = env.vmcp_json("revert", "good")
+    check_equal(back["mode"], "started", "mode")
+    guest = env.attach_tiny("tiny")
+    check_equal(guest.check()["epoch"], "7", "epoch")
+    guest.epoch(8)
+    # From a reverted state on: another checkpoint, a kill -9, and back.
+    second = env.vmcp_json("checkpoint", "--live", "tiny")
+    check_equal(second["parent"], taken["id"], "parent")
+    pid = next(vm["pid"] for vm in env.vmcp_json("ps")["vms"])
+    os.kill(pid, 9)
+    time.sleep(0.2)
+    check_equal(env.vmcp_json("ps")["vms"][0]["state"], "crashed", "state after kill -9")
+    env.vmcp_json("revert", second["id"])
+    check_equal(env.attach_tiny("tiny").check()["epoch"], "8", "epoch")
+    env.vmcp("kill", "tiny")
+    image_check(disk)
+
+
+def test_tree(env):
+    """A tree of 10: a revert to any node gives that node's content, memory and disk."""
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(cmdline=BUSY, disks=[("data", disk)])
+    parents = [None, 0, 1, 1, 0, 4, 4, 5, 3, 8]
+    nodes, sums = [], []
+    for number, parent in enumerate(parents):
+        if parent is not None:
+            env.vmcp_json("revert", nodes[parent])
+        guest.epoch(100 + number)
+        time.sleep(0.05)
+        guest.set("pause")
+        sums.append({key: value for key, value in guest.sum().items() if key in ("mem", "disk", "sequence", "epoch")})
+        nodes.append(env.vmcp_json("checkpoint", "--live", "tiny")["id"])
+        guest.set("go")
+    log = env.vmcp_json("log")
+    by_id = {one["id"]: one for one in log["checkpoints"]}
+    for number, parent in enumerate(parents):
+        check_equal(by_id[nodes[number]]["parent"], None if parent is None else nodes[parent], f"parent of node {number}")
+    for number in (3, 9, 0, 7, 2, 5, 1, 8, 4, 6):
+        env.vmcp_json("revert", nodes[number])
+        got = {key: value for key, value in guest.sum().items() if key in sums[number]}
+        check_equal(got, sums[number], f"content of node {number}")
+        check_equal(guest.check()["epoch"], str(100 + number), f"epoch of node {number}")
+    env.vmcp("kill", "tiny")
+    image_check(disk)
+
+
+def test_oracle(env):
+    """A live checkpoint and a stopped one of the same instant are the same, byte by byte."""
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(cmdline=BUSY, disks=[("data", disk)])
+    for _ in range(3):
+        env.vmcp("pause", "tiny")
+        live = env.vmcp_json("checkpoint", "--live", "tiny")
+        stopped = env.vmcp_json("checkpoint", "tiny")
+        env.vmcp("resume", "tiny")
+        a, b = (env.vmcp_json("show", one["id"]) for one in (live, stopped))
+        for suffix in ("mem", "sums"):
+            files = [os.path.join(env.store, "layers", f"{one['memory']['layer']}.{suffix}") for one in (a, b)]
+            check(filecmp.cmp(*files, shallow=False), f"memory differs: {files}")
+        states = [os.path.join(env.store, "checkpoints", one["id"], "state") for one in (a, b)]
+        check(filecmp.cmp(*states, shallow=False), f"state differs: {states}")
+        layers = [os.path.join(env.store, "layers", one["disks"][0]["layer"] + ".qcow2") for one in (a, b)]
+        compare_images(*layers)
+        guest.check()
+    env.vmcp("kill", "tiny")
+
+
+def test_captured(env):
+    """--wait captured returns early; the checkpoint becomes durable all the same."""
+    guest = env.start_tiny(memory="512M", cmdline="set=256M rate=50000 report=0")
+    taken = env.vmcp_json("checkpoint", "--live", "--wait", "captured", "tiny")
+    check(taken["durability"] in ("captured", "durable"), "durability")
+    deadline = time.monotonic() + 60
+    while env.vmcp("show", taken["id"], status=None).status != 0:
+        check(time.monotonic() < deadline, "the checkpoint does not become durable")
+        time.sleep(0.05)
+    env.vmcp_json("revert", taken["id"])
+    guest.check()
+
+
+def test_raw_and_base_disks(env):
+    """A raw path disk becomes the raw base at its first checkpoint; a base disk's own layer lives in the store."""
+    raw = env.image("raw.img", "32M", "raw")
+    guest = env.start_tiny(cmdline=BUSY, disks=[("data", raw)])
+    taken = env.vmcp_json("checkpoint", "--live", "tiny")
+    guest.check()
+    env.vmcp_json("revert", taken["id"])
+    guest.check()
+    env.vmcp("kill", "tiny")
+    image_check(raw)
+    base = env.image("base.qcow2", "32M")
+    before = os.stat(base).st_mtime_ns
+    config = env.write("based.cfg", f"[vm]\nname = based\nmemory = 128M\nkernel = {env.tiny}\ncmdline = {BUSY}\n[disk data]\nbase = {base}\n")
+    guest = env.spawn_tiny("run", config)
+    taken = env.vmcp_json("checkpoint", "--live", "based")
+    env.vmcp_json("revert", taken["id"])
+    guest.check()
+    env.vmcp("kill", "based")
+    check_equal(os.stat(base).st_mtime_ns, before, "the base was written to")
+
+
+def test_second_vm_from_a_checkpoint(env):
+    """run --from with another name: a VM of its own beside the first one, disks apart."""
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(cmdline=BUSY, disks=[("data", disk)])
+    guest.epoch(3)
+    taken = env.vmcp_json("checkpoint", "--live", "tiny")
+    started = env.vmcp_json("run", "--from", taken["id"], "--name", "twin", "--detach")
+    check(started["boot_ns"] > 0 and started["pid"] > 0, f"run --detach --json: {started}")
+    twin = env.attach_tiny("twin")
+    check_equal(twin.check()["epoch"], "3", "epoch of the twin")
+    twin.epoch(4)
+    time.sleep(0.1)
+    twin.check()
+    check_equal(guest.check()["epoch"], "3", "epoch of the first VM")
+
+
+def test_guest_powers_off(env):
+    guest = env.start_tiny(cmdline="report=0")
+    guest.console.send_line("\nquit")
+    check_equal(guest.console.wait_exit(20), 0, "exit status")
+    check_equal(env.vmcp_json("ps")["vms"][0]["state"], "stopped", "state")
+
+
+def test_guest_powers_off_during_a_revert(env):
+    """The revert wins: it brings the guest back from before it powered off, and the VM lives on."""
+    config = env.tiny_config(cmdline="set=16M rate=1000 report=0")
+    guest = env.spawn_tiny("run", config, env={"VMCP_FAULT": "230:1:sleep=1500"})  # revert-checked: the VM still runs
+    taken = env.vmcp_json("checkpoint", "--live", "tiny")
+    argv = [env.vmcp_bin, "--store", env.store, "revert", taken["id"]]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        time.sleep(0.5)
+        guest.console.send_line("\nquit")
+        _, err = running.communicate(timeout=60)
+    check_equal(running.returncode, 0, f"exit status of the revert: {err.decode()}")
+    time.sleep(0.5)
+    check_equal(env.vmcp_json("ps")["vms"][0]["state"], "running", "state")
+    guest.check()
+
+
+def test_captured_and_powered_off(env):
+    """A checkpoint that was captured becomes durable although its guest powers off meanwhile."""
+    config = env.tiny_config(cmdline="set=16M rate=1000 report=0")
+    guest = env.spawn_tiny("run", config, env={"VMCP_FAULT": "217:1:sleep=1500"})  # memory-saved
+    taken = env.vmcp_json("checkpoint", "--live", "--wait", "captured", "tiny")
+    guest.console.send_line("\nquit")
+    check_equal(guest.console.wait_exit(20), 0, "exit status")
+    env.vmcp("show", taken["id"])
+    env.vmcp_json("revert", taken["id"])
+    env.attach_tiny("tiny").check()
+
+
+def test_revert_fails_half_way(env):
+    """A machine that is neither here nor there does not run until another revert succeeds, and says so."""
+    config = env.tiny_config(cmdline="set=16M rate=1000 report=0")
+    guest = env.spawn_tiny("run", config, env={"VMCP_FAULT": "233:1:eio"})  # revert-memory: behind the point of no return
+    taken = env.vmcp_json("checkpoint", "--live", "tiny")
+    env.vmcp("revert", taken["id"], status=1)
+    for command in ("pause", "resume", "checkpoint"):
+        refused = env.vmcp(command, "tiny", status=1)
+        check("half way" in refused.err, f"{command}: {refused}")
+    env.vmcp_json("revert", taken["id"])
+    guest.check()
+
+
+def test_detach_lets_go(env):
+    """A detached VM holds none of its caller's descriptors: who reads the caller's pipes sees their end."""
+    config = env.tiny_config(cmdline="report=0")
+    ours, theirs = os.pipe()
+    argv = [env.vmcp_bin, "--store", env.store, "run", "--detach", config]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, pass_fds=[theirs], check=True)
+    check_equal(done.stdout, b"tiny\n", "stdout")
+    os.close(theirs)
+    check(select.select([ours], [], [], 5)[0], "the VM holds a pipe of its caller")
+    check_equal(os.read(ours, 1), b"", "what comes from the pipe")
+    os.close(ours)
+
+
+def test_json_contract(env):
+    """The fields that others rely on."""
+    disk = env.image("disk.qcow2")
+    config = env.tiny_config(cmdline=BUSY, disks=[("data", disk)])
+    started = env.vmcp_json("run", "--detach", config)
+    check_equal(sorted(started), ["boot_ns", "pid", "socket", "vm"], "run --detach")
+    env.attach_tiny("tiny").check()
+    taken = env.vmcp_json("checkpoint", "--live", "-m", "a note", "--tag", "first")
+    for key in ("id", "vm", "parent", "tag", "message", "created", "live", "durability", "pause_ns", "pause", "memory", "disks", "durable_ns"):
+        check(key in taken, f"checkpoint: no field {key}")
+    check_equal(sorted(taken["pause"]), ["disks_ns", "memory_ns", "quiesce_ns", "resume_ns", "state_ns"], "pause")
+    for key in ("total_pages", "saved_pages", "zero_pages", "parent_pages", "cow_faults", "cow_fault_p50_ns", "cow_fault_p99_ns",
+                "cow_fault_max_ns", "written_bytes"):
+        check(isinstance(taken["memory"][key], int), f"checkpoint: memory.{key}")
+    check_equal(taken["memory"]["total_pages"], 65536, "total_pages")
+    check_equal(sorted(taken["disks"][0]), ["inflight_reads", "inflight_writes", "layer", "name"], "disks")
+    check(taken["pause_ns"] >= sum(taken["pause"].values()) * 0.9, f"the parts of the pause are larger than it: {taken['pause']}")
+    back = env.vmcp_json("revert", "first")
+    check_equal(sorted(back), ["checkpoint", "mode", "restored_pages", "revert_ns", "vm"], "revert")
+    log = env.vmcp_json("log", "tiny")
+    check_equal(sorted(log["checkpoints"][0]),
+                ["children", "created", "durability", "id", "message", "parent", "size_bytes", "tag", "vm"], "log")
+    check_equal(log["vms"], [{"name": "tiny", "state": "running", "at": taken["id"]}], "log: vms")
+    vm = env.vmcp_json("ps")["vms"][0]
+    for key in ("name", "state", "pid", "memory_bytes", "cpus", "last_checkpoint"):
+        check(key in vm, f"ps: no field {key}")
+    check_equal(env.vmcp("checkpoint", "--live", "--tag", "first", status=4).err.count("\n"), 2, "lines of an error")
+    error = env.vmcp("--json", "show", "nosuch", status=3).json
+    check_equal(sorted(error["error"]), ["code", "hint", "message"], "error")
+
+
+def test_cancel(env):
+    """A checkpoint that is cancelled leaves nothing behind, and the VM unharmed."""
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(memory="1G", cmdline="set=900M rate=1000 disk=1 disk_blocks=1024 report=0", disks=[("data", disk)])
+    before = sorted(os.listdir(os.path.join(env.store, "layers")))
+    argv = [env.vmcp_bin, "--store", env.store, "checkpoint", "--live", "tiny"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        while env.vmcp("cancel", "tiny", status=None).status != 0:
+            if running.poll() is not None:
+                raise Skip("the checkpoint was faster than the cancel")
+            time.sleep(0.005)
+        _, err = running.communicate(timeout=60)
+        check_equal(running.returncode, 1, f"exit status of the cancelled checkpoint: {err.decode()}")
+    check_equal(env.vmcp_json("log")["checkpoints"], [], "checkpoints")
+    left = [name for name in sorted(os.listdir(os.path.join(env.store, "layers"))) if name not in before and not name.endswith("qcow2")]
+    check_equal(left, [], "memory layers left")
+    guest.check()
+    taken = env.vmcp_json("checkpoint", "--live", "tiny")
+    env.vmcp_json("revert", taken["id"])
+    guest.check()
+    env.vmcp("kill", "tiny")
+    image_check(disk)
+
+
+if __name__ == "__main__":
+    vmcp_test.main(__name__)
