@@ -7,32 +7,16 @@
  * moves a vector.
  */
 #include <errno.h>
-#include <stdlib.h>
 #include <sys/ioctl.h>
 
-#include "base/buf.h"
 #include "base/log.h"
 #include "vmm/vm_internal.h"
-
-struct vm_msi_route {
-	struct vm *vm;
-	pthread_mutex_t lock;
-	uint64_t address; /* under lock */
-	uint32_t data;	  /* under lock */
-	bool masked;	  /* under lock; true until vm_msi_route_set */
-};
 
 void vm_irq_set(struct vm *vm, unsigned gsi, bool level)
 {
 	struct kvm_irq_level line = {.irq = gsi, .level = level};
 	if (gsi >= VM_GSI_PINS || ioctl(vm->fd, KVM_IRQ_LINE, &line) < 0)
 		log_error("interrupt line %u: KVM_IRQ_LINE failed: errno %d", gsi, errno);
-}
-
-void vm_irq_pulse(struct vm *vm, unsigned gsi)
-{
-	vm_irq_set(vm, gsi, true);
-	vm_irq_set(vm, gsi, false);
 }
 
 int vm_msi_send(struct vm *vm, uint64_t address, uint32_t data, struct err *err)
@@ -42,50 +26,6 @@ int vm_msi_send(struct vm *vm, uint64_t address, uint32_t data, struct err *err)
 	if (ioctl(vm->fd, KVM_SIGNAL_MSI, &msi) < 0)
 		return err_sys(err, errno, "MSI address 0x%llx data 0x%x", (unsigned long long)address, data);
 	return 0;
-}
-
-int vm_msi_route_create(struct vm *vm, struct vm_msi_route **out, struct err *err)
-{
-	struct vm_msi_route *route = xcalloc(1, sizeof(*route));
-	int number = pthread_mutex_init(&route->lock, NULL);
-	if (number != 0) {
-		free(route);
-		return err_sys(err, number, "MSI route: make a lock");
-	}
-	route->vm = vm;
-	route->masked = true;
-	*out = route;
-	return 0;
-}
-
-int vm_msi_route_set(struct vm_msi_route *route, uint64_t address, uint32_t data, bool masked, struct err *err)
-{
-	(void)err;
-	pthread_mutex_lock(&route->lock);
-	route->address = address;
-	route->data = data;
-	route->masked = masked;
-	pthread_mutex_unlock(&route->lock);
-	return 0;
-}
-
-void vm_msi_route_trigger(struct vm_msi_route *route)
-{
-	/* Sent under the lock: once vm_msi_route_set has masked the route, nothing more arrives. */
-	pthread_mutex_lock(&route->lock);
-	struct err err = ERR_INIT;
-	/* The guest can write any address; what KVM cannot deliver is dropped, as the bus would. */
-	if (!route->masked && vm_msi_send(route->vm, route->address, route->data, &err) < 0)
-		log_debug("dropped: %s", err.message);
-	pthread_mutex_unlock(&route->lock);
-}
-
-void vm_msi_route_destroy(struct vm_msi_route *route)
-{
-	if (!route)
-		return;
-	pthread_mutex_destroy(&route->lock);
-	free(route);
 }
 
 int vm_ioeventfd(struct vm *vm, bool pio, uint64_t address, unsigned size, int fd, bool add, struct err *err)

@@ -44,10 +44,8 @@ int vm_start(struct vm *vm, struct err *err)
 void vm_quiesce_request(struct vm *vm)
 {
 	pthread_mutex_lock(&vm->lock);
-	if (!(atomic_load(&vm->hold) & VM_HOLD_QUIESCE)) {
-		vm->request_ns = clock_now_ns();
+	if (!(atomic_load(&vm->hold) & VM_HOLD_QUIESCE))
 		vm_hold(vm, VM_HOLD_QUIESCE);
-	}
 	pthread_mutex_unlock(&vm->lock);
 }
 
@@ -56,7 +54,6 @@ static void wait_until_standing(struct vm *vm)
 	pthread_mutex_lock(&vm->lock);
 	while (vm->standing < vm->cpus)
 		pthread_cond_wait(&vm->stand_cond, &vm->lock);
-	vm->last_stop_ns = clock_now_ns() - vm->request_ns;
 	pthread_mutex_unlock(&vm->lock);
 }
 
@@ -72,7 +69,6 @@ int vm_quiesce_wait(struct vm *vm, struct err *err)
 	vm->stood_ns = clock_now_ns();
 	vm->quiesced = true;
 	int r = vm_arch_save(vm, err);
-	vm->last_state_ns = clock_now_ns() - vm->stood_ns;
 	for (unsigned i = 0; i < vm->cpus && r == 0; i++) {
 		const struct err *failed = &vm->vcpu[i].save_err;
 		if (failed->number == 0)

@@ -211,9 +211,3 @@ void vm_get_counters(const struct vm *vm, struct vm_counters *out)
 		out->signals += atomic_load_explicit(&vcpu->signals, memory_order_relaxed);
 	}
 }
-
-void vm_last_quiesce_ns(const struct vm *vm, uint64_t *stop_ns, uint64_t *state_ns)
-{
-	*stop_ns = vm->last_stop_ns;
-	*state_ns = vm->last_state_ns;
-}

@@ -100,18 +100,8 @@ unsigned vm_components(struct vm *vm, struct component *out);
  * (so ISA interrupt 0, the PIT, is IOAPIC pin 0). The level of a line is not part of the irqchip's state: a device
  * drives its line anew in apply. */
 void vm_irq_set(struct vm *vm, unsigned gsi, bool level);
-void vm_irq_pulse(struct vm *vm, unsigned gsi);
-/* Sends one MSI now, from any thread. */
+/* Sends one MSI, from any thread. It is delivered when this returns, so a checkpoint cannot fall between. */
 int vm_msi_send(struct vm *vm, uint64_t address, uint32_t data, struct err *err);
-/* A place for an MSI that a device sends often; masked at first. vm_msi_route_set may be called again when the guest
- * moves the vector. The interrupt is delivered when vm_msi_route_trigger returns, so a checkpoint cannot fall
- * between. */
-struct vm_msi_route;
-int vm_msi_route_create(struct vm *vm, struct vm_msi_route **out, struct err *err);
-int vm_msi_route_set(struct vm_msi_route *route, uint64_t address, uint32_t data, bool masked, struct err *err);
-/* Any thread; a masked route drops it: the caller keeps its pending bit. */
-void vm_msi_route_trigger(struct vm_msi_route *route);
-void vm_msi_route_destroy(struct vm_msi_route *route);
 
 /* A guest write of `size` bytes (1, 2, 4; 0: any size) to a port or address signals `fd` in the kernel, without an
  * exit. Undo with add = false. */
@@ -128,7 +118,5 @@ struct vm_counters {
 	uint64_t exits, io_exits, mmio_exits, halts, signals;
 };
 void vm_get_counters(const struct vm *vm, struct vm_counters *out);
-/* Nanoseconds of the last quiesce: request to last vCPU standing, and saving of irqchips and clock. */
-void vm_last_quiesce_ns(const struct vm *vm, uint64_t *stop_ns, uint64_t *state_ns);
 
 #endif

@@ -66,7 +66,6 @@ struct vm {
 	unsigned leaving;	    /* under lock: woken by a resume, not yet past the wait */
 	uint64_t resumed_ns;	    /* under lock: when `leaving` came to 0 */
 	uint64_t resume_count;	    /* under lock */
-	uint64_t request_ns;	    /* under lock: of the last vm_quiesce_request that had an effect */
 
 	bool stop_reported;		 /* under lock */
 	enum vm_stop_reason stop_reason; /* under lock; meaningful while VM_HOLD_STOP */
@@ -76,7 +75,6 @@ struct vm {
 	bool started;
 	_Atomic bool quiesced;
 	_Atomic uint64_t stood_ns; /* since when the guest's time and the host's agree no more */
-	uint64_t last_stop_ns, last_state_ns;
 
 	_Atomic uint64_t first_entry_ns;
 	struct vcpu vcpu[VM_MAX_CPUS]; /* the first `cpus` */

@@ -9,12 +9,7 @@ fail() {
 
 output=$(mktemp) || fail "mktemp"
 trap 'rm -f "$output"' EXIT
-# Without address randomisation: the ThreadSanitizer of older compilers does not start with 32 random bits.
-if command -v setarch >/dev/null 2>&1 && setarch -R true 2>/dev/null; then
-	setarch -R "$1" >"$output" 2>&1
-else
-	"$1" >"$output" 2>&1
-fi
+"$(dirname "$0")/fixed_addresses.sh" "$1" >"$output" 2>&1
 status=$?
 cat "$output"
 
