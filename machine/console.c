@@ -10,6 +10,7 @@
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/buf.h"
@@ -18,6 +19,8 @@
 
 #define TYPED_BYTES 4096
 #define FLUSH_NS    2000000000ull
+/* A guest prints byte by byte: what comes within this time of the first is passed on at once. */
+#define GATHER_NS 1000000
 
 struct watcher {
 	struct console_watcher given;
@@ -296,6 +299,8 @@ static void *console_main(void *opaque)
 		list[2 * count] = (struct pollfd){.fd = console->wake_fd, .events = POLLIN};
 		pthread_mutex_unlock(&console->lock);
 		int ready = poll(list, 2 * count + 1, -1);
+		if (ready > 0 && (list[2 * count].revents & POLLIN))
+			nanosleep(&(struct timespec){.tv_nsec = GATHER_NS}, NULL);
 		pthread_mutex_lock(&console->lock);
 		if (ready < 0)
 			continue;
