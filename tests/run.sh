@@ -47,15 +47,15 @@ build_and_test_in_memory() (
     build_and_test "$@"
 )
 
-# One test of the stock guest in a machine of its own. QEMU's emulated SVM now and then delivers an interrupt to the emulated host between
-# VMRUN and VMLOAD, and that host's kernel dies of it (with-kvm says so and exits with 125): then once more, aloud.
+# One test of the stock guest in a machine of its own. QEMU's emulated SVM now and then gets its interrupt flags wrong, and the emulated host
+# hangs (with-kvm exits with 124) or dies (125): then once more, aloud.
 debian_test() {
     local try status=125
-    for try in 1 2 3 4; do
+    for try in 1 2 3; do
         status=0
-        tests/with-kvm --mem 7168 python3 tests/vm/debian_test.py "$1" || status=$?
-        [ "$status" -eq 125 ] || break
-        echo "run.sh: the software machine itself died (try $try of 4)"
+        tests/with-kvm --mem 7168 --timeout 900 python3 tests/vm/debian_test.py "$1" || status=$?
+        case $kind:$status in software*:12[45] | none*:12[45]) ;; *) break ;; esac
+        echo "run.sh: the software machine itself hung or died (try $try of 3)"
     done
     return "$status"
 }

@@ -36,6 +36,7 @@ import time
 import tty
 
 READY = "vmcp-guest ready"
+MATCH_BYTES = 4096  # no marker is longer
 
 
 class ConsoleError(Exception):
@@ -265,12 +266,15 @@ class GuestConsole:
 
     def _wait_match(self, pattern, timeout, what):
         deadline = time.monotonic() + timeout
+        start = self._seen
         while True:
-            match = pattern.search(self.transcript, self._seen)
+            match = pattern.search(self.transcript, start)
             if match:
                 before = self._clean(self.transcript[self._seen:match.start()])
                 self._seen = match.end()
                 return before, match
+            # A match still to come may have begun already, but not further back than this.
+            start = max(start, len(self.transcript) - MATCH_BYTES)
             if self._closed:
                 raise ConsoleClosed(self._tell(f"the console closed before {what} came"))
             left = deadline - time.monotonic()

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """A stock Debian guest on a KVM that can run one: run by tests/with-kvm. VMCP_GUEST names the folder that examples/debian-guest/build.sh made."""
 
+import concurrent.futures
 import os
 import re
 import shutil
@@ -18,9 +19,9 @@ BOOT_S = 180
 # same): there the guest keeps to FXSAVE.
 NESTED = " norandmaps noxsave" if os.environ.get("VMCP_WITH_KVM") == "nested" else ""
 ROUNDS = int(os.environ.get("VMCP_TEST_DEBIAN_ROUNDS", "20"))
-# What a guest's kernel says when it was treated badly. "clocksource: Switched" and the like are no complaints.
-COMPLAINTS = re.compile(r"lockup|stall|hung_task|blocked for more|I/O error|Buffer I/O|EXT4-fs error|time jumped|Clocksource .* unstable|"
-                        r"clock skew|BUG:|WARNING:|Oops|Call Trace|NMI watchdog: (BUG|Watchdog)|ACPI (Error|Warning|BIOS)|virtio.*error", re.I)
+# What a guest's kernel says when it was treated badly, for grep -E. "clocksource: Switched" and the like are no complaints.
+COMPLAINTS = ("lockup|stall|hung_task|blocked for more|I/O error|EXT4-fs error|time jumped|Clocksource .* unstable|clock skew|BUG:|WARNING:|Oops|"
+              "Call Trace|NMI watchdog: (BUG|Watchdog)|ACPI (Error|Warning|BIOS)|virtio.*error")
 
 
 def config(env, cpus=1, memory="384M", name="debian"):
@@ -58,20 +59,23 @@ def attach(env, name="debian"):
 
 
 def check_log(console, what):
-    log = console.check("dmesg", 60)
-    bad = [line for line in log.splitlines() if COMPLAINTS.search(line)]
-    check(not bad, f"{what}: the guest's kernel complains:\n" + "\n".join(bad[:20]))
+    # Filtered in the guest: each byte on the console is an exit, which costs a nested machine most of a millisecond.
+    lines, *bad = console.check(f"dmesg | wc -l; dmesg | grep -i -E '{COMPLAINTS}' | head -n 20").splitlines()
+    check(int(lines) > 100, f"{what}: the guest's kernel log has only {lines} lines")
+    check(not bad, f"{what}: the guest's kernel complains:\n" + "\n".join(bad))
 
 
 def fsck(env, checkpoint, what):
-    """The disk as of a checkpoint: clean after the journal is replayed. On a flat copy."""
+    """The disk as of a checkpoint: clean after the journal is replayed. On a flat copy. Where the test itself keeps to one processor (tests/with-kvm),
+    this goes to another."""
     shown = env.vmcp_json("show", checkpoint)
     disk = shown["disks"][0]
     layer = os.path.join(env.store, "layers", f"{disk['layer']}.{disk['format']}")
-    raw = env.path("fsck.raw")
-    subprocess.run(["qemu-img", "convert", "-U", "-O", "raw", layer, raw], check=True)
-    subprocess.run(["e2fsck", "-p", "-E", "journal_only", raw], capture_output=True, check=False)
-    done = subprocess.run(["e2fsck", "-f", "-n", raw], capture_output=True, check=False)
+    raw = env.path(f"fsck-{checkpoint}.raw")
+    elsewhere = ["taskset", "-c", "0"] if os.environ.get("VMCP_WITH_KVM") == "nested" else []
+    subprocess.run([*elsewhere, "qemu-img", "convert", "-U", "-O", "raw", layer, raw], check=True)
+    subprocess.run([*elsewhere, "e2fsck", "-p", "-E", "journal_only", raw], capture_output=True, check=False)
+    done = subprocess.run([*elsewhere, "e2fsck", "-f", "-n", raw], capture_output=True, check=False)
     os.unlink(raw)
     check_equal(done.returncode, 0, f"{what}: e2fsck: {done.stdout.decode()}{done.stderr.decode()}")
 
@@ -129,12 +133,18 @@ def test_stress_smp(env):
     """2 vCPUs under stress-ng survive rounds of live checkpoint and revert; the disk as of every checkpoint is clean."""
     console = boot(env, cpus=2, memory="256M")
     console.check("cd /var/tmp && (stress-ng --cpu 1 --vm 1 --vm-bytes 32M --hdd 1 --hdd-bytes 16M --switch 1 --timer 1 --quiet --timeout 0 & echo $! > /run/stress); sleep 3", 60)
-    for number in range(ROUNDS):
-        taken = env.vmcp_json("checkpoint", "--live", "debian", timeout=180)
-        time.sleep(0.3)
-        env.vmcp_json("revert", taken["id"], timeout=120)
-        fsck(env, taken["id"], f"round {number}")
-        print(f"  round {number}: pause {taken['pause_ns'] / 1e6:.2f} ms, {taken['memory']['cow_faults']} faults", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        checks = []
+        for number in range(ROUNDS):
+            started = time.monotonic()
+            taken = env.vmcp_json("checkpoint", "--live", "debian", timeout=180)
+            time.sleep(0.3)
+            env.vmcp_json("revert", taken["id"], timeout=120)
+            checks.append(pool.submit(fsck, env, taken["id"], f"round {number}"))
+            print(f"  round {number}: {time.monotonic() - started:.1f} s, of which until durable {taken['durable_ns'] / 1e9:.1f} s; "
+                  f"pause {taken['pause_ns'] / 1e6:.2f} ms, {taken['memory']['cow_faults']} faults", flush=True)
+        for done in checks:
+            done.result()
     console.sync(120)
     check_equal(console.run("kill -0 $(cat /run/stress)")[0], 0, "stress-ng is gone")
     console.check("kill $(cat /run/stress); wait; sync", 120)
