@@ -1,53 +1,26 @@
 /*
- * How the scheduler treats the calling thread. Real-time priority needs CAP_SYS_NICE; where it is refused the thread goes
- * on as it was: all of this is about time only.
+ * How the scheduler treats the calling thread, by sched_setattr(2). More than the default needs CAP_SYS_NICE; where it is refused
+ * the thread goes on as it was: all of this is about time only.
+ *
+ * No real-time policy: since Linux 6.12 the fair server runs ordinary threads ahead of real-time ones for up to 50 ms in a
+ * second. A real-time thread that was woken on a CPU with a busy background thread waited there for milliseconds, though
+ * another CPU was idle.
  */
 #ifndef VMCP_BASE_PRIORITY_H
 #define VMCP_BASE_PRIORITY_H
 
-#include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Levels of real-time priority; within one, first come, first served. */
-enum priority_level { PRIORITY_URGENT = 1, PRIORITY_FAULT = 2 };
+#define PRIORITY_SHORT_SLICE_NS 100000u
 
-/*
- * Ahead of all ordinary threads, for a stretch of microseconds, or with sleep between such: a guest waits for this thread,
- * and a preempted one would make it wait for others' time slices, milliseconds. Not to be nested.
- */
-static inline void priority_begin(enum priority_level level)
-{
-	struct sched_param param = {.sched_priority = (int)level};
-	sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &param);
-}
+static inline int priority_nice(void) { return getpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid)); }
 
-/* Back to SCHED_OTHER or SCHED_BATCH, with the niceness of before. */
-static inline void priority_end(int policy)
-{
-	struct sched_param param = {.sched_priority = 0};
-	sched_setscheduler(0, policy, &param);
-}
-
-/*
- * For a thread that works in the background. SCHED_BATCH: waking up preempts nobody. Not SCHED_IDLE: a thread that never
- * gets to run would keep the kernel's locks that it holds, and a vCPU that faults needs the same ones.
- */
-static inline void priority_background(int nice)
-{
-	priority_end(SCHED_BATCH);
-	setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), nice);
-}
-
-/*
- * For a vCPU: it wakes often, from exits and faults, and must then preempt a background thread that took its CPU meanwhile. Since
- * Linux 6.12 a thread with a shorter slice does so at once; else it waits for the end of the other's slice or the next
- * tick, 2 to 4 ms. Older kernels ignore it.
- */
-static inline void priority_short_slice(void)
+/* slice_ns: 0 for the kernel's own. Linux before 6.12 ignores it. 0, or -1 with errno. */
+static inline int priority_set(int policy, int nice, uint64_t slice_ns)
 {
 	struct {
 		uint32_t size, policy;
@@ -55,19 +28,38 @@ static inline void priority_short_slice(void)
 		int32_t nice;
 		uint32_t priority;
 		uint64_t runtime_ns, deadline_ns, period_ns;
-	} attr = {.size = sizeof(attr), .policy = SCHED_OTHER, .runtime_ns = 100000};
-	attr.nice = getpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid));
-	syscall(SYS_sched_setattr, 0, &attr, 0);
+	} attr = {.size = sizeof(attr), .policy = (uint32_t)policy, .nice = nice, .runtime_ns = slice_ns};
+	return (int)syscall(SYS_sched_setattr, 0, &attr, 0);
 }
 
-/* A mutex that threads of different priority share: whoever holds it runs at the priority of whoever waits for it. */
-static inline void priority_mutex_init(pthread_mutex_t *mutex)
+/*
+ * Ahead of other threads, for a stretch of microseconds, or with sleep between such: a guest waits for this thread, and a
+ * preempted one would make it wait for others' time slices, milliseconds. Returns the niceness of before, for
+ * priority_restore.
+ */
+static inline int priority_urgent(void)
 {
-	pthread_mutexattr_t attr;
-	pthread_mutexattr_init(&attr);
-	pthread_mutexattr_setprotocol(&attr, PTHREAD_PRIO_INHERIT);
-	pthread_mutex_init(mutex, &attr);
-	pthread_mutexattr_destroy(&attr);
+	int before = priority_nice();
+	priority_set(SCHED_OTHER, -20, PRIORITY_SHORT_SLICE_NS);
+	return before;
+}
+
+static inline void priority_restore(int nice) { priority_set(SCHED_OTHER, nice, 0); }
+
+/*
+ * For a thread that works in the background. SCHED_BATCH: waking up preempts nobody. A tenth of a vCPU's weight, so
+ * that a host full of vCPUs still brings a checkpoint to its end. Not SCHED_IDLE: a thread that never gets to run would
+ * keep the kernel's locks that it holds, and a vCPU that faults needs the same ones.
+ */
+static inline void priority_background(void) { priority_set(SCHED_BATCH, 10, 0); }
+
+/*
+ * For a vCPU: it wakes often, from exits and faults, and must then preempt a background thread that took its CPU meanwhile. A
+ * thread with a shorter slice does so at once; else it waits for the end of the other's slice or the next tick, 2 to 4 ms.
+ */
+static inline void priority_short_slice(void)
+{
+	priority_set(SCHED_OTHER, priority_nice(), PRIORITY_SHORT_SLICE_NS);
 }
 
 #endif

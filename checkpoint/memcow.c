@@ -12,7 +12,6 @@
 #include "base/bytes.h"
 #include "base/clock.h"
 #include "base/fault.h"
-#include "base/priority.h"
 #include "checkpoint/memcow_internal.h"
 #include "checkpoint/uffd.h"
 
@@ -80,7 +79,7 @@ int memcow_create(struct mem *mem, bool protect, struct memcow **out, struct err
 	cow->blocks = BITMAP_WORDS(cow->pages);
 	cow->memfd = mem_fd(mem);
 	cow->uffd = cow->stop_event = -1;
-	priority_mutex_init(&cow->lock);
+	pthread_mutex_init(&cow->lock, NULL);
 	pthread_mutex_init(&cow->done_lock, NULL);
 	pthread_condattr_t attr;
 	pthread_condattr_init(&attr);

@@ -133,7 +133,7 @@ void *memcow_fault_main(void *opaque)
 {
 	struct memcow *cow = opaque;
 	pthread_setname_np(pthread_self(), "vmcp-fault");
-	priority_begin(PRIORITY_FAULT);
+	priority_urgent();
 	struct pollfd fds[2] = {{.fd = cow->uffd, .events = POLLIN}, {.fd = cow->stop_event, .events = POLLIN}};
 	for (;;) {
 		int n = poll(fds, 2, -1);

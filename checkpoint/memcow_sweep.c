@@ -204,7 +204,7 @@ void *memcow_sweeper_main(void *opaque)
 	struct sweep sweep = {.cow = cow};
 	struct err err = ERR_INIT;
 	pthread_setname_np(pthread_self(), "vmcp-sweep");
-	priority_background(10);
+	priority_background();
 	if (!memcow_wait_for_save(cow))
 		return NULL;
 	if (sweep_all(&sweep, &err) != 0)

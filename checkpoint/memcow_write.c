@@ -330,7 +330,7 @@ void *memcow_writer_main(void *opaque)
 	struct memcow *cow = opaque;
 	struct writer w = {.cow = cow};
 	pthread_setname_np(pthread_self(), "vmcp-write");
-	priority_background(5);
+	priority_background();
 	pool_populate(cow->pool);
 	w.ring_ok = io_uring_queue_init(QUEUE_DEPTH, &w.ring, 0) == 0;
 	set_direct(&w, true);

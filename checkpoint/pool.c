@@ -8,7 +8,6 @@
 #include <sys/mman.h>
 
 #include "base/buf.h"
-#include "base/priority.h"
 
 struct pool {
 	uint8_t *memory; /* immutable */
@@ -37,7 +36,7 @@ int pool_create(unsigned segments, unsigned reserve, struct pool **out, struct e
 	madvise(pool->memory, pool->memory_bytes, MADV_HUGEPAGE); /* only fewer faults: may fail */
 	pool->segments = xcalloc(segments, sizeof(*pool->segments));
 	pool->reserve = reserve;
-	priority_mutex_init(&pool->lock); /* the fault thread takes it too */
+	pthread_mutex_init(&pool->lock, NULL);
 	pthread_cond_init(&pool->freed, NULL);
 	pthread_cond_init(&pool->filled, NULL);
 	pool->ready_tail = &pool->ready_head;

@@ -193,9 +193,9 @@ static int capture(struct take *take, struct err *err)
 		return r;
 	engine_set_phase(take->engine, "pause");
 	/* The guest stands: nobody may come between. */
-	priority_begin(PRIORITY_URGENT);
+	int nice = priority_urgent();
 	r = pause_and_capture(take, err);
-	priority_end(SCHED_OTHER);
+	priority_restore(nice);
 	if (take->switched)
 		fill_captured(take);
 	return r == 0 ? fault_check(FAULT_TAKE_RESUMED, err) : r;
