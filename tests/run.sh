@@ -43,7 +43,7 @@ build_and_test() {
 build_and_test_in_memory() (
     TMPDIR=$(mktemp -d /dev/shm/vmcp-test.XXXXXX 2>/dev/null || mktemp -d)
     trap 'rm -rf "$TMPDIR"' EXIT
-    export TMPDIR DISK_TEST_SCALE=0.3
+    export TMPDIR DISK_TEST_SCALE=0.15
     build_and_test "$@"
 )
 
