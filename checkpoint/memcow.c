@@ -1,7 +1,6 @@
 #include "checkpoint/memcow.h"
 
 #include <errno.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -12,6 +11,7 @@
 #include "base/bytes.h"
 #include "base/clock.h"
 #include "base/fault.h"
+#include "base/priority.h"
 #include "checkpoint/memcow_internal.h"
 #include "checkpoint/uffd.h"
 
@@ -237,7 +237,7 @@ static int protect_run_politely(void *opaque, uint64_t first, uint64_t count)
 	int r = 0;
 	for (; first < end && r == 0; first += ARM_CHUNK_PAGES) {
 		r = protect_run(cow, first, min_u64(end - first, ARM_CHUNK_PAGES));
-		sched_yield();
+		priority_give_way();
 	}
 	return r;
 }

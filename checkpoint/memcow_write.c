@@ -7,7 +7,6 @@
 #include <liburing.h>
 #include <linux/falloc.h>
 #include <linux/magic.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/vfs.h>
@@ -207,7 +206,7 @@ static void write_all(struct writer *w)
 			w->segment = NULL; /* what is left of it is not submitted any more */
 		bool more = w->segment != NULL;
 		submit_segment(w);
-		sched_yield(); /* as the sweeper */
+		priority_give_way();
 		if (w->inflight > 0)
 			reap(w, !more || w->inflight >= QUEUE_DEPTH);
 		else if (w->err.number != 0)

@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -70,10 +69,8 @@ void pool_populate(struct pool *pool)
 	/* In steps: the call holds the lock of the address space all the while, so a thread that maps something waits
 	 * for it, and behind that thread every vCPU that faults. */
 	size_t done = 0;
-	while (done < pool->memory_bytes && madvise(pool->memory + done, SEGMENT_BYTES, MADV_POPULATE_WRITE) == 0) {
+	while (done < pool->memory_bytes && madvise(pool->memory + done, SEGMENT_BYTES, MADV_POPULATE_WRITE) == 0)
 		done += SEGMENT_BYTES;
-		sched_yield();
-	}
 	if (done == pool->memory_bytes)
 		return;
 #endif
