@@ -34,6 +34,15 @@ static inline int priority_set(int policy, int nice, uint64_t slice_ns)
 }
 
 /*
+ * For a vCPU: it wakes often, from exits and faults, and must then preempt a background thread that took its CPU meanwhile. A
+ * thread with a shorter slice does so at once; else it waits for the end of the other's slice or the next tick, 2 to 4 ms.
+ */
+static inline void priority_short_slice(void)
+{
+	priority_set(SCHED_OTHER, priority_nice(), PRIORITY_SHORT_SLICE_NS);
+}
+
+/*
  * Ahead of other threads, for a stretch of microseconds, or with sleep between such: a guest waits for this thread, and a
  * preempted one would make it wait for others' time slices, milliseconds. Returns the niceness of before, for
  * priority_restore.
@@ -41,7 +50,8 @@ static inline int priority_set(int policy, int nice, uint64_t slice_ns)
 static inline int priority_urgent(void)
 {
 	int before = priority_nice();
-	priority_set(SCHED_OTHER, -20, PRIORITY_SHORT_SLICE_NS);
+	if (priority_set(SCHED_OTHER, -20, PRIORITY_SHORT_SLICE_NS) != 0)
+		priority_short_slice();
 	return before;
 }
 
@@ -52,21 +62,16 @@ static inline void priority_restore(int nice) { priority_set(SCHED_OTHER, nice, 
  * that a host full of vCPUs still brings a checkpoint to its end. Not SCHED_IDLE: a thread that never gets to run would
  * keep the kernel's locks that it holds, and a vCPU that faults needs the same ones.
  */
-static inline void priority_background(void) { priority_set(SCHED_BATCH, 10, 0); }
+static inline void priority_background(void)
+{
+	int nice = priority_nice();
+	priority_set(SCHED_BATCH, nice > 10 ? nice : 10, 0);
+}
 
 /*
  * Makes room for a vCPU that shares the CPU: a moment's sleep, some 50 us. Not sched_yield, which gives away a whole turn: on
  * a host without an idle CPU, a thread of little weight that yields 256 times is gone for 20 s.
  */
 static inline void priority_give_way(void) { nanosleep(&(struct timespec){.tv_nsec = 1000}, NULL); }
-
-/*
- * For a vCPU: it wakes often, from exits and faults, and must then preempt a background thread that took its CPU meanwhile. A
- * thread with a shorter slice does so at once; else it waits for the end of the other's slice or the next tick, 2 to 4 ms.
- */
-static inline void priority_short_slice(void)
-{
-	priority_set(SCHED_OTHER, priority_nice(), PRIORITY_SHORT_SLICE_NS);
-}
 
 #endif
