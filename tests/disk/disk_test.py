@@ -668,7 +668,8 @@ def main():
     global TOOL, LIMIT_MEMORY
     TOOL = os.path.abspath(sys.argv[1])
     with open(TOOL, "rb") as file:
-        if b"__asan_init" not in file.read():
+        program = file.read()
+        if b"__asan_init" not in program and b"__tsan_init" not in program:
             LIMIT_MEMORY = "ulimit -v 1048576; "
     failed = passed = 0
     home = os.environ.get("VMCP_TMP") or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
