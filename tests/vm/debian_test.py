@@ -15,9 +15,10 @@ from guest_console import READY, GuestConsole  # noqa: E402
 from vmcp_test import check, check_equal  # noqa: E402
 
 BOOT_S = 180
+NESTED = os.environ.get("VMCP_WITH_KVM") == "nested"
 # QEMU's emulated SVM does not intercept XSETBV, so its KVM does not know which state the guest's kernel switched on (QEMU as the inner VMM sees the
 # same): there the guest keeps to FXSAVE.
-NESTED = " norandmaps noxsave" if os.environ.get("VMCP_WITH_KVM") == "nested" else ""
+GUEST_WORDS = " norandmaps noxsave" if NESTED else ""
 ROUNDS = int(os.environ.get("VMCP_TEST_DEBIAN_ROUNDS", "20"))
 # What a guest's kernel says when it was treated badly, for grep -E. "clocksource: Switched" and the like are no complaints.
 COMPLAINTS = ("lockup|stall|hung_task|blocked for more|I/O error|EXT4-fs error|time jumped|Clocksource .* unstable|clock skew|BUG:|WARNING:|Oops|"
@@ -35,7 +36,7 @@ memory = {memory}
 cpus = {cpus}
 kernel = {guest}/vmlinuz
 initrd = {guest}/initrd.img
-cmdline = console=ttyS0 root=/dev/vda rootfstype=ext4 rw quiet loglevel=5{NESTED}
+cmdline = console=ttyS0 root=/dev/vda rootfstype=ext4 rw quiet loglevel=5{GUEST_WORDS}
 rng = yes
 [disk root]
 path = {disk}
@@ -83,7 +84,7 @@ def fsck(env, checkpoint, what):
     disk = shown["disks"][0]
     layer = os.path.join(env.store, "layers", f"{disk['layer']}.{disk['format']}")
     raw = env.path(f"fsck-{checkpoint}.raw")
-    elsewhere = ["taskset", "-c", "0"] if os.environ.get("VMCP_WITH_KVM") == "nested" else []
+    elsewhere = ["taskset", "-c", "0"] if NESTED else []
     subprocess.run([*elsewhere, "qemu-img", "convert", "-U", "-O", "raw", layer, raw], check=True)
     subprocess.run([*elsewhere, "e2fsck", "-p", "-E", "journal_only", raw], capture_output=True, check=False)
     done = subprocess.run([*elsewhere, "e2fsck", "-f", "-n", raw], capture_output=True, check=False)
