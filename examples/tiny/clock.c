@@ -120,7 +120,7 @@ void gap_reset(struct gap *gap, const struct clock *clock)
 
 	gap->max_cycles = 0;
 	gap->max_at_tsc = 0;
-	gap->turns = 0;
+	gap->steps = 0;
 	gap->backward = 0;
 	for (i = 0; i < GAP_LIMITS; i++) {
 		gap->over[i] = 0;

@@ -20,15 +20,15 @@ uint64_t clock_from_us(const struct clock *clock, uint64_t us);
 #define GAP_LIMITS 6
 
 /*
- * A gap is the time between two consecutive turns of the main loop. Everything that a turn does is inside:
- * page writes, disk requests, port and device accesses, faults, interrupts of the host, and any pause of the
+ * A gap is the time between two consecutive steps: a step is a page write, or the rest of a turn of the main loop.
+ * Everything is inside: disk requests, port and device accesses, faults, interrupts of the host, and any pause of the
  * VM that lets the TSC run on. Only what gap_restart() follows is left out.
  */
 struct gap {
 	uint64_t last_tsc;
 	uint64_t max_cycles;
 	uint64_t max_at_tsc;
-	uint64_t turns;
+	uint64_t steps;
 	uint64_t backward; /* times that the TSC went back: must stay 0 */
 	uint64_t limit_cycles[GAP_LIMITS];
 	uint64_t over[GAP_LIMITS]; /* gaps above each limit; a gap counts under every limit that it passes */
@@ -45,7 +45,7 @@ static inline void gap_note(struct gap *gap, uint64_t now)
 	uint64_t cycles = now - gap->last_tsc;
 
 	gap->last_tsc = now;
-	gap->turns++;
+	gap->steps++;
 	if (cycles > gap->max_cycles)
 		gap_note_long(gap, now, cycles);
 	else if (cycles > gap->limit_cycles[0])

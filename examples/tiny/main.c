@@ -12,7 +12,7 @@
 
 #define LOOK_EACH_US	10000u
 #define CATCH_UP_US	20000u
-#define STEPS_EACH_TURN 8u
+#define WRITES_EACH_TURN 8u
 #define ACPI_PM1A_PORT	0x604
 #define ACPI_SLEEP_S5	0x2000
 #define DEBUG_EXIT_PORT 0xf4
@@ -138,9 +138,10 @@ static bool mem_turn(struct tiny *tiny, uint64_t now)
 
 	if (!tiny->running)
 		return false;
-	for (i = 0; i < STEPS_EACH_TURN && pace_due(&tiny->mem_pace, now); i++) {
+	for (i = 0; i < WRITES_EACH_TURN && pace_due(&tiny->mem_pace, now); i++) {
 		mem_step(&tiny->mem, &tiny->stamps);
 		pace_take(&tiny->mem_pace, now);
+		gap_note(&tiny->gap, cpu_tsc());
 	}
 	return i != 0;
 }

@@ -36,7 +36,7 @@ void report_status(struct tiny *tiny)
 
 	line_start(line, "status");
 	line_number(line, "t_ms", clock_to_ms(&tiny->clock, now - tiny->clock.start_tsc));
-	line_number(line, "steps", tiny->gap.turns);
+	line_number(line, "steps", tiny->gap.steps);
 	line_number(line, "writes", tiny->mem.writes);
 	line_number(line, "writes_per_s", per_second(&tiny->clock, tiny->mem.writes - tiny->status_writes, cycles));
 	line_number(line, "gap_max_ns", clock_to_ns(&tiny->clock, tiny->gap.max_cycles));
@@ -69,7 +69,7 @@ void report_gap(struct tiny *tiny)
 	line_number(line, "max_ns", clock_to_ns(&tiny->clock, tiny->gap.max_cycles));
 	line_number(line, "max_at_ms",
 		    tiny->gap.max_at_tsc ? clock_to_ms(&tiny->clock, tiny->gap.max_at_tsc - tiny->clock.start_tsc) : 0);
-	line_number(line, "steps", tiny->gap.turns);
+	line_number(line, "steps", tiny->gap.steps);
 	for (i = 0; i < GAP_LIMITS; i++)
 		line_number(line, names[i], tiny->gap.over[i]);
 	line_number(line, "tsc_back", tiny->gap.backward);
