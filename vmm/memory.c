@@ -199,15 +199,10 @@ void mem_mark_dirty(struct mem *mem, uint64_t gpa, uint64_t length)
 		mark_pages(mem, offset, length);
 }
 
-uint64_t mem_dirty_word(const struct mem *mem, uint64_t first_page)
+void mem_take_dirty(struct mem *mem, uint64_t *words)
 {
-	return atomic_load_explicit(&mem->dirty[first_page / 64], memory_order_acquire);
-}
-
-uint64_t mem_take_dirty_word(struct mem *mem, uint64_t first_page)
-{
-	_Atomic uint64_t *word = &mem->dirty[first_page / 64];
-	if (!atomic_load_explicit(word, memory_order_acquire))
-		return 0;
-	return atomic_exchange_explicit(word, 0, memory_order_acq_rel);
+	for (uint64_t w = 0; w < BITMAP_WORDS(mem_pages(mem)); w++) {
+		if (atomic_load_explicit(&mem->dirty[w], memory_order_acquire))
+			words[w] |= atomic_exchange_explicit(&mem->dirty[w], 0, memory_order_acq_rel);
+	}
 }

@@ -11,7 +11,8 @@
  *
  * Every write of the VMM to guest memory goes through mem_write, or through a pointer from mem_at with `write`: that is
  * the one place where such pages are marked as dirty. An asynchronous writer (io_uring into guest memory) calls
- * mem_mark_dirty again when it is done.
+ * mem_mark_dirty again when it is done. Such writes happen in an I/O thread, or while the VM stands: never in a vCPU's
+ * exit, so that a parked I/O thread is enough to know that what is marked is written.
  *
  * Threads: all functions but create/destroy may be called from any thread.
  */
@@ -57,11 +58,9 @@ int mem_read(struct mem *mem, uint64_t gpa, void *data, uint64_t length, struct 
 int mem_write(struct mem *mem, uint64_t gpa, const void *data, uint64_t length, struct err *err);
 /* Marks pages that are (or just were) written through a pointer or by asynchronous I/O. */
 void mem_mark_dirty(struct mem *mem, uint64_t gpa, uint64_t length);
-/* What the VMM wrote, for a tracker of changes, as KVM's dirty log does not see it: one bit per ram page, from bit 0
- * for first_page, a multiple of 64. mem_take_dirty_word also clears them. As a writer marks before it writes, bits
- * are taken only while vCPUs and I/O threads stand still; a tracker may look (mem_dirty_word) at any time. */
-uint64_t mem_dirty_word(const struct mem *mem, uint64_t first_page);
-uint64_t mem_take_dirty_word(struct mem *mem, uint64_t first_page);
+/* Takes the marks of what the VMM wrote, which KVM's dirty log does not see: adds them to `words`, one bit a ram page,
+ * mem_pages / 64 words, and clears them. As a writer marks before it writes, the I/O threads stand still meanwhile. */
+void mem_take_dirty(struct mem *mem, uint64_t *words);
 /* gpa -> ram offset; false if not RAM. */
 bool mem_ram_offset(const struct mem *mem, uint64_t gpa, uint64_t *ram_offset);
 

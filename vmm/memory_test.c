@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "base/buf.h"
 #include "base/bytes.h"
 
 #define MIB (1ull << 20)
@@ -81,17 +82,23 @@ Test(memory, writes_mark_ram_pages_dirty)
 	struct mem *mem = create(4 * 1024 * MIB);
 	uint64_t high = MEM_HOLE_START >> PAGE_SHIFT;
 	char byte;
+	uint64_t *words = xcalloc(mem_pages(mem) / 64, sizeof(*words));
 	mem_read(mem, 0, &byte, 1, NULL);
 	cr_expect_not_null(mem_at(mem, 0, 1, false));
-	cr_expect_eq(mem_dirty_word(mem, 0), 0, "reading marks nothing");
+	mem_take_dirty(mem, words);
+	cr_expect_eq(words[0], 0, "reading marks nothing");
 	mem_write(mem, 3 * 4096 - 1, "ab", 2, NULL);
 	cr_expect_not_null(mem_at(mem, 5 * 4096, 0, true));
-	cr_expect_eq(mem_dirty_word(mem, 0), 0xc, "both pages of a write across their border, none of an empty one");
+	mem_take_dirty(mem, words);
+	cr_expect_eq(words[0], 0xc, "both pages of a write across their border, none of an empty one");
 	mem_mark_dirty(mem, MEM_HOLE_END + 63 * 4096, 2 * 4096);
 	mem_mark_dirty(mem, MEM_HOLE_START, 4096);
-	cr_expect_eq(mem_take_dirty_word(mem, high), 1ull << 63);
-	cr_expect_eq(mem_take_dirty_word(mem, high + 64), 1);
-	cr_expect_eq(mem_take_dirty_word(mem, high), 0, "taken once");
-	cr_expect_eq(mem_take_dirty_word(mem, 0), 0xc);
+	words[0] = 0;
+	words[high / 64] = 1;
+	mem_take_dirty(mem, words);
+	cr_expect_eq(words[0], 0, "taken once");
+	cr_expect_eq(words[high / 64], 1 | 1ull << 63, "added to what is there");
+	cr_expect_eq(words[high / 64 + 1], 1);
+	free(words);
 	mem_destroy(mem);
 }

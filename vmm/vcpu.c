@@ -261,6 +261,7 @@ static void *run_thread(void *opaque)
 	snprintf(name, sizeof(name), "vcpu%u", vcpu->index);
 	pthread_setname_np(pthread_self(), name);
 	priority_short_slice();
+	atomic_store(&vcpu->tid, gettid());
 	for (;;) {
 		unsigned hold = atomic_load(&vm->hold);
 		if (hold & VM_HOLD_EXIT)

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -90,20 +91,31 @@ static int create_kvm_vm(struct vm *vm, struct err *err)
 	return 0;
 }
 
+int vm_map_slot(struct vm *vm, unsigned slot, bool log_writes, struct err *err)
+{
+	struct mem_region region[2];
+	mem_regions(vm->memory, region);
+	struct kvm_userspace_memory_region slot_region = {
+		.slot = slot,
+		.flags = log_writes ? KVM_MEM_LOG_DIRTY_PAGES : 0,
+		.guest_phys_addr = region[slot].gpa,
+		.memory_size = region[slot].bytes,
+		.userspace_addr = (uintptr_t)(mem_base(vm->memory) + region[slot].ram_offset),
+	};
+	if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &slot_region) < 0)
+		return err_sys(err, errno, "show %llu bytes of memory to the guest at 0x%llx",
+			       (unsigned long long)region[slot].bytes, (unsigned long long)region[slot].gpa);
+	return 0;
+}
+
 static int map_memory(struct vm *vm, struct err *err)
 {
 	struct mem_region region[2];
-	unsigned n = mem_regions(vm->memory, region);
-	for (unsigned slot = 0; slot < n; slot++) {
-		struct kvm_userspace_memory_region slot_region = {
-			.slot = slot,
-			.guest_phys_addr = region[slot].gpa,
-			.memory_size = region[slot].bytes,
-			.userspace_addr = (uintptr_t)(mem_base(vm->memory) + region[slot].ram_offset),
-		};
-		if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &slot_region) < 0)
-			return err_sys(err, errno, "show %llu bytes of memory to the guest at 0x%llx",
-				       (unsigned long long)region[slot].bytes, (unsigned long long)region[slot].gpa);
+	vm->memory_slots = mem_regions(vm->memory, region);
+	for (unsigned slot = 0; slot < vm->memory_slots; slot++) {
+		int r = vm_map_slot(vm, slot, false, err);
+		if (r != 0)
+			return r;
 	}
 	return 0;
 }
@@ -198,6 +210,33 @@ unsigned vm_cpus(const struct vm *vm) { return vm->cpus; }
 bool vm_is_quiesced(const struct vm *vm) { return vm->quiesced; }
 uint64_t vm_first_entry_ns(const struct vm *vm) { return atomic_load(&vm->first_entry_ns); }
 unsigned vm_components(struct vm *vm, struct component *out) { return vm_arch_components(vm, out); }
+
+/* State and processor of a thread of ours: fields 3 and 39 of its stat, see proc(5). */
+static bool find_processor(pid_t tid, int *processor)
+{
+	char path[64], text[512], state;
+	snprintf(path, sizeof(path), "/proc/self/task/%d/stat", tid);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	if (fd >= 0)
+		close(fd);
+	text[n > 0 ? n : 0] = '\0';
+	/* Behind the name, which may hold anything. */
+	const char *at = strrchr(text, ')');
+	return at && sscanf(at + 1, " %c%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s%*s"
+				    "%*s%*s%*s%*s%*s%*s%*s%*s%*s %d", &state, processor) == 2 && state == 'R';
+}
+
+void vm_busy_processors(const struct vm *vm, cpu_set_t *out)
+{
+	CPU_ZERO(out);
+	for (unsigned i = 0; i < vm->cpus; i++) {
+		int processor;
+		pid_t tid = atomic_load(&vm->vcpu[i].tid);
+		if (tid != 0 && find_processor(tid, &processor) && processor >= 0 && processor < CPU_SETSIZE)
+			CPU_SET((unsigned)processor, out);
+	}
+}
 
 void vm_get_counters(const struct vm *vm, struct vm_counters *out)
 {

@@ -23,6 +23,7 @@
 #ifndef VMCP_VMM_VM_H
 #define VMCP_VMM_VM_H
 
+#include <sched.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -88,6 +89,10 @@ bool vm_is_quiesced(const struct vm *vm);
 uint64_t vm_time_ns(const struct vm *vm);
 /* CLOCK_MONOTONIC of the first entry into the guest after vm_start, 0 before. */
 uint64_t vm_first_entry_ns(const struct vm *vm);
+
+/* The host's processors on which vCPUs run at this moment; halted and waiting ones are left out. For threads that would rather be
+ * elsewhere. Any thread; reads procfs, some 20 us a vCPU. */
+void vm_busy_processors(const struct vm *vm, cpu_set_t *out);
 
 /* The VM's own components, in the order in which they are applied: "kvm-clock", "irqchip", "pit", then "vcpu"
  * 0..n-1. capture copies what the last quiesce saved. Returns how many; out has room for VM_MAX_CPUS + 8. The tables

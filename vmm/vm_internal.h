@@ -34,6 +34,7 @@ struct vcpu {
 	struct kvm_run *run; /* the vCPU's thread; immediate_exit: under vm->lock */
 	pthread_t thread;
 	bool thread_started; /* controlling thread */
+	_Atomic pid_t tid;   /* of the thread, 0 until it runs */
 
 	bool io_unfinished; /* vCPU's thread: the last exit is handled, but KVM has not ended its instruction yet */
 	struct vcpu_state *state; /* vCPU's thread while it stops, the controlling thread while it stands still */
@@ -53,6 +54,7 @@ struct vm {
 	unsigned cpus;
 	size_t run_bytes;
 	struct mem *memory;
+	unsigned memory_slots; /* KVM's slots: the memory's regions in order */
 	struct bus *pio, *mmio;
 	struct vm_arch *arch; /* contents: controlling thread, vCPUs standing still */
 	void (*stopped)(void *opaque, enum vm_stop_reason reason, const struct err *err);
@@ -79,6 +81,10 @@ struct vm {
 	_Atomic uint64_t first_entry_ns;
 	struct vcpu vcpu[VM_MAX_CPUS]; /* the first `cpus` */
 };
+
+/* --- vm.c --- */
+/* Shows a region of memory to the guest, or changes whether writes to it are logged. */
+int vm_map_slot(struct vm *vm, unsigned slot, bool log_writes, struct err *err);
 
 /* --- vcpu.c --- */
 int vcpu_create(struct vm *vm, unsigned index, struct err *err);
