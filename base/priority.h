@@ -58,20 +58,24 @@ static inline int priority_urgent(void)
 static inline void priority_restore(int nice) { priority_set(SCHED_OTHER, nice, 0); }
 
 /*
+ * Makes room for a vCPU that shares the CPU: a moment's sleep, some 50 us. Not sched_yield, which gives away a whole turn: on
+ * a host without an idle CPU, a thread of little weight that yields 256 times is gone for 20 s.
+ */
+static inline void priority_give_way(void) { nanosleep(&(struct timespec){.tv_nsec = 1000}, NULL); }
+
+/*
  * For a thread that works in the background. SCHED_BATCH: waking up preempts nobody. A tenth of a vCPU's weight, so
  * that a host full of vCPUs still brings a checkpoint to its end. Not SCHED_IDLE: a thread that never gets to run would
  * keep the kernel's locks that it holds, and a vCPU that faults needs the same ones.
+ *
+ * What weight a thread has counts when the next one is chosen, and that may be a tick, 4 ms, away: a new thread, which may have
+ * taken a vCPU's CPU, first leaves it.
  */
 static inline void priority_background(void)
 {
 	int nice = priority_nice();
 	priority_set(SCHED_BATCH, nice > 10 ? nice : 10, 0);
+	nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
 }
-
-/*
- * Makes room for a vCPU that shares the CPU: a moment's sleep, some 50 us. Not sched_yield, which gives away a whole turn: on
- * a host without an idle CPU, a thread of little weight that yields 256 times is gone for 20 s.
- */
-static inline void priority_give_way(void) { nanosleep(&(struct timespec){.tv_nsec = 1000}, NULL); }
 
 #endif
