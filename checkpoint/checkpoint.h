@@ -67,6 +67,7 @@ enum ckpt_wait { CKPT_WAIT_CAPTURED, CKPT_WAIT_DURABLE };
 
 struct ckpt_request {
 	bool live;	     /* false: the VM stands still until the checkpoint is durable */
+	bool full;	     /* save all memory, though a parent has most of it */
 	const char *tag;     /* NULL: none. Must be free: -EEXIST, ERR_STATE */
 	const char *message; /* NULL: none */
 	enum ckpt_wait wait; /* CAPTURED: return after resume; the rest goes on in the background */
@@ -89,7 +90,9 @@ struct ckpt_result {
 	uint64_t total_pages, saved_pages, zero_pages, parent_pages;
 	uint64_t cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, cow_fault_max_ns;
 	uint64_t written_bytes;
-	uint64_t armed_again_pages; /* pages armed again in the pause */
+	uint64_t armed_again_pages; /* settled in the pause: see memcow.h */
+	/* How memory was held and what of it was saved: "protect-all", "protect", "stage", "stopped-all", "stopped" */
+	const char *plan;
 	uint32_t disk_count;
 	struct ckpt_disk_result disks[CKPT_MAX_DISKS];
 };

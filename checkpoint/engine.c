@@ -11,6 +11,7 @@
 static void free_engine(struct ckpt_engine *engine)
 {
 	memcow_destroy(engine->memcow);
+	tracker_destroy(engine->tracker);
 	state_set_free(&engine->captured);
 	for (unsigned i = 0; i < engine->disk_count; i++) {
 		free(engine->disks[i].name);
@@ -68,6 +69,8 @@ int ckpt_engine_create(const struct ckpt_engine_config *config, struct ckpt_engi
 		engine->live_error.class = ERR_HOST;
 		r = memcow_create(engine->mem, false, &engine->memcow, err);
 	}
+	if (r == 0)
+		r = tracker_create(engine->vm, engine->loop, &engine->tracker, err);
 	if (r != 0) {
 		free_engine(engine);
 		return r;

@@ -9,6 +9,8 @@
 #include "checkpoint/index.h"
 #include "checkpoint/memcow.h"
 #include "checkpoint/state_set.h"
+#include "checkpoint/sums.h"
+#include "checkpoint/tracker.h"
 
 struct engine_disk {
 	char *name;
@@ -39,6 +41,7 @@ struct ckpt_engine {
 
 	/* owner: the operation under way */
 	struct memcow *memcow;
+	struct tracker *tracker;      /* its base, if it has one, is the position */
 	struct err live_error;	   /* why there is no live checkpoint on this host; number 0 if there is */
 	struct state_set captured; /* the buffers of the pause */
 
@@ -69,11 +72,13 @@ struct take_disk {
 /* One checkpoint in the making. */
 struct take {
 	struct ckpt_engine *engine;
-	bool live;
+	bool live, full;
 	char *tag, *message;
 	struct store_draft *draft;
 	char memory_layer[STORE_ID_BYTES];
 	int fd, sums_fd;
+	/* The parent's, if only what was written since is saved; else page_count is 0. */
+	struct page_index parent_index;
 	bool armed;    /* memcow must be abandoned */
 	bool switched; /* the disks stand on their overlays */
 	bool parked;   /* the loop */
@@ -92,6 +97,18 @@ void engine_set_broken(struct ckpt_engine *engine, const struct err *err);
 /* Runs `take` to its end in a thread of its own, which calls take_persist, then operation's end. Fails without effect.
  */
 int engine_run_background(struct ckpt_engine *engine, struct take *take, struct err *err);
+
+/* Reads a checkpoint's index and checks it against the machine's memory. */
+int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint *checkpoint, struct page_index *out,
+		      struct err *err);
+
+/* --- take_memory.c --- */
+/* Chooses how the instant of memory is held, and prepares it; the VM may run. take->armed tells whether to abandon. */
+int take_stage_memory(struct take *take, struct err *err);
+/* In the pause. -ENOBUFS: the guest wrote too much for the way that was chosen; take_restage_memory, then once more. */
+int take_capture_memory(struct take *take, struct err *err);
+/* After -ENOBUFS, while the VM runs again: the way that always suffices. */
+int take_restage_memory(struct take *take, struct err *err);
 
 /* --- take_disks.c --- */
 /* The path's neighbour under which a new overlay is made. malloc. */
@@ -118,20 +135,24 @@ void take_fail(struct take *take);
 void take_free(struct take *take);
 
 /* --- restore.c --- */
+/* The layers of an index, opened as they are needed. */
 struct restore_layers {
-	uint32_t count;
+	struct store *store;
+	const struct page_index *index;
 	struct restore_layer {
-		int fd, sums_fd;
-	} * layers;
+		int fd;
+		struct page_sums sums;
+	} *layers;
 };
-/* Opens all layers of the index and checks that they are long enough. */
-int restore_open(struct store *store, const struct page_index *index, struct restore_layers *out, struct err *err);
+/* The index stays the caller's, unchanged until restore_close. */
+int restore_init(struct restore_layers *layers, struct store *store, const struct page_index *index, struct err *err);
 void restore_close(struct restore_layers *layers);
-/* Reads every page that the index takes from a layer and checks it against its checksum. */
-int restore_verify(const struct page_index *index, const struct restore_layers *layers, struct err *err);
-/* Makes memory what the index says. `fresh`: it is all zero, and each page is checked against its checksum on the way.
- * *changed: pages that differed. */
-int restore_memory(struct mem *mem, const struct page_index *index, const struct restore_layers *layers, bool fresh,
-		   uint64_t *changed, struct err *err);
+/* which: bitmap of ram pages, NULL: all. */
+/* Reads the pages that the index takes from a layer and checks them against their checksums. */
+int restore_verify(struct restore_layers *layers, const uint64_t *which, struct err *err);
+/* Makes those pages what the index says. `fresh`: memory is all zero, and each page is checked against its checksum on the
+ * way. *changed: pages that differed. */
+int restore_memory(struct mem *mem, struct restore_layers *layers, const uint64_t *which, bool fresh, uint64_t *changed,
+		   struct err *err);
 
 #endif

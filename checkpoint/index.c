@@ -21,42 +21,99 @@ void page_index_free(struct page_index *index)
 	*index = (struct page_index){0};
 }
 
-static int add_extent(struct page_index *index, uint64_t *room, struct index_extent extent, struct err *err)
+/* An index being built, and the layers that it took from the parent's. */
+struct build {
+	struct page_index *out;
+	const struct page_index *parent;
+	uint32_t *renumbered; /* parent's layer number - 1 -> ours, 0: not used yet */
+	uint32_t own;	      /* number of the checkpoint's own layer, 0: not used yet */
+	uint64_t room;
+};
+
+static int append(struct build *b, uint64_t first, uint64_t count, uint32_t layer, struct err *err)
 {
-	if (index->extent_count == *room) {
-		uint64_t more = *room ? *room * 2 : 64;
-		struct index_extent *grown = realloc(index->extents, more * sizeof(*grown));
+	struct page_index *out = b->out;
+	struct index_extent *last = out->extent_count ? &out->extents[out->extent_count - 1] : NULL;
+	if (last && last->layer == layer) {
+		last->count += count;
+		return 0;
+	}
+	if (out->extent_count == b->room) {
+		uint64_t more = b->room ? b->room * 2 : 64;
+		struct index_extent *grown = realloc(out->extents, more * sizeof(*grown));
 		if (!grown)
 			return err_sys(err, ENOMEM, "index of %llu extents", (unsigned long long)more);
-		index->extents = grown;
-		*room = more;
+		out->extents = grown;
+		b->room = more;
 	}
-	index->extents[index->extent_count++] = extent;
+	out->extents[out->extent_count++] = (struct index_extent){.first = first, .count = count, .layer = layer};
 	return 0;
 }
 
-int page_index_from_zero_map(struct page_index *out, const char *layer, const _Atomic uint64_t *zero_map,
-			     uint64_t page_count, struct err *err)
+/* The number under which a layer stands in the new table: it joins when it is first needed. */
+static uint32_t number_of(struct build *b, uint32_t *number, const char *layer)
 {
-	uint64_t room = 0;
-	int r = 0;
-	*out = (struct page_index){.page_count = page_count, .layer_count = 1};
-	out->layers = calloc(1, sizeof(*out->layers));
-	if (!out->layers)
-		return err_sys(err, ENOMEM, "index");
-	memcpy(out->layers[0], layer, STORE_ID_BYTES);
-	struct index_extent run = {.count = 0};
-	for (uint64_t page = 0; page < page_count && r == 0; page++) {
-		uint32_t number = bitmap_test(zero_map, page) ? INDEX_ZERO_LAYER : 1;
-		if (run.count > 0 && run.layer != number) {
-			r = add_extent(out, &room, run, err);
-			run.count = 0;
-		}
-		if (run.count++ == 0)
-			run = (struct index_extent){.first = page, .count = 1, .layer = number};
+	if (*number == 0) {
+		memcpy(b->out->layers[b->out->layer_count], layer, STORE_ID_BYTES);
+		*number = ++b->out->layer_count;
 	}
-	if (r == 0 && run.count > 0)
-		r = add_extent(out, &room, run, err);
+	return *number;
+}
+
+static int append_from_parent(struct build *b, uint64_t first, uint64_t count, uint64_t *at, struct err *err)
+{
+	int r = 0;
+	while (count > 0 && r == 0) {
+		const struct index_extent *e = &b->parent->extents[*at];
+		if (e->first + e->count <= first) {
+			++*at;
+			continue;
+		}
+		uint64_t run = min_u64(count, e->first + e->count - first);
+		uint32_t layer = e->layer == INDEX_ZERO_LAYER
+					 ? INDEX_ZERO_LAYER
+					 : number_of(b, &b->renumbered[e->layer - 1], b->parent->layers[e->layer - 1]);
+		r = append(b, first, run, layer, err);
+		first += run;
+		count -= run;
+	}
+	return r;
+}
+
+static int build_extents(struct build *b, const struct page_index_saved *saved, uint64_t page_count, struct err *err)
+{
+	uint64_t at = 0; /* in the parent's extents */
+	int r = 0;
+	for (uint64_t page = 0; page < page_count && r == 0;) {
+		if (page % 64 == 0 && saved->scope[page / 64] == 0) {
+			uint64_t run = min_u64(64, page_count - page);
+			r = append_from_parent(b, page, run, &at, err);
+			page += run;
+			continue;
+		}
+		if (!(saved->scope[page / 64] >> (page % 64) & 1))
+			r = append_from_parent(b, page, 1, &at, err);
+		else if (bitmap_test(saved->zero, page))
+			r = append(b, page, 1, INDEX_ZERO_LAYER, err);
+		else
+			r = append(b, page, 1, number_of(b, &b->own, saved->layer), err);
+		page++;
+	}
+	return r;
+}
+
+int page_index_build(struct page_index *out, const struct page_index_saved *saved, const struct page_index *parent,
+		     uint64_t page_count, struct err *err)
+{
+	struct build b = {.out = out, .parent = parent};
+	uint32_t layers = parent ? parent->layer_count : 0;
+	*out = (struct page_index){.page_count = page_count};
+	out->layers = calloc((size_t)layers + 1, sizeof(*out->layers));
+	b.renumbered = calloc((size_t)layers + 1, sizeof(*b.renumbered));
+	int r = out->layers && b.renumbered ? 0 : err_sys(err, ENOMEM, "index of %u layers", layers + 1);
+	if (r == 0)
+		r = build_extents(&b, saved, page_count, err);
+	free(b.renumbered);
 	if (r != 0)
 		page_index_free(out);
 	return r;
@@ -148,6 +205,29 @@ int page_index_decode(const void *data, size_t length, struct page_index *out, s
 	if (r != 0)
 		page_index_free(out);
 	return r;
+}
+
+static bool same_layer(const struct page_index *a, uint32_t x, const struct page_index *b, uint32_t y)
+{
+	if (x == INDEX_ZERO_LAYER || y == INDEX_ZERO_LAYER)
+		return x == y;
+	return memcmp(a->layers[x - 1], b->layers[y - 1], STORE_ID_BYTES) == 0;
+}
+
+void page_index_diff(const struct page_index *a, const struct page_index *b, uint64_t *pages)
+{
+	uint64_t i = 0, k = 0, page = 0;
+	while (page < a->page_count) {
+		const struct index_extent *x = &a->extents[i], *y = &b->extents[k];
+		uint64_t x_end = x->first + x->count, y_end = y->first + y->count, end = min_u64(x_end, y_end);
+		if (!same_layer(a, x->layer, b, y->layer)) {
+			for (uint64_t p = page; p < end; p++)
+				pages[p / 64] |= (uint64_t)1 << (p % 64);
+		}
+		page = end;
+		i += x_end == end;
+		k += y_end == end;
+	}
 }
 
 const struct index_extent *page_index_find(const struct page_index *index, uint64_t page)

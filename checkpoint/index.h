@@ -29,13 +29,23 @@ struct page_index {
 };
 void page_index_free(struct page_index *index);
 
-/* The index of a checkpoint that saved everything itself: pages of the zero map are zero, all others are in `layer`. */
-int page_index_from_zero_map(struct page_index *out, const char *layer, const _Atomic uint64_t *zero_map,
-			     uint64_t page_count, struct err *err);
+/* What a checkpoint saved itself. Bitmaps, one bit a page. */
+struct page_index_saved {
+	const char *layer;
+	const uint64_t *scope;	       /* pages that it saved, or found zero */
+	const _Atomic uint64_t *zero; /* those of them that are zero: not in the layer */
+};
+/* Its index: pages outside the scope are where the parent has them. parent NULL: the scope is all memory, else page counts
+ * agree. Layers of which no page is left are left out. */
+int page_index_build(struct page_index *out, const struct page_index_saved *saved, const struct page_index *parent,
+		     uint64_t page_count, struct err *err);
 
 int page_index_encode(const struct page_index *index, struct buf *out, struct err *err);
 /* Decodes and validates [data, data + length), which is untrusted: -EINVAL, ERR_DAMAGED. */
 int page_index_decode(const void *data, size_t length, struct page_index *out, struct err *err);
+
+/* Sets in `pages` (bitmap) every page that the two do not take from the same place. Page counts agree. */
+void page_index_diff(const struct page_index *a, const struct page_index *b, uint64_t *pages);
 
 /* The extent that holds `page` (< page_count), found by bisection. */
 const struct index_extent *page_index_find(const struct page_index *index, uint64_t page);

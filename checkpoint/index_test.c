@@ -18,7 +18,10 @@ static struct buf make_file(struct page_index *index)
 		if (i < 10 || (i >= 100 && i < 165) || i == 500 || i >= 990)
 			bitmap_claim(zero, i);
 	}
-	cr_assert_eq(page_index_from_zero_map(index, LAYER, zero, PAGES, NULL), 0);
+	uint64_t all[BITMAP_WORDS(PAGES)];
+	memset(all, 0xff, sizeof(all));
+	const struct page_index_saved saved = {.layer = LAYER, .scope = all, .zero = zero};
+	cr_assert_eq(page_index_build(index, &saved, NULL, PAGES, NULL), 0);
 	cr_assert_eq(page_index_encode(index, &file, NULL), 0);
 	return file;
 }

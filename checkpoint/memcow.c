@@ -31,12 +31,18 @@
  * the page a fault besides: so what was written since arming is copied, up to this many pages; the rest is protected.
  */
 #define INSTANT_COPY_PAGES 256u
+/* Of a scope that is not all memory, runs are joined across fewer pages than a block has: so each block that is protected
+ * holds a page of the scope, and the sweeper comes by and releases it. */
+#define SCOPE_GAP_PAGES 32u
+/* While the guest runs: pages copied before others may have the CPU. */
+#define STAGE_CHUNK_PAGES 256u
 
 static void free_memory(struct memcow *cow)
 {
 	page_set_free(&cow->dirty);
 	free((void *)cow->claimed);
 	free((void *)cow->zero);
+	free(cow->scope);
 	pthread_mutex_destroy(&cow->lock);
 	pthread_mutex_destroy(&cow->done_lock);
 	pthread_cond_destroy(&cow->done_cond);
@@ -88,8 +94,9 @@ int memcow_create(struct mem *mem, bool protect, struct memcow **out, struct err
 	pthread_condattr_destroy(&attr);
 	cow->claimed = calloc(cow->blocks, sizeof(uint64_t));
 	cow->zero = calloc(cow->blocks, sizeof(uint64_t));
+	cow->scope = calloc(cow->blocks, sizeof(uint64_t));
 	int r = page_set_init(&cow->dirty, cow->pages, err);
-	if (r == 0 && (!cow->claimed || !cow->zero))
+	if (r == 0 && (!cow->claimed || !cow->zero || !cow->scope))
 		r = err_sys(err, ENOMEM, "cannot allocate bitmaps of %llu pages", (unsigned long long)cow->pages);
 	if (r == 0 && protect)
 		r = start_protection(cow, err);
@@ -134,12 +141,37 @@ void memcow_fail(struct memcow *cow, const struct err *err)
 	pthread_mutex_unlock(&cow->done_lock);
 }
 
-static void reset_counters(struct memcow *cow)
+static void set_scope(struct memcow *cow, const uint64_t *scope)
 {
+	uint64_t count = 0;
+	cow->whole = !scope;
 	for (uint64_t w = 0; w < cow->blocks; w++) {
-		atomic_store_explicit(&cow->claimed[w], 0, memory_order_relaxed);
+		uint64_t there = cow->pages - w * 64 >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << cow->pages % 64) - 1;
+		cow->scope[w] = scope ? scope[w] & there : there;
+		count += popcount64(cow->scope[w]);
+		atomic_store_explicit(&cow->claimed[w], ~cow->scope[w], memory_order_relaxed);
 		atomic_store_explicit(&cow->zero[w], 0, memory_order_relaxed);
 	}
+	cow->scope_pages = count;
+}
+
+/* At the instant or before: pages of `written` join the scope. note_dirty: those that were not in it are yet to be settled. */
+static void widen_scope(struct memcow *cow, const uint64_t *written, bool note_dirty)
+{
+	for (uint64_t w = 0; w < cow->blocks && written && !cow->whole; w++) {
+		uint64_t joins = written[w] & ~cow->scope[w];
+		if (joins == 0)
+			continue;
+		cow->scope[w] |= joins;
+		cow->scope_pages += popcount64(joins);
+		atomic_fetch_and_explicit(&cow->claimed[w], ~joins, memory_order_acq_rel);
+		for (; joins && note_dirty; joins &= joins - 1)
+			page_set_add(&cow->dirty, w * 64 + (unsigned)__builtin_ctzll(joins));
+	}
+}
+
+static void reset_counters(struct memcow *cow)
+{
 	page_set_clear(&cow->dirty);
 	histogram_reset(&cow->latency);
 	cow->saved_pages = cow->zero_pages = cow->written_bytes = cow->throttled = cow->arm_faults = 0;
@@ -149,19 +181,30 @@ static void reset_counters(struct memcow *cow)
 	cow->writer_ready = cow->save = cow->stop = cow->writer_done = false;
 }
 
+static int create_pool(struct memcow *cow, struct pool **out, struct err *err)
+{
+	if (cow->way != MEMCOW_STAGE)
+		return pool_create(POOL_SEGMENTS, POOL_RESERVE, out, err);
+	uint64_t pages = cow->scope_pages + cow->scope_pages / 4 + MEMCOW_STAGE_SPARE_PAGES;
+	return pool_create((unsigned)(pages / SEGMENT_PAGES + 1), 0, out, err);
+}
+
 /* Buffers, counters and threads of a checkpoint. memcow_abandon undoes it. */
-static int begin(struct memcow *cow, int fd, int sums_fd, struct err *err)
+static int begin(struct memcow *cow, const struct memcow_target *target, enum memcow_way way, struct err *err)
 {
 	if (cow->active)
 		return err_set(err, ERR_STATE, EBUSY, "memory is being saved already");
 	reset_counters(cow);
+	set_scope(cow, target->scope);
+	cow->way = way;
+	cow->staged = NULL;
 	struct pool *pool;
-	int r = pool_create(POOL_SEGMENTS, POOL_RESERVE, &pool, err);
+	int r = create_pool(cow, &pool, err);
 	if (r != 0)
 		return r;
 	cow->sums_bytes = round_up(cow->pages * 8, PAGE_BYTES);
 	cow->sums = NULL;
-	if (sums_fd >= 0) {
+	if (target->sums_fd >= 0) {
 		/* Touched only where pages are saved. */
 		void *sums = mmap(NULL, cow->sums_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (sums == MAP_FAILED) {
@@ -171,8 +214,8 @@ static int begin(struct memcow *cow, int fd, int sums_fd, struct err *err)
 		}
 		cow->sums = sums;
 	}
-	cow->fd = fd;
-	cow->sums_fd = sums_fd;
+	cow->fd = target->fd;
+	cow->sums_fd = target->sums_fd;
 	cow->pool = pool;
 	pthread_mutex_lock(&cow->done_lock);
 	cow->active = true;
@@ -274,12 +317,29 @@ static int set_phase(struct memcow *cow, enum memcow_phase phase, struct err *er
 	return err_hint(err, "leave out --live, or start the VM again from such a checkpoint");
 }
 
-int memcow_arm(struct memcow *cow, int fd, int sums_fd, struct err *err)
+void memcow_set_fault_processors(struct memcow *cow, const cpu_set_t *processors)
+{
+	if (cow->stop_event >= 0 && CPU_COUNT(processors) > 0)
+		pthread_setaffinity_np(cow->fault_thread, sizeof(*processors), processors);
+}
+
+/* All pages of the scope count as written before they are protected for the first time. */
+static int protect_scope(struct memcow *cow)
+{
+	if (cow->whole)
+		return protect_run_politely(cow, 0, cow->pages);
+	for (uint64_t w = 0; w < cow->blocks; w++)
+		for (uint64_t bits = cow->scope[w]; bits; bits &= bits - 1)
+			page_set_add(&cow->dirty, w * 64 + (unsigned)__builtin_ctzll(bits));
+	return page_set_take(&cow->dirty, SCOPE_GAP_PAGES, protect_run_politely, cow, NULL);
+}
+
+int memcow_arm(struct memcow *cow, const struct memcow_target *target, struct err *err)
 {
 	if (cow->stop_event < 0)
 		return err_set(err, ERR_HOST, ENOTSUP, "memory cannot be write-protected on this host");
-	uint64_t start_ns = clock_now_ns();
-	int r = begin(cow, fd, sums_fd, err);
+	uint64_t start_ns = clock_now_ns(), gap = target->scope ? SCOPE_GAP_PAGES : ARM_GAP_PAGES;
+	int r = begin(cow, target, MEMCOW_PROTECT, err);
 	if (r != 0)
 		return r;
 	r = set_phase(cow, MEMCOW_ARMED, err);
@@ -292,10 +352,10 @@ int memcow_arm(struct memcow *cow, int fd, int sums_fd, struct err *err)
 		r = fault_check(FAULT_MEMCOW_ARM, err);
 	if (r != 0)
 		goto fail;
-	r = protect_run_politely(cow, 0, cow->pages);
+	r = protect_scope(cow);
 	cow->arm_passes = 1;
 	while (r == 0 && cow->arm_passes < ARM_MAX_PASSES && page_set_count(&cow->dirty) > ARM_ENOUGH_PAGES) {
-		r = page_set_take(&cow->dirty, ARM_GAP_PAGES, protect_run_politely, cow, NULL);
+		r = page_set_take(&cow->dirty, gap, protect_run_politely, cow, NULL);
 		cow->arm_passes++;
 	}
 	if (r != 0) {
@@ -309,9 +369,9 @@ fail:
 	return r;
 }
 
-int memcow_arm_stopped(struct memcow *cow, int fd, int sums_fd, struct err *err)
+int memcow_arm_stopped(struct memcow *cow, const struct memcow_target *target, struct err *err)
 {
-	int r = begin(cow, fd, sums_fd, err);
+	int r = begin(cow, target, MEMCOW_STOPPED, err);
 	if (r != 0)
 		return r;
 	r = wait_writer_ready(cow, err);
@@ -320,11 +380,79 @@ int memcow_arm_stopped(struct memcow *cow, int fd, int sums_fd, struct err *err)
 	return r;
 }
 
-int memcow_instant(struct memcow *cow, struct err *err)
+/* Copies the pages of `words`, behind all copies made so far. */
+static int stage_pages(struct memcow *cow, const uint64_t *words, bool politely, struct err *err)
+{
+	uint64_t copied = 0;
+	for (uint64_t w = 0; w < cow->blocks; w++) {
+		for (uint64_t bits = words[w]; bits; bits &= bits - 1) {
+			uint64_t page = w * 64 + (unsigned)__builtin_ctzll(bits);
+			struct segment *segment = cow->staged;
+			if (!segment || segment->count == SEGMENT_PAGES) {
+				segment = pool_try_get(cow->pool);
+				if (!segment)
+					return err_set(err, ERR_FAILED, ENOBUFS, "the guest writes faster than memory is staged");
+				segment->next = cow->staged;
+				cow->staged = segment;
+			}
+			segment->entries[segment->count] = (struct segment_entry){.page = page, .slot = segment->count};
+			page_copy(segment->data + (size_t)segment->count * PAGE_BYTES, cow->base + page * PAGE_BYTES);
+			segment->count++;
+			if (politely && ++copied % STAGE_CHUNK_PAGES == 0)
+				priority_give_way();
+		}
+	}
+	return 0;
+}
+
+int memcow_stage(struct memcow *cow, const struct memcow_target *target, struct err *err)
+{
+	uint64_t start_ns = clock_now_ns();
+	int r = begin(cow, target, MEMCOW_STAGE, err);
+	if (r != 0)
+		return r;
+	r = wait_writer_ready(cow, err);
+	if (r == 0)
+		r = fault_check(FAULT_MEMCOW_ARM, err);
+	if (r == 0)
+		r = stage_pages(cow, cow->scope, true, err);
+	if (r != 0)
+		memcow_abandon(cow);
+	cow->arm_passes = 1;
+	cow->arm_ns = clock_now_ns() - start_ns;
+	return r;
+}
+
+int memcow_stage_more(struct memcow *cow, const uint64_t *written, struct err *err)
+{
+	uint64_t start_ns = clock_now_ns();
+	widen_scope(cow, written, false);
+	int r = stage_pages(cow, written, true, err);
+	cow->arm_passes++;
+	cow->arm_ns += clock_now_ns() - start_ns;
+	return r;
+}
+
+static int instant_staged(struct memcow *cow, const uint64_t *written, struct err *err)
+{
+	if (!written)
+		return 0;
+	for (uint64_t w = 0; w < cow->blocks; w++)
+		cow->armed_again_pages += popcount64(written[w]);
+	widen_scope(cow, written, false);
+	return stage_pages(cow, written, false, err);
+}
+
+int memcow_instant(struct memcow *cow, const uint64_t *written, struct err *err)
 {
 	int r = fault_check(FAULT_MEMCOW_INSTANT, err);
 	if (r != 0)
 		return r;
+	if (cow->way == MEMCOW_STAGE)
+		return instant_staged(cow, written, err);
+	widen_scope(cow, written, cow->way == MEMCOW_PROTECT);
+	if (cow->way == MEMCOW_STOPPED)
+		return 0;
 	/* With the lock held the fault thread is not between noting a page and releasing it (invariant 4). No vCPU
 	 * runs, but io_uring's workers may fault: these wait. */
 	pthread_mutex_lock(&cow->lock);
@@ -332,7 +460,8 @@ int memcow_instant(struct memcow *cow, struct err *err)
 		r = -EIO;
 	/* Few pages are copied one by one; runs of many are joined across gaps and protected. */
 	struct instant instant = {.cow = cow};
-	uint64_t gap = page_set_count(&cow->dirty) > INSTANT_COPY_PAGES ? ARM_GAP_PAGES : 0, settled = 0;
+	uint64_t joined = cow->whole ? ARM_GAP_PAGES : SCOPE_GAP_PAGES, settled = 0;
+	uint64_t gap = page_set_count(&cow->dirty) > INSTANT_COPY_PAGES ? joined : 0;
 	if (r == 0)
 		r = page_set_take(&cow->dirty, gap, settle_run, &instant, &settled);
 	cow->armed_again_pages = settled;
@@ -371,6 +500,7 @@ static void free_checkpoint(struct memcow *cow)
 	if (cow->sums)
 		munmap(cow->sums, cow->sums_bytes);
 	cow->sums = NULL;
+	cow->staged = NULL;
 	cow->protecting = false;
 }
 
@@ -456,6 +586,7 @@ void memcow_get_stats(struct memcow *cow, struct memcow_stats *out)
 {
 	*out = (struct memcow_stats){
 		.total_pages = cow->pages,
+		.scope_pages = cow->scope_pages,
 		.saved_pages = cow->saved_pages,
 		.zero_pages = cow->zero_pages,
 		.armed_again_pages = cow->armed_again_pages,
@@ -472,4 +603,5 @@ void memcow_get_stats(struct memcow *cow, struct memcow_stats *out)
 	};
 }
 
+const uint64_t *memcow_scope(const struct memcow *cow) { return cow->scope; }
 const _Atomic uint64_t *memcow_zero_map(const struct memcow *cow) { return cow->zero; }

@@ -1,24 +1,33 @@
 /*
- * Memory copy-on-write for one checkpoint: every page of guest memory as it was at one instant is written to a layer
- * file, while the guest runs on.
+ * Memory copy-on-write for one checkpoint: the pages of its scope, as they were at one instant, are written to a layer
+ * file, while the guest runs on. The scope is all memory, or what was written since the parent (checkpoint/tracker.h).
  *
- * userfaultfd write protection on the memory's memfd mapping. Armed ahead of the instant in chunks while the guest
- * runs; pages written meanwhile are noted and armed again, in further bounded passes and finally in the pause. After
- * the instant whoever meets a page first, the fault path (a guest or VMM write met the protection) or the sweeper,
- * copies it to a preallocated buffer and *then* claims its bit; only a claimed page is released. A writer takes the
- * buffers to the file. So nobody ever waits for storage, nor for the sweeper; when buffers run out, faults wait for the
- * writer and the wait is counted.
+ * Three ways to hold the instant; whoever takes the checkpoint chooses:
+ *
+ * - protect, for much memory: userfaultfd write protection on the memory's memfd mapping. Armed ahead of the instant in
+ *   chunks while the guest runs; pages written meanwhile are noted and armed again, in further bounded passes and
+ *   finally in the pause. After the instant whoever meets a page first, the fault path (a guest or VMM write met the
+ *   protection) or the sweeper, copies it to a preallocated buffer and *then* claims its bit; only a claimed page is
+ *   released. A writer takes the buffers to the file. So nobody ever waits for storage, nor for the sweeper; when
+ *   buffers run out, faults wait for the writer and the wait is counted.
+ * - stage, for little: pages are copied to buffers while the guest runs, those that it writes again once more, and the
+ *   last few in the pause. Of several copies of a page the newest counts. Nothing is protected, no write waits.
+ * - stopped: the memory stands still until it is saved.
  *
  *     IDLE --arm--> ARMED --instant--> CAPTURED --save--> SAVING --finish--> IDLE        any --abandon--> IDLE
- *     IDLE --arm_stopped--> CAPTURED: the memory stands still until finish, nothing is protected
+ *     IDLE --stage--> STAGED --stage_more--> STAGED --instant--> CAPTURED
+ *     IDLE --arm_stopped--> STOPPED --instant--> CAPTURED
  *
- * Threads: arm, instant, save, finish, abandon from the engine's thread, one at a time; get_stats from any. Fault
- * thread (one, lives as long as the memcow), sweeper and writer (one checkpoint long) are its own. The fault thread
- * takes no lock of a device, writes no guest memory, allocates nothing.
+ * Bitmaps have one bit a ram page, mem_pages / 64 words, rounded up.
+ *
+ * Threads: get_stats from any; all else from the engine's thread, one at a time. Fault thread (one, lives as long as the
+ * memcow), sweeper and writer (one checkpoint long) are its own. The fault thread takes no lock of a device, writes no
+ * guest memory, allocates nothing.
  */
 #ifndef VMCP_CHECKPOINT_MEMCOW_H
 #define VMCP_CHECKPOINT_MEMCOW_H
 
+#include <sched.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -35,18 +44,35 @@ int memcow_create(struct mem *mem, bool protect, struct memcow **out, struct err
 void memcow_destroy(struct memcow *cow);
 
 /*
- * Arms all memory while the VM runs. fd: the layer file, written at natural offsets (page p at p * 4096); sums_fd: its
- * page checksums (xxh3-64 of each saved page, LE64 at p * 8, 0 for the others), -1 for none. Both stay the caller's and
- * must stay open until finish or abandon; fd is switched to O_DIRECT meanwhile where the filesystem takes it. Space is
- * reserved for all populated memory where the filesystem can: -ENOSPC. Fails without effect.
+ * Where faults are answered from now on, best where vCPUs run: one that faults sleeps, so the fault thread can have its processor at
+ * once, while another one may have to be woken from idleness first. An empty set is ignored.
  */
-int memcow_arm(struct memcow *cow, int fd, int sums_fd, struct err *err);
-/* The same for memory that stands still until memcow_finish returns: no protection, and the instant is now. Next is
- * memcow_save. */
-int memcow_arm_stopped(struct memcow *cow, int fd, int sums_fd, struct err *err);
-/* In the pause: copies (few) or arms again (many) the pages written since. Allocates nothing, touches no file. On
- * failure the checkpoint must be abandoned. */
-int memcow_instant(struct memcow *cow, struct err *err);
+void memcow_set_fault_processors(struct memcow *cow, const cpu_set_t *processors);
+
+struct memcow_target {
+	int fd;		       /* the layer file, written at natural offsets (page p at p * 4096) */
+	int sums_fd;	       /* empty: gets its page checksums (docs/format.md); -1 for none */
+	const uint64_t *scope; /* bitmap of the pages to save, copied; NULL: all */
+};
+
+/*
+ * Arms the scope while the VM runs. The descriptors stay the caller's and must stay open until finish or abandon; fd is
+ * switched to O_DIRECT meanwhile where the filesystem takes it. Space is reserved for all populated memory of the scope
+ * where the filesystem can: -ENOSPC. Fails without effect.
+ */
+int memcow_arm(struct memcow *cow, const struct memcow_target *target, struct err *err);
+/* The same for memory that stands still from memcow_instant until memcow_finish returns: no protection. */
+int memcow_arm_stopped(struct memcow *cow, const struct memcow_target *target, struct err *err);
+/* Copies the scope, which must be given, while the VM runs. Fails without effect. */
+int memcow_stage(struct memcow *cow, const struct memcow_target *target, struct err *err);
+/* Copies the pages of `written`, those of the scope once more. -ENOBUFS if the buffers do not suffice: stage took a
+ * quarter more than it needed and MEMCOW_STAGE_SPARE_PAGES. On failure the checkpoint must be abandoned. */
+int memcow_stage_more(struct memcow *cow, const uint64_t *written, struct err *err);
+#define MEMCOW_STAGE_SPARE_PAGES 2048u
+/* In the pause. written: bitmap of pages that the tracker found in it, or NULL; those outside the scope join it. Staged:
+ * copies them; -ENOBUFS as above. Armed: copies (few) or arms again (many) what was written since. Allocates nothing,
+ * touches no file. On failure the checkpoint must be abandoned. */
+int memcow_instant(struct memcow *cow, const uint64_t *written, struct err *err);
 /* Starts to save. After the pause. */
 void memcow_save(struct memcow *cow);
 /* Waits until all pages are in the file (not synced). *cancel (may be NULL) turning true ends the wait: -ECANCELED. An
@@ -57,8 +83,8 @@ int memcow_finish(struct memcow *cow, const volatile bool *cancel, struct err *e
 void memcow_abandon(struct memcow *cow);
 
 struct memcow_stats {
-	uint64_t total_pages, saved_pages, zero_pages; /* of the checkpoint; saved + zero = total when finished */
-	uint64_t armed_again_pages;		       /* written after arming: copied or armed again in the pause */
+	uint64_t total_pages, scope_pages, saved_pages, zero_pages; /* saved + zero = scope when finished */
+	uint64_t armed_again_pages; /* settled in the pause: written after arming or staging, copied or armed again */
 	uint64_t arm_ns, arm_passes, arm_faults; /* arm_faults: writes that met the protection before the instant */
 	uint64_t cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, cow_fault_p999_ns,
 		cow_fault_max_ns; /* fault seen by the handler to release */
@@ -66,8 +92,9 @@ struct memcow_stats {
 	uint64_t written_bytes;
 };
 void memcow_get_stats(struct memcow *cow, struct memcow_stats *out);
-/* One bit a page: set if the page is all zeroes at the instant (not in the file). Valid after finish until the next
- * arm. */
+/* Bitmaps: the pages of the scope, and those of them that were all zeroes at the instant and so are not in the file. Valid
+ * after finish until the next checkpoint. */
+const uint64_t *memcow_scope(const struct memcow *cow);
 const _Atomic uint64_t *memcow_zero_map(const struct memcow *cow);
 
 #endif

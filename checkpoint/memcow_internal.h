@@ -11,7 +11,7 @@
 #include "checkpoint/memcow.h"
 #include "checkpoint/pool.h"
 
-/* Pool: 64 MiB, of which half (8192 pages) only the fault thread may take: what a guest that faults at full speed needs
+/* Pool of a checkpoint that protects: 64 MiB, of which half (8192 pages) only the fault thread may take: what a guest that faults at full speed needs
  * while the disk stalls for half a second. Mapped while a checkpoint is under way only. */
 #define POOL_SEGMENTS 256u
 #define POOL_RESERVE  128u
@@ -21,6 +21,8 @@ enum memcow_phase {
 	MEMCOW_ARMED,	 /* a fault is noted in `dirty` and released */
 	MEMCOW_CAPTURED, /* a fault is copied, claimed and released */
 };
+
+enum memcow_way { MEMCOW_PROTECT, MEMCOW_STAGE, MEMCOW_STOPPED };
 
 /* A set of pages in two levels, so that finding few members in much memory is quick: bit w of `summary` covers word w
  * of `words`. */
@@ -37,9 +39,11 @@ struct page_set {
  *  2 After the instant a page is released only when its bit in `claimed` is set. So the content of an unclaimed page
  *    is that of the instant.
  *  3 Before the instant a page is released only after its bit in `dirty` was set, and a bit of `dirty` is cleared only
- *    before its page is protected. So whatever is not in `dirty` is protected. The instant protects or claims the rest.
+ *    before its page is protected. So whatever is of the scope and not in `dirty` is protected. The instant protects or
+ *    claims the rest.
  *  4 `phase` changes under `lock`, and the fault thread handles each event wholly under it: an event seen as ARMED is
  *    released before the instant begins.
+ *  5 Pages outside the scope are claimed from the start: 1 does not hold for them, and nobody saves them.
  */
 struct memcow {
 	/* immutable */
@@ -61,6 +65,10 @@ struct memcow {
 
 	/* of the checkpoint under way; owner: engine thread, unchanged while the threads below live */
 	bool active, protecting;
+	enum memcow_way way;
+	uint64_t *scope;	/* unchanged from the instant on */
+	bool whole;		/* the scope is all memory */
+	struct segment *staged; /* newest first; the sweeper's from memcow_save on */
 	int fd, sums_fd;
 	struct pool *pool;
 	uint64_t *sums; /* owner: writer */
@@ -78,7 +86,7 @@ struct memcow {
 
 	/* counters: any thread */
 	_Atomic uint64_t saved_pages, zero_pages, written_bytes, throttled, arm_faults;
-	_Atomic uint64_t armed_again_pages, arm_ns, arm_passes; /* written by the engine's thread */
+	_Atomic uint64_t scope_pages, armed_again_pages, arm_ns, arm_passes; /* written by the engine's thread */
 	struct histogram latency;
 };
 

@@ -1,5 +1,6 @@
 /*
- * The sweeper: walks over all memory, a block of 64 pages at a time, copies what nobody claimed yet, claims, releases.
+ * The sweeper: walks over the scope, a block of 64 pages at a time, copies what nobody claimed yet, claims, releases. What
+ * was staged is copied already: of that it only chooses the newest copy of each page.
  *
  * Why no race is lost. After the instant every page is protected (invariant 3), and released only when claimed
  * (invariant 2).
@@ -16,6 +17,7 @@
  * have been populated by a read. We never read a hole ourselves, so the sweep populates nothing.
  */
 #include <errno.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "base/bytes.h"
@@ -32,13 +34,6 @@ struct sweep {
 	struct segment *segment;       /* empty, at hand */
 	uint64_t data_first, data_end; /* pages: populated range at or after the present place */
 };
-
-/* Bits of the pages of `block` that exist: the last block may be short. */
-static uint64_t block_mask(const struct memcow *cow, uint64_t block)
-{
-	uint64_t pages = cow->pages - block * 64;
-	return pages >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << pages) - 1;
-}
 
 /*
  * Moves the known populated range so that it ends behind `page`. It is one page long: SEEK_HOLE would find its end, but walks over
@@ -105,10 +100,10 @@ static int copy_block(struct sweep *s, uint64_t block, uint64_t want, uint64_t *
 static int sweep_block(struct sweep *s, uint64_t block)
 {
 	struct memcow *cow = s->cow;
-	uint64_t mask = block_mask(cow, block);
-	uint64_t want = mask & ~atomic_load_explicit(&cow->claimed[block], memory_order_acquire);
+	uint64_t want = cow->scope[block] & ~atomic_load_explicit(&cow->claimed[block], memory_order_acquire);
+	/* The fault path released each of them, but not what was protected between them. */
 	if (want == 0)
-		return 0; /* the fault path released each of them */
+		return cow->whole ? 0 : release_blocks(s, block, 1);
 	if (!s->segment)
 		s->segment = pool_get(cow->pool, false, NULL);
 	if (!s->segment)
@@ -135,13 +130,15 @@ static int sweep_block(struct sweep *s, uint64_t block)
 static int sweep_hole(struct sweep *s, uint64_t block, uint64_t *count)
 {
 	*count = 0;
+	if (!s->cow->whole)
+		return 0; /* its pages were written: there are hardly any holes */
 	if (block * 64 >= s->data_end) {
 		int r = find_data(s, block * 64);
 		if (r != 0)
 			return r;
 	}
 	while (*count < HOLE_RELEASE_BLOCKS && block + *count < s->cow->blocks) {
-		uint64_t mask = block_mask(s->cow, block + *count);
+		uint64_t mask = s->cow->scope[block + *count];
 		if ((block + *count) * 64 + popcount64(mask) > s->data_first)
 			break;
 		claim_block(s->cow, block + *count, mask, mask);
@@ -155,6 +152,10 @@ static int sweep_all(struct sweep *s, struct err *err)
 	struct memcow *cow = s->cow;
 	uint64_t block = 0;
 	while (block < cow->blocks) {
+		if (cow->scope[block] == 0) {
+			block++;
+			continue;
+		}
 		if (atomic_load_explicit(&cow->failed, memory_order_acquire))
 			return -ECANCELED;
 		int r = fault_check(FAULT_MEMCOW_SWEEP, err);
@@ -171,6 +172,43 @@ static int sweep_all(struct sweep *s, struct err *err)
 		block += count;
 		priority_give_way(); /* a tick is milliseconds */
 	}
+	return 0;
+}
+
+/* Leaves the entries that are the newest copies of their pages, and not zero. Later segments were gone through before. */
+static void claim_staged(struct memcow *cow, struct segment *segment)
+{
+	uint32_t kept = segment->count;
+	for (uint32_t i = segment->count; i-- > 0;) {
+		struct segment_entry entry = segment->entries[i];
+		if (!bitmap_claim(cow->claimed, entry.page))
+			continue;
+		if (page_is_zero(segment->data + (size_t)entry.slot * PAGE_BYTES)) {
+			bitmap_claim(cow->zero, entry.page);
+			atomic_fetch_add_explicit(&cow->zero_pages, 1, memory_order_relaxed);
+		} else {
+			segment->entries[--kept] = entry;
+			atomic_fetch_add_explicit(&cow->saved_pages, 1, memory_order_relaxed);
+		}
+	}
+	segment->count -= kept;
+	memmove(segment->entries, segment->entries + kept, segment->count * sizeof(segment->entries[0]));
+}
+
+/* The staged copies, from the newest on. */
+static int push_staged(struct memcow *cow, struct err *err)
+{
+	for (struct segment *segment = cow->staged, *next; segment; segment = next) {
+		if (atomic_load_explicit(&cow->failed, memory_order_acquire))
+			return -ECANCELED;
+		int r = fault_check(FAULT_MEMCOW_SWEEP, err);
+		if (r != 0)
+			return r;
+		next = segment->next;
+		claim_staged(cow, segment);
+		pool_push(cow->pool, segment);
+	}
+	cow->staged = NULL;
 	return 0;
 }
 
@@ -204,7 +242,8 @@ void *memcow_sweeper_main(void *opaque)
 	priority_background();
 	if (!memcow_wait_for_save(cow))
 		return NULL;
-	if (sweep_all(&sweep, &err) != 0)
+	int r = cow->way == MEMCOW_STAGE ? push_staged(cow, &err) : sweep_all(&sweep, &err);
+	if (r != 0)
 		memcow_fail(cow, &err);
 	else
 		flush_fault_segment(cow);

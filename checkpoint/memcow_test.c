@@ -18,11 +18,12 @@
 #include "base/clock.h"
 #include "base/fault.h"
 #include "checkpoint/memcow.h"
+#include "checkpoint/sums.h"
 #include "tests/lib/check.h"
 
 #define MEMORY_BYTES (32ull << 20)
 #define WRITERS	     3
-#define ROUNDS	     8
+#define ROUNDS	     12
 
 struct machine {
 	struct mem *mem;
@@ -34,7 +35,13 @@ struct machine {
 	unsigned standing; /* under lock */
 	bool stop, quit;   /* under lock */
 	atomic_bool asked; /* stop or quit is set */
+	atomic_bool calm;  /* few writes, to few pages */
 	_Atomic uint64_t steps;
+
+	/* In the place of checkpoint/tracker.h. */
+	_Atomic uint64_t *log;	 /* pages written; set behind the write */
+	uint64_t *since, *fresh; /* the main thread's */
+	uint8_t *image;		 /* the memory that the layers made so far hold together; the main thread's */
 };
 
 struct writer_args {
@@ -75,12 +82,17 @@ static void *writer_main(void *opaque)
 		uint64_t r = next_random(&random);
 		/* A quarter of the memory is hot, the last quarter is rarely touched and starts unpopulated. */
 		uint64_t span = r & 1 ? m->pages / 4 : r & 62 ? m->pages * 3 / 4 : m->pages;
+		if (atomic_load(&m->calm)) {
+			span = m->pages / 16;
+			usleep(20);
+		}
 		uint64_t page = (r >> 8) % span;
 		/* Each writer has its own words of a page, so that the threads do not race among themselves. */
 		uint64_t *word = (uint64_t *)(void *)(m->base + page * PAGE_BYTES) + args.number * 64 + (r >> 48) % 64;
 		__atomic_store_n(word, (r & 0x700) == 0 ? 0 : r, __ATOMIC_RELAXED);
 		if ((r & 0xff000000000) == 0)
 			__atomic_store_n(word, 0, __ATOMIC_RELAXED);
+		bitmap_claim(m->log, page);
 		atomic_fetch_add_explicit(&m->steps, 1, memory_order_relaxed);
 		if ((r & 0xff) == 0)
 			(void)*(volatile uint8_t *)(m->base + ((r >> 20) % m->pages) * PAGE_BYTES +
@@ -125,60 +137,106 @@ static bool test_page_zero(const uint8_t *page)
 	return memcmp(page, zero, PAGE_BYTES) == 0;
 }
 
-static void compare(struct machine *m, struct memcow *cow, int fd, int sums_fd, const uint8_t *reference)
+static void harvest(struct machine *m)
 {
-	static uint8_t chunk[64 * PAGE_BYTES];
-	static uint64_t sums[64];
-	const _Atomic uint64_t *zero = memcow_zero_map(cow);
-	uint64_t wrong = 0, wrong_sums = 0, wrong_zero = 0;
-	for (uint64_t p = 0; p < m->pages; p++) {
-		if (p % 64 == 0)
-			wrong += pread(sums_fd, sums, sizeof(sums), (off_t)(p * 8)) != sizeof(sums) ||
-				 pread(fd, chunk, sizeof(chunk), (off_t)(p * PAGE_BYTES)) != sizeof(chunk);
-		const uint8_t *want = reference + p * PAGE_BYTES;
-		wrong += memcmp(chunk + p % 64 * PAGE_BYTES, want, PAGE_BYTES) != 0;
-		bool is_zero = test_page_zero(want);
-		wrong_zero += is_zero != bitmap_test(zero, p);
-		wrong_sums += sums[p % 64] != (is_zero ? 0 : XXH3_64bits(want, PAGE_BYTES));
+	for (uint64_t w = 0; w < m->pages / 64; w++) {
+		m->fresh[w] = atomic_exchange(&m->log[w], 0);
+		m->since[w] |= m->fresh[w];
 	}
-	CHECK(wrong == 0);
+}
+
+/* Adds the layer to the image, checking it against its sums and maps. */
+static void apply_layer(struct machine *m, struct memcow *cow, int fd, int sums_fd)
+{
+	const _Atomic uint64_t *zero = memcow_zero_map(cow);
+	const uint64_t *scope = memcow_scope(cow);
+	struct page_sums sums;
+	uint64_t wrong_sums = 0, wrong_zero = 0, sum;
+	CHECK(page_sums_open(&sums, sums_fd, NULL) == 0);
+	for (uint64_t p = 0; p < m->pages; p++) {
+		uint8_t *page = m->image + p * PAGE_BYTES;
+		if (!(scope[p / 64] >> (p % 64) & 1)) {
+			wrong_zero += bitmap_test(zero, p);
+		} else if (bitmap_test(zero, p)) {
+			memset(page, 0, PAGE_BYTES);
+		} else {
+			CHECK(pread(fd, page, PAGE_BYTES, (off_t)(p * PAGE_BYTES)) == PAGE_BYTES);
+			wrong_sums +=
+				page_sums_read(&sums, p, 1, &sum, NULL) != 0 || sum != XXH3_64bits(page, PAGE_BYTES);
+			wrong_zero += test_page_zero(page);
+		}
+	}
 	CHECK(wrong_sums == 0);
 	CHECK(wrong_zero == 0);
 }
 
-static void run_round(struct machine *m, struct memcow *cow, bool live, uint8_t *reference)
+enum way { PROTECT, STAGE, STOPPED };
+
+static void print_stats(enum way way, bool all, const struct memcow_stats *stats)
+{
+	static const char *const names[] = {"protect", "stage", "stopped"};
+	printf("%s%s: scope %llu saved %llu zero %llu again %llu passes %llu arm faults %llu cow faults %llu (p50 %llu "
+	       "p99 "
+	       "%llu max %llu ns) throttled %llu\n",
+	       names[way], all ? " all" : "", (unsigned long long)stats->scope_pages,
+	       (unsigned long long)stats->saved_pages, (unsigned long long)stats->zero_pages,
+	       (unsigned long long)stats->armed_again_pages, (unsigned long long)stats->arm_passes,
+	       (unsigned long long)stats->arm_faults, (unsigned long long)stats->cow_faults,
+	       (unsigned long long)stats->cow_fault_p50_ns, (unsigned long long)stats->cow_fault_p99_ns,
+	       (unsigned long long)stats->cow_fault_max_ns, (unsigned long long)stats->throttled);
+}
+
+/* Up to the instant; the machine stands then. */
+static int take(struct machine *m, struct memcow *cow, enum way way, bool all, int fd, int sums_fd, struct err *err)
+{
+	struct memcow_target target = {.fd = fd, .sums_fd = sums_fd, .scope = all ? NULL : m->since};
+	int r;
+	harvest(m);
+	if (way == STOPPED)
+		r = memcow_arm_stopped(cow, &target, err);
+	else
+		r = way == STAGE ? memcow_stage(cow, &target, err) : memcow_arm(cow, &target, err);
+	for (unsigned pass = 0; pass < 2 && way == STAGE && r == 0; pass++) {
+		harvest(m);
+		r = memcow_stage_more(cow, m->fresh, err);
+	}
+	machine_stop(m);
+	harvest(m);
+	return r == 0 ? memcow_instant(cow, all ? NULL : m->fresh, err) : r;
+}
+
+static void run_round(struct machine *m, struct memcow *cow, enum way way, bool all, uint8_t *reference)
 {
 	struct err err = ERR_INIT;
 	struct memcow_stats stats;
-	int fd = make_file(m->pages * PAGE_BYTES), sums_fd = make_file(m->pages * 8);
+	int fd = make_file(m->pages * PAGE_BYTES), sums_fd = make_file(0);
 	CHECK(fd >= 0 && sums_fd >= 0);
-	if (!live)
-		machine_stop(m);
-	CHECK((live ? memcow_arm(cow, fd, sums_fd, &err) : memcow_arm_stopped(cow, fd, sums_fd, &err)) == 0);
-	if (live) {
-		machine_stop(m);
-		CHECK(memcow_instant(cow, &err) == 0);
+	int r = take(m, cow, way, all, fd, sums_fd, &err);
+	if (r == -ENOBUFS) {
+		printf("stage: %s\n", err.message);
+		err = ERR_INIT;
+		way = PROTECT;
+		machine_go(m);
+		memcow_abandon(cow);
+		r = take(m, cow, way, all, fd, sums_fd, &err);
 	}
+	CHECK(r == 0);
 	memcpy(reference, m->base, m->pages * PAGE_BYTES);
-	if (live)
+	if (way != STOPPED)
 		machine_go(m);
 	memcow_save(cow);
 	CHECK(memcow_finish(cow, NULL, &err) == 0);
+	memset(m->since, 0, m->pages / 8);
 	memcow_get_stats(cow, &stats);
-	CHECK(stats.saved_pages + stats.zero_pages == stats.total_pages);
+	CHECK(stats.saved_pages + stats.zero_pages == stats.scope_pages);
+	CHECK(!all || stats.scope_pages == stats.total_pages);
 	CHECK(stats.written_bytes == stats.saved_pages * PAGE_BYTES);
 	if (err.number)
 		fprintf(stderr, "error: %s\n", err.message);
-	printf("%s: saved %llu zero %llu again %llu passes %llu arm faults %llu cow faults %llu (p50 %llu p99 %llu max "
-	       "%llu ns) "
-	       "throttled %llu\n",
-	       live ? "live" : "stopped", (unsigned long long)stats.saved_pages, (unsigned long long)stats.zero_pages,
-	       (unsigned long long)stats.armed_again_pages, (unsigned long long)stats.arm_passes,
-	       (unsigned long long)stats.arm_faults, (unsigned long long)stats.cow_faults,
-	       (unsigned long long)stats.cow_fault_p50_ns, (unsigned long long)stats.cow_fault_p99_ns,
-	       (unsigned long long)stats.cow_fault_max_ns, (unsigned long long)stats.throttled);
-	compare(m, cow, fd, sums_fd, reference);
-	if (!live)
+	print_stats(way, all, &stats);
+	apply_layer(m, cow, fd, sums_fd);
+	CHECK(memcmp(m->image, reference, m->pages * PAGE_BYTES) == 0);
+	if (way == STOPPED)
 		machine_go(m);
 	close(fd);
 	close(sums_fd);
@@ -189,21 +247,23 @@ static void check_progress(struct machine *m)
 {
 	uint64_t before = atomic_load(&m->steps);
 	uint64_t until = clock_now_ns() + 5000000000ull;
-	while (atomic_load(&m->steps) < before + 10000 && clock_now_ns() < until)
+	while (atomic_load(&m->steps) < before + 1000 && clock_now_ns() < until)
 		usleep(1000);
-	CHECK(atomic_load(&m->steps) >= before + 10000);
+	CHECK(atomic_load(&m->steps) >= before + 1000);
 }
 
 /* Gives up at each stage. */
-static void run_abandon(struct machine *m, struct memcow *cow, unsigned stage)
+static void run_abandon(struct machine *m, struct memcow *cow, unsigned stage, bool stage_way)
 {
 	struct err err = ERR_INIT;
-	int fd = make_file(m->pages * PAGE_BYTES), sums_fd = make_file(m->pages * 8);
+	int fd = make_file(m->pages * PAGE_BYTES), sums_fd = make_file(0);
+	struct memcow_target target = {.fd = fd, .sums_fd = sums_fd, .scope = stage_way ? m->since : NULL};
 	volatile bool cancel = true;
-	CHECK(memcow_arm(cow, fd, sums_fd, &err) == 0);
+	harvest(m);
+	CHECK((stage_way ? memcow_stage(cow, &target, &err) : memcow_arm(cow, &target, &err)) == 0);
 	if (stage >= 1) {
 		machine_stop(m);
-		CHECK(memcow_instant(cow, &err) == 0);
+		CHECK(memcow_instant(cow, NULL, &err) == 0);
 		machine_go(m);
 	}
 	if (stage >= 2)
@@ -224,12 +284,13 @@ static void run_abandon(struct machine *m, struct memcow *cow, unsigned stage)
 static void run_write_error(struct machine *m, struct memcow *cow)
 {
 	struct err err = ERR_INIT;
-	int sums_fd = make_file(m->pages * 8);
+	int sums_fd = make_file(0);
 	int fd = open("/dev/full", O_RDWR | O_CLOEXEC);
+	struct memcow_target target = {.fd = fd, .sums_fd = sums_fd};
 	CHECK(fd >= 0);
-	CHECK(memcow_arm(cow, fd, sums_fd, &err) == 0);
+	CHECK(memcow_arm(cow, &target, &err) == 0);
 	machine_stop(m);
-	CHECK(memcow_instant(cow, &err) == 0);
+	CHECK(memcow_instant(cow, NULL, &err) == 0);
 	machine_go(m);
 	memcow_save(cow);
 	CHECK(memcow_finish(cow, NULL, &err) == -ENOSPC);
@@ -273,6 +334,10 @@ int main(void)
 	}
 	m.base = mem_base(m.mem);
 	m.pages = mem_pages(m.mem);
+	m.log = calloc(m.pages / 64, sizeof(*m.log));
+	m.since = calloc(m.pages / 64, sizeof(*m.since));
+	m.fresh = calloc(m.pages / 64, sizeof(*m.fresh));
+	m.image = malloc(MEMORY_BYTES);
 	uint8_t *reference = malloc(MEMORY_BYTES);
 	bool live = memcow_create(m.mem, true, &cow, &err) == 0;
 	if (!live) {
@@ -280,14 +345,26 @@ int main(void)
 		CHECK(memcow_create(m.mem, false, &cow, &err) == 0);
 	}
 	start(&m, args);
-	for (unsigned i = 0; i < ROUNDS; i++)
-		run_round(&m, cow, live && i % 4 != 3, reference);
-	for (unsigned i = 0; i < 5 && live; i++)
-		run_abandon(&m, cow, i);
+	/* The first saves all; then in turn what was written and all again. */
+	for (unsigned i = 0; i < ROUNDS; i++) {
+		atomic_store(&m.calm, i % 8 < 4);
+		enum way way = i % 4 == 3 ? STOPPED : i % 4 == 2 ? STAGE : PROTECT;
+		run_round(&m, cow, live || way == STAGE ? way : STOPPED, i % 4 == 0, reference);
+	}
+	for (unsigned i = 0; i < 10; i++) {
+		if (live || i % 2 == 1)
+			run_abandon(&m, cow, i / 2, i % 2 == 1);
+	}
 	if (live)
 		run_write_error(&m, cow);
-	run_round(&m, cow, live, reference);
+	atomic_store(&m.calm, true);
+	run_round(&m, cow, STAGE, false, reference);
+	run_round(&m, cow, live ? PROTECT : STOPPED, false, reference);
 	end(&m);
+	free((void *)m.log);
+	free(m.since);
+	free(m.fresh);
+	free(m.image);
 	memcow_destroy(cow);
 	mem_destroy(m.mem);
 	free(reference);

@@ -9,15 +9,17 @@
 #include <linux/magic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 #include <xxhash.h>
 
+#include "base/buf.h"
 #include "base/bytes.h"
 #include "base/fault.h"
-#include "base/file.h"
 #include "base/priority.h"
 #include "checkpoint/memcow_internal.h"
+#include "checkpoint/sums.h"
 
 #define QUEUE_DEPTH 64u
 /* Zero pages in a row within reserved space that are worth a call to give their space back. */
@@ -54,7 +56,7 @@ static void plan_segment(struct writer *w, struct segment *segment)
 		uint8_t *data = segment->data + (size_t)entry->slot * PAGE_BYTES;
 		uint64_t offset = entry->page * PAGE_BYTES;
 		if (w->cow->sums)
-			put_le64(&w->cow->sums[entry->page], XXH3_64bits(data, PAGE_BYTES));
+			w->cow->sums[entry->page] = XXH3_64bits(data, PAGE_BYTES);
 		bool follows = write && write->offset + write->bytes == offset;
 		if (!follows) {
 			write = &segment->write[segment->writes++];
@@ -237,8 +239,25 @@ static int find_run(const struct memcow *cow, uint64_t *first, uint64_t *end)
 	return found;
 }
 
-/* Reserves space for what is populated, so that the writer neither runs out of space nor allocates blocks request by
- * request. */
+static int no_space(int number, struct err *err)
+{
+	err_sys(err, number, "cannot reserve space for the memory layer");
+	return err_hint(err, "free space in the store's filesystem, or remove checkpoints (`vmcp rm`)");
+}
+
+/* At most: pages may turn out to be zero. */
+static uint64_t bytes_to_save(const struct memcow *cow)
+{
+	struct stat st;
+	if (!cow->whole)
+		return cow->scope_pages * PAGE_BYTES;
+	return fstat(cow->memfd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
+}
+
+/*
+ * Reserves space for what is populated, so that the writer neither runs out of space nor allocates blocks request by
+ * request. For scattered pages a look at what is free must do: reserving them would take a call for each.
+ */
 static int reserve_space(struct writer *w, struct err *err)
 {
 	struct memcow *cow = w->cow;
@@ -246,8 +265,12 @@ static int reserve_space(struct writer *w, struct err *err)
 	int r = fault_check(FAULT_MEMCOW_RESERVE, err);
 	if (r != 0)
 		return r;
+	if (fstatfs(cow->fd, &fs) != 0)
+		return 0;
+	if ((uint64_t)fs.f_bavail < bytes_to_save(cow) / (uint64_t)fs.f_bsize)
+		return no_space(ENOSPC, err);
 	/* tmpfs would fill the space with pages. */
-	if (fstatfs(cow->fd, &fs) != 0 || fs.f_type == TMPFS_MAGIC)
+	if (!cow->whole || fs.f_type == TMPFS_MAGIC)
 		return 0;
 	uint64_t first, end = 0;
 	for (;;) {
@@ -257,8 +280,7 @@ static int reserve_space(struct writer *w, struct err *err)
 		if (fallocate(cow->fd, FALLOC_FL_KEEP_SIZE, (off_t)first, (off_t)(end - first)) != 0) {
 			if (errno != ENOSPC && errno != EDQUOT && errno != EFBIG)
 				return 0; /* not possible here: then blocks are allocated as they are written */
-			err_sys(err, errno, "cannot reserve space for the memory layer");
-			return err_hint(err, "free space in the store's filesystem, or remove checkpoints (`vmcp rm`)");
+			return no_space(errno, err);
 		}
 		w->reserved = true;
 	}
@@ -287,24 +309,17 @@ static void return_space(struct writer *w)
 	}
 }
 
-/* The sums, without their stretches of zeroes. */
+/* Nobody claims any more: what is of the scope and not zero is in the file. */
 static int write_sums(struct memcow *cow, struct err *err)
 {
 	if (!cow->sums)
 		return 0;
 	int r = fault_check(FAULT_MEMCOW_SUMS, err);
-	const uint8_t *sums = (const uint8_t *)cow->sums;
-	size_t run = 0;
-	for (size_t at = 0; at <= cow->sums_bytes && r == 0; at += PAGE_BYTES) {
-		if (at < cow->sums_bytes && !page_is_zero(sums + at)) {
-			run += PAGE_BYTES;
-			continue;
-		}
-		size_t length = min_u64(run, (uint64_t)cow->pages * 8 - (at - run));
-		if (run > 0)
-			r = file_pwrite_full(cow->sums_fd, sums + at - run, length, at - run, err);
-		run = 0;
-	}
+	CLEANUP_FREE uint64_t *saved = xcalloc(cow->blocks, sizeof(*saved));
+	for (uint64_t b = 0; b < cow->blocks; b++)
+		saved[b] = cow->scope[b] & ~atomic_load_explicit(&cow->zero[b], memory_order_acquire);
+	if (r == 0)
+		r = page_sums_write(cow->sums_fd, saved, cow->sums, cow->pages, err);
 	return r == 0 ? 0 : err_prefix(err, "writing the page checksums");
 }
 

@@ -45,6 +45,7 @@ static int save_memory(struct take *take, struct err *err)
 	memcow_get_stats(engine->memcow, &stats);
 	result->saved_pages = stats.saved_pages;
 	result->zero_pages = stats.zero_pages;
+	result->parent_pages = stats.total_pages - stats.scope_pages;
 	result->cow_faults = stats.cow_faults;
 	result->cow_fault_p50_ns = stats.cow_fault_p50_ns;
 	result->cow_fault_p99_ns = stats.cow_fault_p99_ns;
@@ -79,12 +80,17 @@ static int put_state(struct take *take, uint64_t *bytes, struct err *err)
 	CLEANUP_BUF struct buf state = BUF_INIT;
 	CLEANUP_BUF struct buf file = BUF_INIT;
 	struct page_index index;
+	struct page_index_saved saved = {
+		.layer = take->memory_layer,
+		.scope = memcow_scope(engine->memcow),
+		.zero = memcow_zero_map(engine->memcow),
+	};
+	const struct page_index *parent = take->parent_index.page_count ? &take->parent_index : NULL;
 	int r = state_set_encode(&engine->captured, &state, err);
 	if (r == 0)
 		r = store_draft_put(take->draft, "state", state.data, state.length, err);
 	if (r == 0)
-		r = page_index_from_zero_map(&index, take->memory_layer, memcow_zero_map(engine->memcow),
-					     mem_pages(engine->mem), err);
+		r = page_index_build(&index, &saved, parent, mem_pages(engine->mem), err);
 	if (r != 0)
 		return r;
 	r = page_index_encode(&index, &file, err);
@@ -112,6 +118,7 @@ static void describe(const struct take *take, uint64_t put_bytes, struct store_c
 		.memory_bytes = mem_size(engine->mem),
 		.saved_pages = result->saved_pages,
 		.zero_pages = result->zero_pages,
+		.parent_pages = result->parent_pages,
 		.written_bytes = result->written_bytes,
 		.pause_ns = result->pause_ns,
 		.durable_ns = clock_now_ns() - take->start_ns,
@@ -176,6 +183,7 @@ int take_persist(struct take *take, struct err *err)
 	result->durable = true;
 	result->durable_ns = clock_now_ns() - take->start_ns;
 	engine_set_position(engine, result->id);
+	tracker_set_base(engine->tracker);
 	struct err ignored = ERR_INIT;
 	fault_check(FAULT_TAKE_COMMITTED, &ignored);
 	if (!take->live) {
@@ -213,6 +221,7 @@ void take_free(struct take *take)
 		close(take->fd);
 	if (take->sums_fd >= 0)
 		close(take->sums_fd);
+	page_index_free(&take->parent_index);
 	free(take->tag);
 	free(take->message);
 	free(take);

@@ -78,6 +78,17 @@ void pool_populate(struct pool *pool)
 		((volatile uint8_t *)pool->memory)[at] = 0;
 }
 
+/* Under lock. */
+static struct segment *take_free(struct pool *pool)
+{
+	struct segment *segment = pool->free;
+	pool->free = segment->next;
+	pool->free_count--;
+	segment->next = NULL;
+	segment->count = 0;
+	return segment;
+}
+
 struct segment *pool_get(struct pool *pool, bool may_use_reserve, bool *waited)
 {
 	unsigned keep = may_use_reserve ? 0 : pool->reserve;
@@ -90,13 +101,16 @@ struct segment *pool_get(struct pool *pool, bool may_use_reserve, bool *waited)
 			*waited = true;
 		pthread_cond_wait(&pool->freed, &pool->lock);
 	}
-	if (!pool->failed) {
-		segment = pool->free;
-		pool->free = segment->next;
-		pool->free_count--;
-		segment->next = NULL;
-		segment->count = 0;
-	}
+	if (!pool->failed)
+		segment = take_free(pool);
+	pthread_mutex_unlock(&pool->lock);
+	return segment;
+}
+
+struct segment *pool_try_get(struct pool *pool)
+{
+	pthread_mutex_lock(&pool->lock);
+	struct segment *segment = pool->failed || pool->free_count == 0 ? NULL : take_free(pool);
 	pthread_mutex_unlock(&pool->lock);
 	return segment;
 }

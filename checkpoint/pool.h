@@ -50,6 +50,8 @@ void pool_populate(struct pool *pool);
 /* An empty segment; waits for one. `may_use_reserve`: the fault thread. *waited (may be NULL) tells whether it had to.
  * NULL once the pool failed. */
 struct segment *pool_get(struct pool *pool, bool may_use_reserve, bool *waited);
+/* The same without waiting: NULL also if there is none. */
+struct segment *pool_try_get(struct pool *pool);
 /* Gives one back, empty. */
 void pool_put(struct pool *pool, struct segment *segment);
 /* Hands a filled one to the writer. */

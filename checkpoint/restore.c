@@ -14,17 +14,28 @@
 #include "checkpoint/engine_internal.h"
 #include "checkpoint/memcow_internal.h"
 
-#define CHUNK_PAGES 256u
+#define CHUNK_PAGES PAGE_SUMS_MAX_READ
 /* Zero pages in a row that are worth a hole instead of zeroes written. */
 #define HOLE_PAGES 16u
 
+int restore_init(struct restore_layers *layers, struct store *store, const struct page_index *index, struct err *err)
+{
+	*layers = (struct restore_layers){.store = store, .index = index};
+	layers->layers = calloc((size_t)index->layer_count + 1, sizeof(*layers->layers));
+	if (!layers->layers)
+		return err_sys(err, ENOMEM, "%u memory layers", index->layer_count);
+	for (uint32_t i = 0; i < index->layer_count; i++)
+		layers->layers[i] = (struct restore_layer){.fd = -1, .sums = {.fd = -1}};
+	return 0;
+}
+
 void restore_close(struct restore_layers *layers)
 {
-	for (uint32_t i = 0; i < layers->count; i++) {
+	for (uint32_t i = 0; layers->layers && i < layers->index->layer_count; i++) {
 		if (layers->layers[i].fd >= 0)
 			close(layers->layers[i].fd);
-		if (layers->layers[i].sums_fd >= 0)
-			close(layers->layers[i].sums_fd);
+		if (layers->layers[i].sums.fd >= 0)
+			close(layers->layers[i].sums.fd);
 	}
 	free(layers->layers);
 	*layers = (struct restore_layers){0};
@@ -32,66 +43,66 @@ void restore_close(struct restore_layers *layers)
 
 /* Pages are read by pread, and only below the size seen here: a layer that is cut off later gives an error, never
  * SIGBUS. */
-static int check_size(int fd, uint64_t bytes, const char *layer, const char *kind, struct err *err)
+static int open_layer(struct restore_layers *layers, uint32_t number, struct err *err)
 {
+	const char *name = layers->index->layers[number - 1];
+	struct restore_layer *layer = &layers->layers[number - 1];
+	uint64_t bytes = layers->index->page_count * PAGE_BYTES;
 	struct stat st;
+	int fd = store_memory_layer_open(layers->store, name, err);
+	if (fd < 0)
+		return fd;
+	layer->fd = fd;
 	if (fstat(fd, &st) != 0)
-		return err_sys(err, errno, "memory layer %s", layer);
+		return err_sys(err, errno, "memory layer %s", name);
 	if ((uint64_t)st.st_size < bytes)
-		return err_set(err, ERR_DAMAGED, EINVAL, "memory layer %s: its %s has %llu bytes instead of %llu",
-			       layer, kind, (unsigned long long)st.st_size, (unsigned long long)bytes);
-	return 0;
+		return err_set(err, ERR_DAMAGED, EINVAL, "memory layer %s: its file has %llu bytes instead of %llu",
+			       name, (unsigned long long)st.st_size, (unsigned long long)bytes);
+	fd = store_memory_sums_open(layers->store, name, err);
+	if (fd < 0)
+		return fd;
+	int r = page_sums_open(&layer->sums, fd, err);
+	return r == 0 ? 0 : err_prefix(err, "memory layer %s", name);
 }
 
-int restore_open(struct store *store, const struct page_index *index, struct restore_layers *out, struct err *err)
+/* Layers are opened when a page of theirs is needed: a long history has many of which this way back needs few. */
+static int get_layer(struct restore_layers *layers, uint32_t number, struct restore_layer **out, struct err *err)
 {
-	int r = 0;
-	out->count = 0;
-	out->layers = calloc((size_t)index->layer_count + 1, sizeof(*out->layers));
-	if (!out->layers)
-		return err_sys(err, ENOMEM, "%u memory layers", index->layer_count);
-	for (uint32_t i = 0; i < index->layer_count && r == 0; i++) {
-		struct restore_layer *layer = &out->layers[i];
-		const char *name = index->layers[i];
-		layer->sums_fd = -1;
-		out->count = i + 1;
-		layer->fd = store_memory_layer_open(store, name, err);
-		if (layer->fd >= 0)
-			layer->sums_fd = store_memory_sums_open(store, name, err);
-		r = layer->fd < 0 ? layer->fd : layer->sums_fd < 0 ? layer->sums_fd : 0;
-		if (r == 0)
-			r = check_size(layer->fd, index->page_count * PAGE_BYTES, name, "file", err);
-		if (r == 0)
-			r = check_size(layer->sums_fd, index->page_count * 8, name, "checksums' file", err);
-	}
-	if (r != 0)
-		restore_close(out);
-	return r;
+	*out = &layers->layers[number - 1];
+	return (*out)->sums.fd >= 0 ? 0 : open_layer(layers, number, err);
 }
 
-static int check_pages(const struct page_index *index, const struct restore_layers *layers, uint32_t number,
-		       uint64_t first, uint64_t count, const uint8_t *data, struct err *err)
+static int read_pages(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, uint8_t *data,
+		      struct err *err)
+{
+	struct restore_layer *layer;
+	int r = get_layer(layers, number, &layer, err);
+	if (r != 0)
+		return r;
+	r = file_pread_full(layer->fd, data, count * PAGE_BYTES, first * PAGE_BYTES, err);
+	return r == 0 ? 0 : err_prefix(err, "memory layer %s", layers->index->layers[number - 1]);
+}
+
+static int check_pages(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count,
+		       const uint8_t *data, struct err *err)
 {
 	uint64_t sums[CHUNK_PAGES];
-	const char *name = index->layers[number - 1];
-	int r = file_pread_full(layers->layers[number - 1].sums_fd, sums, count * 8, first * 8, err);
+	struct restore_layer *layer;
+	const char *name = layers->index->layers[number - 1];
+	int r = get_layer(layers, number, &layer, err);
 	if (r != 0)
-		return err_prefix(err, "memory layer %s: checksums", name);
+		return r;
+	r = page_sums_read(&layer->sums, first, count, sums, err);
+	if (r != 0)
+		return err_prefix(err, "memory layer %s", name);
 	for (uint64_t i = 0; i < count; i++) {
-		if (get_le64(&sums[i]) == XXH3_64bits(data + i * PAGE_BYTES, PAGE_BYTES))
+		if (sums[i] == XXH3_64bits(data + i * PAGE_BYTES, PAGE_BYTES))
 			continue;
 		err_set(err, ERR_DAMAGED, EINVAL, "memory layer %s: page %llu has a wrong checksum", name,
 			(unsigned long long)(first + i));
 		return err_hint(err, "checkpoints that do not share this layer are not affected: see `vmcp log`");
 	}
 	return 0;
-}
-
-static int read_pages(const struct page_index *index, const struct restore_layers *layers, uint32_t number,
-		      uint64_t first, uint64_t count, uint8_t *data, struct err *err)
-{
-	int r = file_pread_full(layers->layers[number - 1].fd, data, count * PAGE_BYTES, first * PAGE_BYTES, err);
-	return r == 0 ? 0 : err_prefix(err, "memory layer %s", index->layers[number - 1]);
 }
 
 static uint8_t *alloc_chunk(struct err *err)
@@ -102,58 +113,85 @@ static uint8_t *alloc_chunk(struct err *err)
 	return chunk;
 }
 
-int restore_verify(const struct page_index *index, const struct restore_layers *layers, struct err *err)
+/* Pages [first, first + count) of one extent, at most CHUNK_PAGES of them where a layer holds them. */
+struct run {
+	uint64_t first, count;
+	uint32_t layer;
+};
+
+/* The next page of `which` at or after `page`. */
+static uint64_t next_page(const uint64_t *which, uint64_t page, uint64_t end)
+{
+	while (page < end) {
+		uint64_t bits = which[page / 64] >> (page % 64);
+		if (bits)
+			return min_u64(page + (unsigned)__builtin_ctzll(bits), end);
+		page = (page | 63) + 1;
+	}
+	return end;
+}
+
+/* The next run behind *run, of pages of `which` if that is not NULL. False at the end. */
+static bool next_run(const struct page_index *index, const uint64_t *which, struct run *run)
+{
+	uint64_t page = run->first + run->count, end = index->page_count;
+	if (which)
+		page = next_page(which, page, end);
+	if (page >= end)
+		return false;
+	const struct index_extent *e = page_index_find(index, page);
+	uint64_t limit = e->first + e->count;
+	if (e->layer != INDEX_ZERO_LAYER)
+		limit = min_u64(limit, page + CHUNK_PAGES);
+	*run = (struct run){.first = page, .count = limit - page, .layer = e->layer};
+	for (uint64_t p = page; which && p < limit; p++) {
+		if (which[p / 64] >> (p % 64) & 1)
+			continue;
+		run->count = p - page;
+		break;
+	}
+	return true;
+}
+
+int restore_verify(struct restore_layers *layers, const uint64_t *which, struct err *err)
 {
 	CLEANUP_FREE uint8_t *chunk = alloc_chunk(err);
+	struct run run = {0};
 	int r = chunk ? 0 : -ENOMEM;
-	for (uint64_t i = 0; i < index->extent_count && r == 0; i++) {
-		const struct index_extent *e = &index->extents[i];
-		for (uint64_t done = 0; e->layer != INDEX_ZERO_LAYER && done < e->count && r == 0;
-		     done += CHUNK_PAGES) {
-			uint64_t count = min_u64(e->count - done, CHUNK_PAGES);
-			r = read_pages(index, layers, e->layer, e->first + done, count, chunk, err);
-			if (r == 0)
-				r = check_pages(index, layers, e->layer, e->first + done, count, chunk, err);
-		}
+	while (r == 0 && next_run(layers->index, which, &run)) {
+		if (run.layer == INDEX_ZERO_LAYER)
+			continue;
+		r = read_pages(layers, run.layer, run.first, run.count, chunk, err);
+		if (r == 0)
+			r = check_pages(layers, run.layer, run.first, run.count, chunk, err);
 	}
 	return r;
 }
 
-/* Puts back pages of one extent of a layer, comparing first: a page that is not written stays shared with whoever has
- * it cached. */
-static int restore_extent(struct mem *mem, const struct page_index *index, const struct restore_layers *layers,
-			  const struct index_extent *e, uint8_t *chunk, uint64_t *changed, struct err *err)
+/* Puts back the pages of a run that differ: a page that is not written stays as it is for whoever tracks writes. */
+static int put_back_run(struct mem *mem, struct restore_layers *layers, const struct run *run, uint8_t *chunk,
+			uint64_t *changed, struct err *err)
 {
-	for (uint64_t done = 0; done < e->count; done += CHUNK_PAGES) {
-		uint64_t count = min_u64(e->count - done, CHUNK_PAGES), first = e->first + done;
-		uint8_t *base = mem_base(mem) + first * PAGE_BYTES;
-		int r = read_pages(index, layers, e->layer, first, count, chunk, err);
-		if (r != 0)
-			return r;
-		for (uint64_t i = 0; i < count; i++) {
-			if (memcmp(base + i * PAGE_BYTES, chunk + i * PAGE_BYTES, PAGE_BYTES) == 0)
-				continue;
-			memcpy(base + i * PAGE_BYTES, chunk + i * PAGE_BYTES, PAGE_BYTES);
-			++*changed;
-		}
+	uint8_t *base = mem_base(mem) + run->first * PAGE_BYTES;
+	int r = read_pages(layers, run->layer, run->first, run->count, chunk, err);
+	for (uint64_t i = 0; i < run->count && r == 0; i++) {
+		if (memcmp(base + i * PAGE_BYTES, chunk + i * PAGE_BYTES, PAGE_BYTES) == 0)
+			continue;
+		memcpy(base + i * PAGE_BYTES, chunk + i * PAGE_BYTES, PAGE_BYTES);
+		++*changed;
 	}
-	return 0;
+	return r;
 }
 
-static int load_extent(struct mem *mem, const struct page_index *index, const struct restore_layers *layers,
-		       const struct index_extent *e, uint64_t *changed, struct err *err)
+static int load_run(struct mem *mem, struct restore_layers *layers, const struct run *run, uint64_t *changed,
+		    struct err *err)
 {
-	for (uint64_t done = 0; done < e->count; done += CHUNK_PAGES) {
-		uint64_t count = min_u64(e->count - done, CHUNK_PAGES), first = e->first + done;
-		uint8_t *base = mem_base(mem) + first * PAGE_BYTES;
-		int r = read_pages(index, layers, e->layer, first, count, base, err);
-		if (r == 0)
-			r = check_pages(index, layers, e->layer, first, count, base, err);
-		if (r != 0)
-			return r;
-	}
-	*changed += e->count;
-	return 0;
+	uint8_t *base = mem_base(mem) + run->first * PAGE_BYTES;
+	int r = read_pages(layers, run->layer, run->first, run->count, base, err);
+	if (r == 0)
+		r = check_pages(layers, run->layer, run->first, run->count, base, err);
+	*changed += run->count;
+	return r;
 }
 
 /* [first, first + count) is populated and not zero. */
@@ -167,48 +205,48 @@ static int clear_run(struct mem *mem, uint64_t first, uint64_t count, struct err
 	return 0;
 }
 
-/* Pages that must be zero. Only populated ones are looked at: looking at others would populate them. */
-static int clear_extent(struct mem *mem, const struct index_extent *e, uint64_t *changed, struct err *err)
+/*
+ * Pages that must be zero. Only populated ones are looked at: looking at others would populate them. Each is asked for: SEEK_HOLE
+ * would walk over all populated pages behind it, see find_data in memcow_sweep.c.
+ */
+static int clear_pages(struct mem *mem, const struct run *zero, uint64_t *changed, struct err *err)
 {
-	uint64_t end = e->first + e->count;
+	uint64_t end = zero->first + zero->count, page = zero->first, run = 0; /* [page - run, page) is to be cleared */
 	int r = 0;
-	for (uint64_t page = e->first; page < end && r == 0;) {
+	while (page < end && r == 0) {
 		off_t data = lseek(mem_fd(mem), (off_t)(page * PAGE_BYTES), SEEK_DATA);
-		if (data < 0 && errno == ENXIO)
-			return 0;
-		off_t hole = data < 0 ? -1 : lseek(mem_fd(mem), data, SEEK_HOLE);
-		if (hole < 0)
+		if (data < 0 && errno != ENXIO)
 			return err_sys(err, errno, "guest memory: cannot find populated pages");
-		uint64_t until = min_u64((uint64_t)hole / PAGE_BYTES, end), run = 0;
-		for (page = (uint64_t)data / PAGE_BYTES; page < until && r == 0; page++) {
-			if (!page_is_zero(mem_base(mem) + page * PAGE_BYTES)) {
-				run++;
-				continue;
-			}
-			r = clear_run(mem, page - run, run, err);
-			*changed += run;
-			run = 0;
+		uint64_t populated = data < 0 ? end : min_u64((uint64_t)data / PAGE_BYTES, end);
+		if (populated == page && !page_is_zero(mem_base(mem) + page * PAGE_BYTES)) {
+			page++;
+			run++;
+			continue;
 		}
-		if (r == 0)
-			r = clear_run(mem, page - run, run, err);
+		r = clear_run(mem, page - run, run, err);
 		*changed += run;
+		run = 0;
+		page = max_u64(populated, page + 1);
 	}
+	if (r == 0)
+		r = clear_run(mem, end - run, run, err);
+	*changed += run;
 	return r;
 }
 
-int restore_memory(struct mem *mem, const struct page_index *index, const struct restore_layers *layers, bool fresh,
-		   uint64_t *changed, struct err *err)
+int restore_memory(struct mem *mem, struct restore_layers *layers, const uint64_t *which, bool fresh, uint64_t *changed,
+		   struct err *err)
 {
 	CLEANUP_FREE uint8_t *chunk = alloc_chunk(err);
+	struct run run = {0};
 	int r = chunk ? 0 : -ENOMEM;
 	*changed = 0;
-	for (uint64_t i = 0; i < index->extent_count && r == 0; i++) {
-		const struct index_extent *e = &index->extents[i];
-		if (e->layer == INDEX_ZERO_LAYER)
-			r = fresh ? 0 : clear_extent(mem, e, changed, err);
+	while (r == 0 && next_run(layers->index, which, &run)) {
+		if (run.layer == INDEX_ZERO_LAYER)
+			r = fresh ? 0 : clear_pages(mem, &run, changed, err);
 		else
-			r = fresh ? load_extent(mem, index, layers, e, changed, err)
-				  : restore_extent(mem, index, layers, e, chunk, changed, err);
+			r = fresh ? load_run(mem, layers, &run, changed, err)
+				  : put_back_run(mem, layers, &run, chunk, changed, err);
 	}
 	return r;
 }

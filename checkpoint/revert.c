@@ -30,6 +30,8 @@ struct revert {
 	char *layer_paths[CKPT_MAX_DISKS]; /* by the engine's disks */
 	char *temp_paths[CKPT_MAX_DISKS];
 	unsigned staged; /* how many overlays were made */
+	/* The pages that differ from the checkpoint: no other need be looked at. NULL: not known. */
+	uint64_t *which;
 	uint64_t changed_pages;
 };
 
@@ -41,6 +43,7 @@ static void revert_free(struct revert *rv)
 		free(rv->layer_paths[i]);
 		free(rv->temp_paths[i]);
 	}
+	free(rv->which);
 	restore_close(&rv->layers);
 	page_index_free(&rv->index);
 	state_set_free(&rv->states);
@@ -89,13 +92,7 @@ static int read_state(struct revert *rv, struct err *err)
 {
 	struct ckpt_engine *engine = rv->engine;
 	CLEANUP_BUF struct buf state = BUF_INIT;
-	CLEANUP_BUF struct buf file = BUF_INIT;
-	int r = store_checkpoint_read(engine->store, &rv->checkpoint, "index", &file, err);
-	if (r == 0)
-		r = page_index_decode(file.data, file.length, &rv->index, err);
-	if (r == 0 && rv->index.page_count != mem_pages(engine->mem))
-		r = err_set(err, ERR_DAMAGED, EINVAL, "index: %llu pages instead of %llu",
-			    (unsigned long long)rv->index.page_count, (unsigned long long)mem_pages(engine->mem));
+	int r = engine_read_index(engine, &rv->checkpoint, &rv->index, err);
 	if (r == 0)
 		r = store_checkpoint_read(engine->store, &rv->checkpoint, "state", &state, err);
 	if (r == 0)
@@ -103,8 +100,43 @@ static int read_state(struct revert *rv, struct err *err)
 	return r == 0 ? state_set_decode(&rv->states, state.data, state.length, err) : r;
 }
 
-/* Everything that can be refused, without touching the machine. */
-static int check(struct revert *rv, const char *id, bool verify_memory, struct err *err)
+/* Where the memory that the VM has now differs from the checkpoint: what was written since its base, and where base and checkpoint
+ * differ. Fails without effect: all pages are looked at then. */
+static int find_changes(struct revert *rv, struct err *err)
+{
+	struct ckpt_engine *engine = rv->engine;
+	char base[STORE_ID_BYTES];
+	uint64_t count;
+	if (!tracker_has_base(engine->tracker))
+		return 0;
+	int r = tracker_harvest(engine->tracker, &count, err);
+	if (r != 0)
+		return r;
+	rv->which = xcalloc(tracker_words(engine->tracker), sizeof(*rv->which));
+	memcpy(rv->which, tracker_since(engine->tracker), tracker_words(engine->tracker) * sizeof(*rv->which));
+	ckpt_position(engine, base);
+	if (strcmp(base, rv->checkpoint.id) == 0)
+		return 0;
+	struct store_checkpoint from;
+	struct page_index index = {0};
+	r = store_checkpoint_get(engine->store, base, &from, err);
+	if (r == 0) {
+		r = engine_read_index(engine, &from, &index, err);
+		store_checkpoint_free(&from);
+	}
+	if (r == 0)
+		page_index_diff(&index, &rv->index, rv->which);
+	page_index_free(&index);
+	if (r == 0)
+		return 0;
+	free(rv->which);
+	rv->which = NULL;
+	return r;
+}
+
+/* Everything that can be refused, without touching the machine. `fresh`: memory is checked as it is read, as nothing runs
+ * yet that a failure half way could hurt. */
+static int check(struct revert *rv, const char *id, bool fresh, struct err *err)
 {
 	struct ckpt_engine *engine = rv->engine;
 	int r = store_checkpoint_get(engine->store, id, &rv->checkpoint, err);
@@ -114,11 +146,16 @@ static int check(struct revert *rv, const char *id, bool verify_memory, struct e
 	if (r == 0)
 		r = read_state(rv, err);
 	if (r == 0)
-		r = restore_open(engine->store, &rv->index, &rv->layers, err);
-	/* A pass of its own, while the VM runs: a bad page that is found half way through putting back would leave the
-	 * machine neither here nor there. It also brings the layers into the page cache, for the pass that matters. */
-	if (r == 0 && verify_memory)
-		r = restore_verify(&rv->index, &rv->layers, err);
+		r = restore_init(&rv->layers, engine->store, &rv->index, err);
+	if (r == 0 && !fresh) {
+		struct err unknown = ERR_INIT;
+		if (find_changes(rv, &unknown) != 0)
+			log_debug("revert to %.8s: all pages are looked at: %s", id, unknown.message);
+		/* A pass of its own, while the VM runs: a bad page that is found half way through putting back would
+		 * leave the machine neither here nor there. It also brings the layers into the page cache, for the
+		 * pass that matters. */
+		r = restore_verify(&rv->layers, rv->which, err);
+	}
 	if (r == 0)
 		r = fault_check(FAULT_REVERT_CHECKED, err);
 	return r == 0 ? 0 : err_prefix(err, "checkpoint %.8s", id);
@@ -183,11 +220,42 @@ static int replace_disk(struct revert *rv, unsigned i, struct err *err)
 	return fault_check(FAULT_REVERT_DISK_RENAMED, err);
 }
 
+/* What the guest wrote after `check` found the changes. */
+static int find_last_changes(struct revert *rv, struct err *err)
+{
+	struct tracker *tracker = rv->engine->tracker;
+	uint64_t words = tracker_words(tracker), count;
+	if (!rv->which)
+		return 0;
+	int r = tracker_collect(tracker, &count, err);
+	if (r != 0)
+		return r;
+	CLEANUP_FREE uint64_t *late = xcalloc(words, sizeof(*late));
+	for (uint64_t w = 0; w < words; w++) {
+		late[w] = tracker_since(tracker)[w] & ~rv->which[w];
+		rv->which[w] |= late[w];
+	}
+	return restore_verify(&rv->layers, late, err);
+}
+
+static int put_back_memory(struct revert *rv, bool fresh, struct err *err)
+{
+	struct ckpt_engine *engine = rv->engine;
+	struct err none = ERR_INIT;
+	int r = restore_memory(engine->mem, &rv->layers, rv->which, fresh, &rv->changed_pages, err);
+	if (r != 0)
+		return r;
+	/* Before states are applied: these, and completion logs, write to memory. */
+	if (tracker_start(engine->tracker, &none) != 0 || tracker_rewind(engine->tracker, &none) != 0)
+		log_debug("written pages are not tracked: %s", none.message);
+	return 0;
+}
+
 /* vCPUs stand, the loop is parked. */
 static int put_back(struct revert *rv, bool fresh, struct err *err)
 {
 	struct ckpt_engine *engine = rv->engine;
-	int r = restore_memory(engine->mem, &rv->index, &rv->layers, fresh, &rv->changed_pages, err);
+	int r = put_back_memory(rv, fresh, err);
 	if (r == 0)
 		r = fault_check(FAULT_REVERT_MEMORY, err);
 	if (r == 0)
@@ -210,7 +278,9 @@ static int stop_and_put_back(struct revert *rv, struct err *err)
 		return r;
 	loop_park_request(engine->loop);
 	loop_park_wait(engine->loop);
-	r = put_back(rv, false, err);
+	r = find_last_changes(rv, err);
+	if (r == 0)
+		r = put_back(rv, false, err);
 	loop_unpark(engine->loop);
 	return r;
 }
@@ -224,6 +294,7 @@ static int half_way(struct ckpt_engine *engine, const char *id, struct err *err)
 	sticky.hint[0] = '\0';
 	err_hint(&sticky, "revert to this or another checkpoint, or end the VM with `vmcp kill %s`", engine->vm_name);
 	engine_set_broken(engine, &sticky);
+	tracker_drop_base(engine->tracker);
 	if (err)
 		*err = sticky;
 	return -sticky.number;
@@ -249,7 +320,7 @@ static int revert(struct revert *rv, const char *id, bool resume, uint64_t *end_
 {
 	struct ckpt_engine *engine = rv->engine;
 	bool ran = !vm_is_quiesced(engine->vm);
-	int r = check(rv, id, true, err);
+	int r = check(rv, id, false, err);
 	if (r == 0)
 		r = stage(rv, err);
 	if (r != 0)
@@ -297,8 +368,7 @@ int ckpt_load(struct ckpt_engine *engine, const char *id, struct err *err)
 	int r = operation_begin(engine, OPERATION_REVERT, err);
 	if (r != 0)
 		return r;
-	/* Memory is checked as it is read: nothing runs yet that a failure half way could hurt. */
-	r = check(&rv, id, false, err);
+	r = check(&rv, id, true, err);
 	if (r == 0) {
 		loop_park_request(engine->loop);
 		loop_park_wait(engine->loop);

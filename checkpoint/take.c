@@ -1,5 +1,6 @@
 /* Taking a checkpoint: stage and pause. What comes after is in persist.c. */
 #include <errno.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -38,6 +39,7 @@ static struct take *take_new(struct ckpt_engine *engine, const struct ckpt_reque
 	struct take *take = xcalloc(1, sizeof(*take));
 	take->engine = engine;
 	take->live = request->live;
+	take->full = request->full;
 	take->tag = request->tag ? xstrdup(request->tag) : NULL;
 	take->message = request->message ? xstrdup(request->message) : NULL;
 	take->fd = take->sums_fd = -1;
@@ -87,9 +89,7 @@ static int stage(struct take *take, struct err *err)
 		r = engine_check_cancel(engine, err);
 	/* Last, as from here on the guest pays for its writes. */
 	if (r == 0)
-		r = take->live ? memcow_arm(engine->memcow, take->fd, take->sums_fd, err)
-			       : memcow_arm_stopped(engine->memcow, take->fd, take->sums_fd, err);
-	take->armed = r == 0;
+		r = take_stage_memory(take, err);
 	if (r == 0)
 		r = engine_check_cancel(engine, err);
 	return r == 0 ? fault_check(FAULT_TAKE_STAGED, err) : r;
@@ -143,8 +143,8 @@ static int pause_and_capture(struct take *take, struct err *err)
 	}
 	uint64_t state_ns = clock_now_ns();
 	/* Memory before the disks, as it can fail and they cannot: until the switch a failure is without any effect. */
-	if (r == 0 && take->live)
-		r = memcow_instant(engine->memcow, err);
+	if (r == 0)
+		r = take_capture_memory(take, err);
 	uint64_t memory_ns = clock_now_ns();
 	if (r != 0)
 		return r;
@@ -196,9 +196,36 @@ static int capture(struct take *take, struct err *err)
 	int nice = priority_urgent();
 	r = pause_and_capture(take, err);
 	priority_restore(nice);
+	if (r == -ENOBUFS) {
+		take_release_machine(take);
+		r = take_restage_memory(take, err);
+		nice = priority_urgent();
+		if (r == 0)
+			r = pause_and_capture(take, err);
+		priority_restore(nice);
+	}
 	if (take->switched)
 		fill_captured(take);
 	return r == 0 ? fault_check(FAULT_TAKE_RESUMED, err) : r;
+}
+
+/*
+ * The threads of the checkpoint, which inherit this, keep off the processors on which vCPUs run, as long as others are left. A
+ * guest's processor that such a thread has taken is not had back before the next tick, or before the kernel is through with the
+ * thread's system call: milliseconds.
+ */
+static void leave_busy_processors(struct ckpt_engine *engine, cpu_set_t *before)
+{
+	cpu_set_t busy, left;
+	CPU_ZERO(before);
+	if (sched_getaffinity(0, sizeof(*before), before) != 0)
+		return;
+	vm_busy_processors(engine->vm, &busy);
+	CPU_AND(&busy, &busy, before);
+	CPU_XOR(&left, before, &busy);
+	memcow_set_fault_processors(engine->memcow, &busy);
+	if (CPU_COUNT(&busy) > 0 && CPU_COUNT(&left) > 0)
+		sched_setaffinity(0, sizeof(left), &left);
 }
 
 int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, struct ckpt_result *result,
@@ -213,7 +240,11 @@ int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, st
 		return r;
 	}
 	struct take *take = take_new(engine, request);
+	cpu_set_t processors;
+	leave_busy_processors(engine, &processors);
 	r = capture(take, err);
+	if (CPU_COUNT(&processors) > 0)
+		sched_setaffinity(0, sizeof(processors), &processors);
 	if (r == 0 && take->live && request->wait == CKPT_WAIT_CAPTURED) {
 		*result = take->result;
 		/* The thread ends the operation and frees the take. Without a thread the rest happens here. */

@@ -85,8 +85,8 @@ static int take(struct cli *cli, struct store *store, const char *vm, json_t **r
 		return rc;
 	bool cancels = canceller_start(&canceller);
 	rc = control_call(client, "checkpoint.take",
-			  json_pack("{s:b, s:o, s:o, s:s}", "live", cli_given(cli, "live"), "tag",
-				    text_or_null(cli_value(cli, "tag")), "message",
+			  json_pack("{s:b, s:b, s:o, s:o, s:s}", "live", cli_given(cli, "live"), "full",
+				    cli_given(cli, "full"), "tag", text_or_null(cli_value(cli, "tag")), "message",
 				    text_or_null(cli_value(cli, "message")), "wait", wait ? wait : "durable"),
 			  cli_progress_show, &progress, result, err);
 	if (cancels)
@@ -270,6 +270,7 @@ static int run_tag(struct cli *cli, struct err *err)
 
 static const struct cli_option checkpoint_options[] = {
 	{"live", 0, NULL, "the VM keeps running while the checkpoint is generated"},
+	{"full", 0, NULL, "save all memory again, not only what was written since the parent"},
 	{"message", 'm', "TEXT", "a note that `vmcp log` shows"},
 	{"tag", 't', "NAME", "a name for it"},
 	{"wait", 0, "WHAT",

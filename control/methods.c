@@ -53,7 +53,7 @@ static json_t *result_to_json(const char *vm, const struct ckpt_request *request
 				  number(r->state_ns), "disks_ns", number(r->disks_ns), "memory_ns",
 				  number(r->memory_ns), "resume_ns", number(r->resume_ns));
 	json_t *memory =
-		json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "total_pages", number(r->total_pages),
+		json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "plan", r->plan, "total_pages", number(r->total_pages),
 			  "saved_pages", number(r->saved_pages), "zero_pages", number(r->zero_pages), "parent_pages",
 			  number(r->parent_pages), "cow_faults", number(r->cow_faults), "cow_fault_p50_ns",
 			  number(r->cow_fault_p50_ns), "cow_fault_p99_ns", number(r->cow_fault_p99_ns),
@@ -179,6 +179,8 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 	int rc;
 
 	rc = get_bool(params, "live", &request.live, err);
+	if (!rc)
+		rc = get_bool(params, "full", &request.full, err);
 	if (!rc)
 		rc = get_text(params, "tag", false, &request.tag, err);
 	if (!rc)

@@ -132,7 +132,7 @@ int store_draft_memory_layer(struct store_draft *draft, uint64_t size_bytes, cha
 	*fd = create_layer_file(draft->store, layer, ".mem", size_bytes, err);
 	if (*fd < 0)
 		return *fd;
-	*sums_fd = create_layer_file(draft->store, layer, ".sums", size_bytes / PAGE_BYTES * sizeof(uint64_t), err);
+	*sums_fd = create_layer_file(draft->store, layer, ".sums", 0, err);
 	int rc = *sums_fd < 0 ? *sums_fd : fault_check(FAULT_STORE_MEMORY_LAYER_MADE, err);
 	if (rc) {
 		close(*fd);

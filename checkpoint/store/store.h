@@ -109,8 +109,8 @@ struct store_draft;
 int store_draft_begin(struct store *store, struct store_draft **out, struct err *err);
 const char *store_draft_id(const struct store_draft *draft);
 /* A new memory layer in layers/ (not referenced until commit), opened O_RDWR, size_bytes long and sparse; O_DIRECT is the caller's affair (fcntl).
- * Beside it layers/<id>.sums, opened O_RDWR, size_bytes / 4096 * 8 long and sparse: xxh3-64 of each saved page (LE64), 0 for the others. Both
- * descriptors are the caller's to close, and the caller fsyncs both before the commit. */
+ * Beside it layers/<id>.sums, opened O_RDWR and empty, for its page checksums. Both descriptors are the caller's to close, and the caller
+ * fsyncs both before the commit. */
 int store_draft_memory_layer(struct store_draft *draft, uint64_t size_bytes, char layer[STORE_ID_BYTES], int *fd,
 			     int *sums_fd, struct err *err);
 /*

@@ -1,0 +1,109 @@
+#include <criterion/criterion.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "base/bitmap.h"
+#include "checkpoint/sums.h"
+
+#define PAGES 5000u
+
+static int scratch(void)
+{
+	FILE *file = tmpfile();
+	cr_assert_not_null(file);
+	int fd = dup(fileno(file));
+	fclose(file);
+	return fd;
+}
+
+static bool is_saved(uint64_t page) { return page % 7 < 3 || (page >= 1000 && page < 2500); }
+
+/* A file of the pages for which is_saved holds; the sum of page p is p * 3 + 1. */
+static int make_file(void)
+{
+	static uint64_t saved[BITMAP_WORDS(PAGES)], sums[PAGES];
+	int fd = scratch();
+	for (uint64_t p = 0; p < PAGES; p++) {
+		saved[p / 64] |= (uint64_t)is_saved(p) << (p % 64);
+		sums[p] = p * 3 + 1;
+	}
+	cr_assert_eq(page_sums_write(fd, saved, sums, PAGES, NULL), 0);
+	return fd;
+}
+
+Test(sums, every_page_is_found_in_any_order)
+{
+	struct page_sums s;
+	int fd = make_file();
+	cr_assert_eq(page_sums_open(&s, fd, NULL), 0);
+	for (uint64_t i = 0; i < 2 * PAGES; i++) {
+		uint64_t page = i < PAGES ? i : i * 2654435761u % PAGES, sum = 0;
+		int r = page_sums_read(&s, page, 1, &sum, NULL);
+		cr_assert_eq(r, is_saved(page) ? 0 : -EINVAL, "page %llu", (unsigned long long)page);
+		cr_assert(r != 0 || sum == page * 3 + 1, "page %llu", (unsigned long long)page);
+	}
+	close(fd);
+}
+
+Test(sums, runs)
+{
+	struct page_sums s;
+	struct err err = ERR_INIT;
+	uint64_t sums[PAGE_SUMS_MAX_READ];
+	int fd = make_file();
+	cr_assert_eq(page_sums_open(&s, fd, NULL), 0);
+	cr_assert_eq(page_sums_read(&s, 1100, PAGE_SUMS_MAX_READ, sums, NULL), 0);
+	for (uint64_t i = 0; i < PAGE_SUMS_MAX_READ; i++)
+		cr_assert_eq(sums[i], (1100 + i) * 3 + 1);
+	cr_assert_eq(page_sums_read(&s, 2499, 5, sums, &err), -EINVAL, "the run ends in pages that were not saved");
+	cr_assert_eq(err.class, ERR_DAMAGED);
+	cr_assert_eq(page_sums_read(&s, PAGES - 1, 5, sums, NULL), -EINVAL, "past the end");
+	close(fd);
+}
+
+Test(sums, an_empty_layer)
+{
+	struct page_sums s;
+	uint64_t none[2] = {0}, sum;
+	int fd = scratch();
+	cr_assert_eq(page_sums_write(fd, none, none, 128, NULL), 0);
+	cr_assert_eq(page_sums_open(&s, fd, NULL), 0);
+	cr_assert_eq(s.count, 0);
+	cr_assert_eq(page_sums_read(&s, 0, 1, &sum, NULL), -EINVAL);
+	close(fd);
+}
+
+static void assert_refused(int fd)
+{
+	struct page_sums s;
+	struct err err = ERR_INIT;
+	cr_assert_eq(page_sums_open(&s, fd, &err), -EINVAL);
+	cr_assert_eq(err.class, ERR_DAMAGED);
+}
+
+Test(sums, damage_is_refused)
+{
+	struct page_sums s;
+	struct err err = ERR_INIT;
+	int fd = make_file();
+	off_t length = lseek(fd, 0, SEEK_END);
+	cr_assert_eq(ftruncate(fd, length - 16), 0);
+	assert_refused(fd);
+	cr_assert_eq(ftruncate(fd, 31), 0);
+	assert_refused(fd);
+	cr_assert_eq(ftruncate(fd, 0), 0);
+	assert_refused(fd);
+	close(fd);
+	/* Any bit of the header. */
+	for (off_t at = 0; at < 32; at++) {
+		uint8_t byte;
+		fd = make_file();
+		cr_assert_eq(pread(fd, &byte, 1, at), 1);
+		byte ^= 0x40;
+		cr_assert_eq(pwrite(fd, &byte, 1, at), 1);
+		cr_assert_eq(page_sums_open(&s, fd, &err), -EINVAL, "byte %d", (int)at);
+		close(fd);
+	}
+}

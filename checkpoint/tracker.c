@@ -1,0 +1,165 @@
+#include "checkpoint/tracker.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "base/bitmap.h"
+#include "base/buf.h"
+#include "base/bytes.h"
+#include "base/priority.h"
+#include "vmm/dirty_log.h"
+
+/* Pages and words of the bitmap cleared with one call: KVM holds the lock of the VM's page tables, and a guest that faults waits. */
+#define CLEAR_PAGES 512u
+#define CLEAR_WORDS 1024u
+
+struct tracker {
+	struct vm *vm;
+	struct mem *mem;
+	struct loop *loop;
+	uint64_t words;
+	uint64_t *since, *fresh; /* one mapping: untouched parts cost nothing */
+	size_t mapped_bytes;
+	bool on, base;
+};
+
+int tracker_create(struct vm *vm, struct loop *loop, struct tracker **out, struct err *err)
+{
+	struct tracker *t = xcalloc(1, sizeof(*t));
+	t->vm = vm;
+	t->mem = vm_memory(vm);
+	t->loop = loop;
+	t->words = BITMAP_WORDS(mem_pages(t->mem));
+	t->mapped_bytes = 2 * t->words * sizeof(uint64_t);
+	void *maps = mmap(NULL, t->mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (maps == MAP_FAILED) {
+		free(t);
+		return err_sys(err, ENOMEM, "cannot allocate bitmaps of written pages");
+	}
+	t->since = maps;
+	t->fresh = t->since + t->words;
+	*out = t;
+	return 0;
+}
+
+void tracker_destroy(struct tracker *t)
+{
+	if (!t)
+		return;
+	if (t->on)
+		vm_dirty_log_stop(t->vm);
+	munmap(t->since, t->mapped_bytes);
+	free(t);
+}
+
+bool tracker_is_on(const struct tracker *t) { return t->on; }
+bool tracker_has_base(const struct tracker *t) { return t->base; }
+uint64_t tracker_words(const struct tracker *t) { return t->words; }
+const uint64_t *tracker_since(const struct tracker *t) { return t->since; }
+const uint64_t *tracker_fresh(const struct tracker *t) { return t->fresh; }
+
+uint64_t tracker_since_count(const struct tracker *t)
+{
+	uint64_t pages = 0;
+	for (uint64_t w = 0; w < t->words; w++)
+		pages += (uint64_t)__builtin_popcountll(t->since[w]);
+	return pages;
+}
+
+/* Clears the log for the pages of `fresh`, a bounded number with each call. */
+static int clear_fresh(struct tracker *t, bool politely, struct err *err)
+{
+	int r = 0;
+	for (uint64_t first = 0; first < t->words && r == 0;) {
+		uint64_t end = first, pages = 0;
+		while (end < t->words && end - first < CLEAR_WORDS && pages < CLEAR_PAGES)
+			pages += (uint64_t)__builtin_popcountll(t->fresh[end++]);
+		if (pages > 0) {
+			r = vm_dirty_log_clear(t->vm, first, end - first, t->fresh + first, err);
+			if (politely)
+				priority_give_way();
+		}
+		first = end;
+	}
+	return r;
+}
+
+int tracker_start(struct tracker *t, struct err *err)
+{
+	if (t->on)
+		return 0;
+	t->base = false;
+	int r = vm_dirty_log_start(t->vm, err);
+	if (r != 0)
+		return r;
+	memset(t->fresh, 0xff, t->words * sizeof(uint64_t));
+	r = clear_fresh(t, true, err);
+	if (r != 0)
+		vm_dirty_log_stop(t->vm);
+	t->on = r == 0;
+	return r;
+}
+
+/* Adds `fresh` to `since`; returns how many pages `fresh` holds. */
+static uint64_t note_fresh(struct tracker *t)
+{
+	uint64_t pages = 0;
+	for (uint64_t w = 0; w < t->words; w++) {
+		if (t->fresh[w] == 0)
+			continue;
+		t->since[w] |= t->fresh[w];
+		pages += (uint64_t)__builtin_popcountll(t->fresh[w]);
+	}
+	return pages;
+}
+
+int tracker_harvest(struct tracker *t, uint64_t *count, struct err *err)
+{
+	int r = vm_dirty_log_get(t->vm, t->fresh, err);
+	if (r == 0)
+		r = clear_fresh(t, true, err);
+	if (r != 0) {
+		tracker_drop_base(t); /* what was cleared is known to nobody */
+		return r;
+	}
+	/* Only with the loop parked is what was marked also written. */
+	loop_park_request(t->loop);
+	loop_park_wait(t->loop);
+	mem_take_dirty(t->mem, t->fresh);
+	loop_unpark(t->loop);
+	*count = note_fresh(t);
+	return 0;
+}
+
+int tracker_collect(struct tracker *t, uint64_t *count, struct err *err)
+{
+	int r = vm_dirty_log_get(t->vm, t->fresh, err);
+	if (r != 0)
+		return r;
+	mem_take_dirty(t->mem, t->fresh);
+	*count = note_fresh(t);
+	return 0;
+}
+
+void tracker_set_base(struct tracker *t)
+{
+	memset(t->since, 0, t->words * sizeof(uint64_t));
+	t->base = t->on;
+}
+
+int tracker_rewind(struct tracker *t, struct err *err)
+{
+	int r = vm_dirty_log_get(t->vm, t->fresh, err);
+	if (r == 0)
+		r = clear_fresh(t, false, err);
+	mem_take_dirty(t->mem, t->fresh);
+	if (r == 0)
+		tracker_set_base(t);
+	else
+		tracker_drop_base(t);
+	return r;
+}
+
+void tracker_drop_base(struct tracker *t) { t->base = false; }

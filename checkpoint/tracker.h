@@ -1,0 +1,52 @@
+/*
+ * Which pages of guest memory were written since the VM stood at its base, the checkpoint that the next one is incremental to: by
+ * the guest and KVM (KVM's dirty log), and by the VMM (its marks in vmm/memory.h).
+ *
+ *     OFF --start--> ON, no base --set_base--> ON, with base --drop_base--> ON, no base
+ *
+ * harvest, while the VM runs, moves what was written into `since` and protects it, so that a page written again is found again by
+ * the next one: the caller copies the pages of `fresh` after it. collect does the same in the pause, where protecting is not needed:
+ * those pages count as written to the next base as well, which costs a copy and is never wrong.
+ *
+ * Threads: the engine's operation, one at a time.
+ */
+#ifndef VMCP_CHECKPOINT_TRACKER_H
+#define VMCP_CHECKPOINT_TRACKER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/err.h"
+#include "base/event.h"
+#include "vmm/vm.h"
+
+struct tracker;
+
+/* `loop`: where the VMM's writes to guest memory happen. */
+int tracker_create(struct vm *vm, struct loop *loop, struct tracker **out, struct err *err);
+void tracker_destroy(struct tracker *t); /* NULL is allowed */
+
+/* Starts logging and protects all memory, in chunks while the guest runs. ERR_HOST if KVM cannot. Does nothing if it is on. */
+int tracker_start(struct tracker *t, struct err *err);
+bool tracker_is_on(const struct tracker *t);
+bool tracker_has_base(const struct tracker *t);
+
+/* Bitmaps, one bit a ram page, tracker_words long. */
+uint64_t tracker_words(const struct tracker *t);
+const uint64_t *tracker_since(const struct tracker *t); /* written since the base, as far as harvested or collected */
+const uint64_t *tracker_fresh(const struct tracker *t); /* what the last harvest or collect found */
+uint64_t tracker_since_count(const struct tracker *t);
+
+/* While the VM runs; parks the loop for a moment. *count: pages of `fresh`. */
+int tracker_harvest(struct tracker *t, uint64_t *count, struct err *err);
+/* vCPUs stand and the loop is parked. Allocates nothing, touches no file. */
+int tracker_collect(struct tracker *t, uint64_t *count, struct err *err);
+/* The base is the instant of the last collect. */
+void tracker_set_base(struct tracker *t);
+/* vCPUs stand, the loop is parked, memory was just made that of a checkpoint: it is the base, and nothing is written yet. All
+ * that was written before was collected, or the tracker was just started. */
+int tracker_rewind(struct tracker *t, struct err *err);
+/* It is not known any more what was written. */
+void tracker_drop_base(struct tracker *t);
+
+#endif
