@@ -120,15 +120,19 @@ def test_full_disk(env):
         guest = env.start_tiny(memory="512M", cmdline="set=32M rate=2000 disk=1 disk_blocks=512 report=0", disks=[("data", disk)])
         first = env.vmcp_json("checkpoint", "--live", "tiny")
         guest.check()
-        used = os.statvfs(folder)
-        with open(os.path.join(folder, "ballast"), "wb") as file:
-            file.write(b"x" * (used.f_bavail * used.f_frsize - (24 << 20)))
-        # A slow host has time for lines of progress; --quiet leaves the error alone.
-        result = env.vmcp("--quiet", "checkpoint", "--live", "tiny", status=1)
-        one_error(result)
-        check("space" in result.err.lower(), f"the error does not name the lack of space: {result}")
-        os.unlink(os.path.join(folder, "ballast"))
-        guest.check()
+        # All memory, and what was written since the first: the guest's own writes to its disk need room as well.
+        for how, left in (["--full"], 24 << 20), ([], 6 << 20):
+            if not how:
+                time.sleep(4)
+            used = os.statvfs(folder)
+            with open(os.path.join(folder, "ballast"), "wb") as file:
+                file.write(b"x" * (used.f_bavail * used.f_frsize - left))
+            # A slow host has time for lines of progress; --quiet leaves the error alone.
+            result = env.vmcp("--quiet", "checkpoint", "--live", *how, "tiny", status=1)
+            one_error(result)
+            check("space" in result.err.lower(), f"the error does not name the lack of space: {result}")
+            os.unlink(os.path.join(folder, "ballast"))
+            guest.check()
         check_equal([one["id"] for one in env.vmcp_json("log")["checkpoints"]], [first["id"]], "checkpoints")
         second = env.vmcp_json("checkpoint", "--live", "tiny")
         for taken in (first, second):

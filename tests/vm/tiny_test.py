@@ -9,6 +9,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+import store_memory  # noqa: E402
 import vmcp_test  # noqa: E402
 from vmcp_test import Skip, check, check_equal  # noqa: E402
 
@@ -115,23 +116,44 @@ def test_tree(env):
 
 
 def test_oracle(env):
-    """A live checkpoint and a stopped one of the same instant are the same, byte by byte."""
+    """A live checkpoint and a stopped one of the same instant are the same, byte by byte: all of memory, or what was written since the parent."""
     disk = env.image("disk.qcow2")
     guest = env.start_tiny(cmdline=BUSY, disks=[("data", disk)])
-    for _ in range(3):
+    for full in ([], ["--full"]), (["--full"], []), ([], ["--full"]), (["--full"], ["--full"]):
         env.vmcp("pause", "tiny")
-        live = env.vmcp_json("checkpoint", "--live", "tiny")
-        stopped = env.vmcp_json("checkpoint", "tiny")
+        live, stopped = (env.vmcp_json("checkpoint", *how, *whole, "tiny") for how, whole in zip((["--live"], []), full))
         env.vmcp("resume", "tiny")
         a, b = (env.vmcp_json("show", one["id"]) for one in (live, stopped))
-        for suffix in ("mem", "sums"):
-            files = [os.path.join(env.store, "layers", f"{one['memory']['layer']}.{suffix}") for one in (a, b)]
-            check(filecmp.cmp(*files, shallow=False), f"memory differs: {files}")
+        wrong = store_memory.differences(env.store, live["id"], stopped["id"])
+        check(not wrong, f"memory differs: pages {wrong[:20]}")
         states = [os.path.join(env.store, "checkpoints", one["id"], "state") for one in (a, b)]
         check(filecmp.cmp(*states, shallow=False), f"state differs: {states}")
         layers = [os.path.join(env.store, "layers", one["disks"][0]["layer"] + ".qcow2") for one in (a, b)]
         compare_images(*layers)
         guest.check()
+    env.vmcp("kill", "tiny")
+
+
+def test_each_way_to_hold_the_instant(env):
+    """Checkpoints of what was written since the parent, staged, protected and stopped, go back to what they show."""
+    guest = env.start_tiny(memory="512M", cmdline="set=256M rate=2000 report=0")
+    taken = []
+    # How fast the guest writes, for how long, and the plan that this must lead to.
+    for rate, seconds, how, plan in ((2000, 0, ["--live"], "protect-all"), (2000, 0.5, ["--live"], "stage"), (0, 2, ["--live"], "protect"),
+                                     (2000, 0.5, [], "stopped"), (2000, 0.5, ["--live"], "stage"), (2000, 0.5, ["--full"], "stopped-all")):
+        guest.ask(f"rate {rate}", "ok")
+        time.sleep(seconds)
+        guest.ask("rate 2000", "ok")
+        one = env.vmcp_json("checkpoint", *how, "tiny")
+        memory = one["memory"]
+        check_equal((memory["plan"], memory["saved_pages"] + memory["zero_pages"] + memory["parent_pages"]), (plan, memory["total_pages"]), "plan")
+        check((memory["parent_pages"] == 0) == plan.endswith("all"), f"pages of the parent: {memory}")
+        taken.append(one["id"])
+        guest.check()
+    for number, one in enumerate(reversed(taken)):
+        env.vmcp_json("revert", one)
+        guest.check()
+        guest.epoch(number + 10)
     env.vmcp("kill", "tiny")
 
 

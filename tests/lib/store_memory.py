@@ -1,0 +1,50 @@
+"""Reads the memory of checkpoints from a store's files, by docs/format.md and nothing else. Python's standard library only."""
+
+import os
+import struct
+
+PAGE_BYTES = 4096
+
+
+class Memory:
+    """The memory of one checkpoint: page numbers to contents, through its index."""
+
+    def __init__(self, store, checkpoint):
+        with open(os.path.join(store, "checkpoints", checkpoint, "index"), "rb") as file:
+            index = file.read()
+        magic, version, page_bytes, self.pages, layers, _, extents, _ = struct.unpack_from("<8sIIQIIQQ", index)
+        assert (magic, version, page_bytes) == (b"vmcpidx\n", 1, PAGE_BYTES), "no index"
+        names = [index[48 + 32 * i:80 + 32 * i].decode("ascii") for i in range(layers)]
+        at = 48 + 32 * layers
+        assert len(index) == at + 16 * extents, "length of the index"
+        self.extents = [struct.unpack_from("<QII", index, at + 16 * i) for i in range(extents)]
+        self.files = [open(os.path.join(store, "layers", f"{name}.mem"), "rb") for name in names]
+
+    def runs(self):
+        """(first page, contents) of stretches in order, at most 256 pages each."""
+        for first, count, layer in self.extents:
+            for page in range(first, first + count, 256):
+                length = min(256, first + count - page) * PAGE_BYTES
+                if layer:
+                    yield page, os.pread(self.files[layer - 1].fileno(), length, page * PAGE_BYTES)
+                else:
+                    yield page, bytes(length)
+
+    def contents(self):
+        return b"".join(data for _, data in self.runs())
+
+    def close(self):
+        for file in self.files:
+            file.close()
+
+
+def differences(store, a, b):
+    """Numbers of the pages in which two checkpoints differ."""
+    memories = [Memory(store, one) for one in (a, b)]
+    one, other = (memory.contents() for memory in memories)
+    for memory in memories:
+        memory.close()
+    assert len(one) == len(other) == memories[0].pages * PAGE_BYTES, "lengths of memory"
+    if one == other:
+        return []
+    return [page for page in range(memories[0].pages) if one[page * PAGE_BYTES:(page + 1) * PAGE_BYTES] != other[page * PAGE_BYTES:(page + 1) * PAGE_BYTES]]
