@@ -93,7 +93,8 @@ static int take(struct guest *g, struct memcow *cow, int fd, int sums_fd, struct
 	usleep(50000);
 	uint64_t start = clock_now_ns();
 	set_stage(g, STAGE_ARM);
-	int r = memcow_arm(cow, fd, sums_fd, err);
+	struct memcow_target target = {.fd = fd, .sums_fd = sums_fd};
+	int r = memcow_arm(cow, &target, err);
 	if (r != 0)
 		return r;
 	set_stage(g, STAGE_INSTANT);
@@ -102,7 +103,7 @@ static int take(struct guest *g, struct memcow *cow, int fd, int sums_fd, struct
 	while (!atomic_load(&g->standing))
 		__builtin_ia32_pause();
 	uint64_t t1 = clock_now_ns();
-	r = memcow_instant(cow, err);
+	r = memcow_instant(cow, NULL, err);
 	uint64_t t2 = clock_now_ns();
 	atomic_store(&g->stop, false);
 	sem_post(&g->go);

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a live checkpoint costs the guest, how fast a VM boots, and how much memory the VMM takes. Python's standard library only.
 
-    bench/pause_gap.py [--rounds N] [--json FILE] [--sizes 256M,4G] [--loads uniform,hot] [--parts checkpoint,boot,qemu]
+    bench/pause_gap.py [--rounds N] [--json FILE] [--sizes 256M,4G] [--loads busy,zipf] [--parts checkpoint,boot,qemu]
 
 docs/benchmarking.md explains every figure. Environment: VMCP_BIN (the program), VMCP_TINY (tiny.elf), VMCP_TMP (a folder on the filesystem
 to be measured, with room for twice the largest guest and 2 GiB more); bench/run.sh sets them.
@@ -24,14 +24,16 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import vmcp_test  # noqa: E402
 from guest_console import ConsoleError, GuestConsole  # noqa: E402
 
-# Both loads fill all of the guest's memory at boot and then write at full speed; they differ in which pages.
+# What the guest fills at boot, and which of it it writes then, at full speed where no rate is given.
 LOADS = {
-    "uniform": "set=all mode=uniform",        # any page of the memory, each as likely
+    "busy": "set=64M mode=uniform",           # 64 MiB, each page as likely
+    "zipf": "set=all mode=zipf rate=100000",  # all memory, page k about 1/k as likely
+    "uniform": "set=all mode=uniform",        # all memory, each page as likely
     "hot": "set=all mode=hot hot=4096",       # 9 of 10 writes go to 4096 pages (16 MiB) that lie all over the memory
-    "hot256": "set=all mode=hot hot=256",     # 9 of 10 writes go to 256 pages (1 MiB)
-    "zipf": "set=all mode=zipf",
 }
-TINY_OPTIONS = "rate=0 report=0"
+TINY_OPTIONS = "report=0"
+# Of all memory, as the first checkpoint of a tree is, and of what was written since the one before.
+KINDS = {"root": ["--full"], "incremental": []}
 TICK = os.sysconf("SC_CLK_TCK")
 TARGET_GAP_NS, TARGET_BOOT_NS, TARGET_RESIDENT_BYTES = 2_000_000, 20_000_000, 10 << 20
 
@@ -158,8 +160,8 @@ class VmcpGuest:
     def go(self):
         self.vmcp("resume", "bench")
 
-    def checkpoint(self):
-        result = json.loads(self.vmcp("checkpoint", "--live", "bench"))
+    def checkpoint(self, kind):
+        result = json.loads(self.vmcp("checkpoint", "--live", *KINDS[kind], "bench"))
         if result["durability"] != "durable":
             raise RuntimeError(f"the checkpoint is not durable: {result}")
         return {**result, **result["pause"], **result["memory"]}
@@ -270,14 +272,14 @@ def quiet_sample(args, guest, action):
     return sample
 
 
-def sample_checkpoint(args, guest, durations):
+def sample_checkpoint(args, guest, kind, durations):
     """The guest runs only while it is measured: it is never idle, and would disturb the other one's samples."""
     guest.go()
     try:
-        seconds = durations.get(guest, 0.5)
+        seconds = durations.get((guest, kind), 0.5)
         rest = quiet_sample(args, guest, lambda: time.sleep(seconds))
-        taken = quiet_sample(args, guest, guest.checkpoint)
-        durations[guest] = taken["took_ns"] / 1e9
+        taken = quiet_sample(args, guest, lambda: guest.checkpoint(kind))
+        durations[guest, kind] = taken["took_ns"] / 1e9
     finally:
         guest.hold()
     taken["rest"] = rest
@@ -303,19 +305,19 @@ def figures(samples):
 def run_checkpoints(args, folder):
     out = []
     for load in args.loads:
-        guests, samples, durations = {}, {size: [] for size in args.sizes}, {}
+        guests, samples, durations = {}, {(size, kind): [] for size in args.sizes for kind in args.kinds}, {}
         try:
             for size in args.sizes:
                 print_progress(f"checkpoint, {load}: filling a guest of {size}")
                 guests[size] = VmcpGuest(os.path.join(folder, f"vmcp-{load}-{size}"), size, load, args.shield)
                 guests[size].hold()
             for number in range(args.rounds + 1):
-                for size, guest in guests.items():
-                    sample = sample_checkpoint(args, guest, durations)
-                    print_progress(f"checkpoint, {load}, {size}, {number}: pause {milliseconds(sample['result']['pause_ns'])} ms, gap "
+                for size, kind in samples:
+                    sample = sample_checkpoint(args, guests[size], kind, durations)
+                    print_progress(f"checkpoint, {load}, {size}, {kind}, {number}: pause {milliseconds(sample['result']['pause_ns'])} ms, gap "
                                    f"{milliseconds(sample['gap']['max_ns'])} ms (at rest {milliseconds(sample['rest']['gap']['max_ns'])} ms)")
                     if number > 0:  # the first one of each warms up
-                        samples[size].append(sample)
+                        samples[size, kind].append(sample)
             for size, guest in guests.items():
                 guest.go()
                 fields = guest.tiny.ask("check", "check", 600)
@@ -325,9 +327,8 @@ def run_checkpoints(args, folder):
         finally:
             for guest in guests.values():
                 guest.close()
-        for size in args.sizes:
-            out.append({"load": load, "size": size, "figures": figures(samples[size]),
-                        "disturbed": sum(sample["disturbed"] for sample in samples[size]), "samples": samples[size]})
+        for (size, kind), some in samples.items():
+            out.append({"load": load, "kind": kind, "size": size, "figures": figures(some), "disturbed": sum(one["disturbed"] for one in some), "samples": some})
     return out
 
 
@@ -339,22 +340,23 @@ def print_checkpoints(out):
                           ("write fault, p99", "cow_fault_p99_ns"), ("write fault, longest", "cow_fault_max_ns")):
             if key in one["figures"]:
                 figure = one["figures"][key]
-                rows.append([one["load"], one["size"], name, *(milliseconds(figure[part]) for part in ("median", "min", "p95", "max"))])
-    print_table("Live checkpoint, times in ms", ["load", "guest", "what", "median", "min", "p95", "max"], rows)
+                rows.append([one["load"], one["kind"], one["size"], name, *(milliseconds(figure[part]) for part in ("median", "min", "p95", "max"))])
+    print_table("Live checkpoint, times in ms", ["load", "kind", "guest", "what", "median", "min", "p95", "max"], rows)
     rows = []
     for one in out:
         parts = [milliseconds(one["figures"][part]["median"]) for part in PAUSE_PARTS if part in one["figures"]]
-        rows.append([one["load"], one["size"], *parts, *(f"{one['figures'][key]['median']:.0f}" for key in
+        rows.append([one["load"], one["kind"], one["size"], *parts, *(f"{one['figures'][key]['median']:.0f}" for key in
                      ("armed_again_pages", "cow_faults", "writes_per_s_at_rest", "writes_per_s")), one["disturbed"]])
-    print_table("Parts of the pause (medians, ms) and the guest's work", ["load", "guest", "quiesce", "state", "memory", "disks", "resume",
+    print_table("Parts of the pause (medians, ms) and the guest's work", ["load", "kind", "guest", "quiesce", "state", "memory", "disks", "resume",
                 "pages in the pause", "write faults", "writes/s at rest", "writes/s meanwhile", "disturbed samples"], rows)
     rows = []
-    for load in dict.fromkeys(one["load"] for one in out):
-        small, *_, large = [one for one in out if one["load"] == load]
+    for load, kind in dict.fromkeys((one["load"], one["kind"]) for one in out):
+        some = [one for one in out if (one["load"], one["kind"]) == (load, kind)]
+        small, large = some[0], some[-1]
         if small is not large:
-            rows.append([load, f"{large['size']} : {small['size']}", *(f"{large['figures'][key]['median'] / small['figures'][key]['median']:.2f}"
+            rows.append([load, kind, f"{large['size']} : {small['size']}", *(f"{large['figures'][key]['median'] / small['figures'][key]['median']:.2f}"
                                                                        for key in ("pause_ns", "gap_ns"))])
-    print_table("Ratio of medians", ["load", "sizes", "pause", "longest gap"], rows)
+    print_table("Ratio of medians", ["load", "kind", "sizes", "pause", "longest gap"], rows)
 
 
 # --- QEMU
@@ -402,7 +404,7 @@ def print_qemu(out, checkpoints):
     for one in checkpoints:
         if out and (one["size"], one["load"]) == (out[0]["size"], out[0]["load"]):
             gap = one["figures"]["gap_ns"]
-            rows.append(["vmcp checkpoint --live", *(milliseconds(gap[part]) for part in ("median", "min", "p95", "max")),
+            rows.append([f"vmcp checkpoint --live, {one['kind']}", *(milliseconds(gap[part]) for part in ("median", "min", "p95", "max")),
                          milliseconds(one["figures"]["durable_ns"]["median"])])
     for one in out:
         rows.append([f"QEMU {one['version']} {one['how']}", *(milliseconds(one["gap_ns"][part]) for part in ("median", "min", "p95", "max")),
@@ -483,7 +485,8 @@ def main():
     parser = argparse.ArgumentParser(description="Pause and longest gap of a live checkpoint, boot time, memory of the VMM.")
     parser.add_argument("--rounds", type=int, default=20, help="samples of each kind (20)")
     parser.add_argument("--sizes", type=lambda text: text.split(","), default=["256M", "4G"], help="guest sizes, smallest first (256M,4G)")
-    parser.add_argument("--loads", type=lambda text: text.split(","), default=["uniform", "hot"], help="of " + ", ".join(LOADS))
+    parser.add_argument("--loads", type=lambda text: text.split(","), default=["busy", "zipf"], help="of " + ", ".join(LOADS))
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(KINDS), help="of " + ", ".join(KINDS))
     parser.add_argument("--parts", type=lambda text: text.split(","), default=["checkpoint", "qemu", "boot"], help="checkpoint,qemu,boot")
     parser.add_argument("--json", metavar="FILE", help="write everything, samples included, to FILE")
     parser.add_argument("--foreign", type=float, default=0.15, help="a sample during which others use more of one CPU is repeated (0.15)")
