@@ -63,6 +63,19 @@ static inline void priority_restore(int nice) { priority_set(SCHED_OTHER, nice, 
  */
 static inline void priority_give_way(void) { nanosleep(&(struct timespec){.tv_nsec = 1000}, NULL); }
 
+/* The same, if the last time, *last_ns, is every_ns or more ago. On a host without an idle CPU each time costs a wait of a tick or
+ * several, so a thread that shares no CPU with a vCPU it works for had better not do it all the time. */
+static inline void priority_give_way_each(uint64_t every_ns, uint64_t *last_ns)
+{
+	struct timespec now;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	uint64_t now_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	if (now_ns - *last_ns < every_ns)
+		return;
+	priority_give_way();
+	*last_ns = now_ns;
+}
+
 /*
  * For a thread that works in the background. SCHED_BATCH: waking up preempts nobody. A tenth of a vCPU's weight, so
  * that a host full of vCPUs still brings a checkpoint to its end. Not SCHED_IDLE: a thread that never gets to run would

@@ -8,40 +8,17 @@
 #include <sys/stat.h>
 
 #include "base/bytes.h"
+#include "base/size.h"
 #include "machine/config_internal.h"
 #include "vmm/memory.h"
 #include "vmm/vm.h"
 
 static int parse_size(struct config_reading *r, const char *key, const char *value, uint64_t *out)
 {
-	char *end;
-	uint64_t factor = 1;
-
-	errno = 0;
-	unsigned long long number = strtoull(value, &end, 10);
-	if (!isdigit((unsigned char)value[0]) || errno)
-		goto bad;
-	switch (toupper((unsigned char)*end)) {
-	case 'T':
-		factor <<= 10;
-		/* fall through */
-	case 'G':
-		factor <<= 10;
-		/* fall through */
-	case 'M':
-		factor <<= 10;
-		/* fall through */
-	case 'K':
-		factor <<= 10;
-		end++;
-		break;
-	}
-	if (*end || mul_overflows(number, factor, out))
-		goto bad;
-	return 0;
-bad:
+	if (size_parse(value, out))
+		return 0;
 	config_fail(r, key, "'%s' is no size", value);
-	return err_hint(r->err, "write a number with K, M, G or T, for example 512M");
+	return err_hint(r->err, SIZE_HINT);
 }
 
 static int set_memory(struct config_reading *r, void *object, const char *key, const char *value)
