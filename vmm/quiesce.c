@@ -19,6 +19,9 @@
 /* A guest that stood still for longer is told so: a soft lockup watchdog barks after 20 s, some after much less. */
 #define EXCUSE_AFTER_NS 1000000000ull
 
+/* Longer than a pause. */
+#define SPIN_NS 500000u
+
 void vm_hold(struct vm *vm, unsigned bit)
 {
 	vcpu_set_immediate_exit(vm, true);
@@ -49,8 +52,25 @@ void vm_quiesce_request(struct vm *vm)
 	pthread_mutex_unlock(&vm->lock);
 }
 
+static inline void relax(void) { __builtin_ia32_pause(); }
+
+void vm_spin_while(const struct vm *vm, const _Atomic uint64_t *value, uint64_t from)
+{
+	uint64_t until = clock_now_ns() + (vm->spins ? SPIN_NS : 0);
+	while (atomic_load(value) == from && clock_now_ns() < until)
+		relax();
+}
+
+void vm_spin_until(const struct vm *vm, const _Atomic unsigned *value, unsigned to)
+{
+	uint64_t until = clock_now_ns() + (vm->spins ? SPIN_NS : 0);
+	while (atomic_load(value) != to && clock_now_ns() < until)
+		relax();
+}
+
 static void wait_until_standing(struct vm *vm)
 {
+	vm_spin_until(vm, &vm->standing, vm->cpus);
 	pthread_mutex_lock(&vm->lock);
 	while (vm->standing < vm->cpus)
 		pthread_cond_wait(&vm->stand_cond, &vm->lock);
@@ -80,23 +100,29 @@ int vm_quiesce_wait(struct vm *vm, struct err *err)
 	return r;
 }
 
-/* True if the vCPUs were let go. */
-static bool release(struct vm *vm, bool wait)
+static void wait_until_left(struct vm *vm)
 {
-	bool go;
+	vm_spin_until(vm, &vm->leaving, 0);
 	pthread_mutex_lock(&vm->lock);
-	go = (atomic_fetch_and(&vm->hold, ~(unsigned)VM_HOLD_QUIESCE) & ~(unsigned)VM_HOLD_QUIESCE) == 0;
+	while (vm->leaving > 0)
+		pthread_cond_wait(&vm->stand_cond, &vm->lock);
+	pthread_mutex_unlock(&vm->lock);
+}
+
+static void release(struct vm *vm, bool wait)
+{
+	pthread_mutex_lock(&vm->lock);
+	bool go = (atomic_fetch_and(&vm->hold, ~(unsigned)VM_HOLD_QUIESCE) & ~(unsigned)VM_HOLD_QUIESCE) == 0;
 	if (go) {
 		vcpu_set_immediate_exit(vm, false);
 		vm->standing = 0;
 		vm->leaving = vm->cpus;
 		vm->resume_count++;
 		pthread_cond_broadcast(&vm->resume_cond);
-		while (wait && vm->leaving > 0)
-			pthread_cond_wait(&vm->stand_cond, &vm->lock);
 	}
 	pthread_mutex_unlock(&vm->lock);
-	return go;
+	if (go && wait)
+		wait_until_left(vm);
 }
 
 void vm_resume(struct vm *vm, bool wait)

@@ -244,6 +244,9 @@ static void stand_still(struct vcpu *vcpu)
 	if (++vm->standing == vm->cpus)
 		pthread_cond_broadcast(&vm->stand_cond);
 	uint64_t seen = vm->resume_count;
+	pthread_mutex_unlock(&vm->lock);
+	vm_spin_while(vm, &vm->resume_count, seen);
+	pthread_mutex_lock(&vm->lock);
 	while (vm->resume_count == seen && !(atomic_load(&vm->hold) & VM_HOLD_EXIT))
 		pthread_cond_wait(&vm->resume_cond, &vm->lock);
 	if (vm->leaving > 0 && --vm->leaving == 0) {

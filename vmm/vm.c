@@ -146,6 +146,12 @@ static int build(struct vm *vm, const struct vm_config *config, struct err *err)
 	return vcpu_init_kick(err);
 }
 
+static bool spare_processors(unsigned vcpus)
+{
+	cpu_set_t allowed;
+	return sched_getaffinity(0, sizeof(allowed), &allowed) == 0 && (unsigned)CPU_COUNT(&allowed) > vcpus;
+}
+
 int vm_create(const struct vm_config *config, struct vm **out, struct err *err)
 {
 	int r = check_config(config, err);
@@ -154,6 +160,7 @@ int vm_create(const struct vm_config *config, struct vm **out, struct err *err)
 	struct vm *vm = xcalloc(1, sizeof(*vm));
 	vm->kvm_fd = vm->fd = -1;
 	vm->cpus = config->cpus;
+	vm->spins = spare_processors(config->cpus);
 	vm->stopped = config->stopped;
 	vm->opaque = config->opaque;
 	for (unsigned i = 0; i < VM_MAX_CPUS; i++)

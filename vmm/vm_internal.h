@@ -64,10 +64,11 @@ struct vm {
 	pthread_cond_t stand_cond;  /* the last vCPU stands still, or the last one left */
 	pthread_cond_t resume_cond; /* resume_count changed */
 	_Atomic unsigned hold;	    /* changed under lock */
-	unsigned standing;	    /* under lock: vCPU threads that stand still */
-	unsigned leaving;	    /* under lock: woken by a resume, not yet past the wait */
+	_Atomic unsigned standing;  /* changed under lock: vCPU threads that stand still */
+	bool spins;		    /* immutable: there are processors to spare for waiting awake */
+	_Atomic unsigned leaving;   /* changed under lock: woken by a resume, not yet past the wait */
 	uint64_t resumed_ns;	    /* under lock: when `leaving` came to 0 */
-	uint64_t resume_count;	    /* under lock */
+	_Atomic uint64_t resume_count; /* changed under lock */
 
 	bool stop_reported;		 /* under lock */
 	enum vm_stop_reason stop_reason; /* under lock; meaningful while VM_HOLD_STOP */
@@ -98,6 +99,12 @@ void vcpu_set_immediate_exit(struct vm *vm, bool on);
 void vcpu_kick_all(struct vm *vm);
 
 /* --- quiesce.c --- */
+/*
+ * A pause is shorter than falling asleep and being woken again, which takes a processor out of idleness. So both sides first wait
+ * awake for as long as a pause may take: until `*value` is `from` no more, or is `to` (vm_spin_until).
+ */
+void vm_spin_while(const struct vm *vm, const _Atomic uint64_t *value, uint64_t from);
+void vm_spin_until(const struct vm *vm, const _Atomic unsigned *value, unsigned to);
 /* Sets a bit of vm->hold and kicks. Under vm->lock. */
 void vm_hold(struct vm *vm, unsigned bit);
 /* Stops the VM for a reason that only KVM or the VMM knows. Any thread; the first call wins. */

@@ -324,7 +324,7 @@ Test(vcpu, tsc_goes_on_from_the_saved_value, .timeout = 60)
 	capture(&m);
 	uint64_t khz = vcpu_state(&m, 0)->tsc_khz, saved = vcpu_state(&m, 0)->tsc;
 	cr_expect_eq(saved, vcpu_state(&m, 1)->tsc, "the TSCs of one VM are in step");
-	cr_expect(guest_tsc(&m, 0) <= saved && guest_tsc(&m, 0) + 100 * khz > saved, "guest %llu, saved %llu",
+	cr_expect(guest_tsc(&m, 0) <= saved && guest_tsc(&m, 0) + 5000 * khz > saved, "guest %llu, saved %llu",
 		  (unsigned long long)guest_tsc(&m, 0), (unsigned long long)saved);
 	vm_resume(m.vm, true);
 	/* Less than a second: KVM would call that "in step" if the TSC were written. */
