@@ -65,9 +65,15 @@ void ckpt_engine_destroy(struct ckpt_engine *engine);
 
 enum ckpt_wait { CKPT_WAIT_CAPTURED, CKPT_WAIT_DURABLE };
 
+/* When the instant of a live checkpoint comes: as soon as can be, at the price of write faults until all is saved; or at the end
+ * of the save, with the guest at its speed meanwhile. */
+enum ckpt_instant { CKPT_INSTANT_NOW, CKPT_INSTANT_SETTLED };
+
 struct ckpt_request {
 	bool live;	     /* false: the VM stands still until the checkpoint is durable */
 	bool full;	     /* save all memory, though a parent has most of it */
+	enum ckpt_instant instant;
+	uint64_t max_rate;   /* of writing memory, bytes a second; 0: as fast as it goes */
 	const char *tag;     /* NULL: none. Must be free: -EEXIST, ERR_STATE */
 	const char *message; /* NULL: none */
 	enum ckpt_wait wait; /* CAPTURED: return after resume; the rest goes on in the background */
@@ -91,7 +97,7 @@ struct ckpt_result {
 	uint64_t cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, cow_fault_max_ns;
 	uint64_t written_bytes;
 	uint64_t armed_again_pages; /* settled in the pause: see memcow.h */
-	/* How memory was held and what of it was saved: "protect-all", "protect", "stage", "stopped-all", "stopped" */
+	/* How memory was held, and "-all" if all of it was saved: docs/memory-cow.md. A constant. */
 	const char *plan;
 	uint32_t disk_count;
 	struct ckpt_disk_result disks[CKPT_MAX_DISKS];

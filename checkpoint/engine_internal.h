@@ -72,7 +72,8 @@ struct take_disk {
 /* One checkpoint in the making. */
 struct take {
 	struct ckpt_engine *engine;
-	bool live, full;
+	bool live, full, settled;
+	uint64_t max_rate;
 	char *tag, *message;
 	struct store_draft *draft;
 	char memory_layer[STORE_ID_BYTES];

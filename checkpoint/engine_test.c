@@ -495,6 +495,30 @@ static void test_oracle(struct rig *rig)
 	store_checkpoint_free(&checkpoint[1]);
 }
 
+/* The instant at the end of the save: after it memory, state and disk are those of the pause, though the guest ran on. */
+static void test_settled(struct rig *rig)
+{
+	struct ckpt_request request = {.live = true, .full = true, .instant = CKPT_INSTANT_SETTLED, .wait = CKPT_WAIT_DURABLE};
+	struct ckpt_result result;
+	struct err err = ERR_INIT;
+	disk_fill(rig, 's');
+	for (int full = 1; full >= 0; full--) {
+		request.full = full;
+		int r = ckpt_take(rig->engine, &request, &result, &err);
+		/* This guest never rests: it may be too fast. */
+		CHECK(r == 0 || r == -EAGAIN || r == -ENOBUFS);
+		check_progress(rig);
+		vm_quiesce_request(&rig->vm);
+		vm_quiesce_wait(&rig->vm, NULL);
+		memcpy(rig->reference, mem_base(rig->vm.mem), MEMORY_BYTES);
+		ok(ckpt_take(rig->engine, &request, &result, &err), &err, "settled, of a VM that stands");
+		CHECK(no_dirty_log || full == (strcmp(result.plan, "settle-all") == 0));
+		vm_resume(&rig->vm, true);
+		check_progress(rig);
+		revert_and_check(rig, result.id, 's', rig->toy.counter);
+	}
+}
+
 static void test_background_and_cancel(struct rig *rig)
 {
 	struct ckpt_request request = {.live = true, .wait = CKPT_WAIT_CAPTURED};
@@ -572,6 +596,11 @@ static int child(const char *dir)
 	check_progress(&rig);
 	disk_fill(&rig, 'b');
 	r = take(&rig, true, NULL, &second, &failed);
+	if (r != 0 && strstr(failed.message, "fault point")) { /* one that only this one passes */
+		printf("  second checkpoint: %s\n", failed.message);
+		check_progress(&rig);
+		r = take(&rig, true, NULL, &second, &failed);
+	}
 	/* Protection that was lost is not had again; without userfaultfd there is none to begin with. */
 	if (r != 0 && failed.class == ERR_HOST)
 		r = take(&rig, false, NULL, &second, &failed);
@@ -678,6 +707,7 @@ static void test_machine(void)
 		test_back_and_forth(&rig);
 		test_tree(&rig);
 		test_oracle(&rig);
+		test_settled(&rig);
 		test_background_and_cancel(&rig);
 		test_damage(&rig);
 		rig_end(&rig);

@@ -184,7 +184,7 @@ static void reset_counters(struct memcow *cow)
 static int create_pool(struct memcow *cow, struct pool **out, struct err *err)
 {
 	if (cow->way != MEMCOW_STAGE)
-		return pool_create(POOL_SEGMENTS, POOL_RESERVE, out, err);
+		return pool_create(POOL_SEGMENTS, cow->way == MEMCOW_PROTECT ? POOL_RESERVE : 0, out, err);
 	uint64_t pages = cow->scope_pages + cow->scope_pages / 4 + MEMCOW_STAGE_SPARE_PAGES;
 	return pool_create((unsigned)(pages / SEGMENT_PAGES + 1), 0, out, err);
 }
@@ -198,6 +198,8 @@ static int begin(struct memcow *cow, const struct memcow_target *target, enum me
 	set_scope(cow, target->scope);
 	cow->way = way;
 	cow->staged = NULL;
+	cow->cancel = target->cancel;
+	cow->max_rate = target->max_rate;
 	struct pool *pool;
 	int r = create_pool(cow, &pool, err);
 	if (r != 0)
@@ -246,6 +248,18 @@ static int wait_writer_ready(struct memcow *cow, struct err *err)
 	return r;
 }
 
+int find_populated(const struct memcow *cow, uint64_t page, struct populated *at)
+{
+	if (page < at->end)
+		return 0;
+	off_t data = lseek(cow->memfd, (off_t)(page * PAGE_BYTES), SEEK_DATA);
+	if (data < 0 && errno != ENXIO)
+		return -errno;
+	at->first = data < 0 ? cow->pages : (uint64_t)data / PAGE_BYTES;
+	at->end = data < 0 ? cow->pages : at->first + 1;
+	return 0;
+}
+
 /* What failed first, in the fault thread or the writer, is the cause; else `r` as it is. */
 static int first_error(struct memcow *cow, int r, const char *what, struct err *err)
 {
@@ -280,7 +294,7 @@ static int protect_run_politely(void *opaque, uint64_t first, uint64_t count)
 	int r = 0;
 	for (; first < end && r == 0; first += ARM_CHUNK_PAGES) {
 		r = protect_run(cow, first, min_u64(end - first, ARM_CHUNK_PAGES));
-		priority_give_way();
+		priority_give_way_each(cow->room_each_ns, &cow->made_room_ns);
 	}
 	return r;
 }
@@ -317,10 +331,11 @@ static int set_phase(struct memcow *cow, enum memcow_phase phase, struct err *er
 	return err_hint(err, "leave out --live, or start the VM again from such a checkpoint");
 }
 
-void memcow_set_fault_processors(struct memcow *cow, const cpu_set_t *processors)
+void memcow_set_processors(struct memcow *cow, const cpu_set_t *busy, bool shared)
 {
-	if (cow->stop_event >= 0 && CPU_COUNT(processors) > 0)
-		pthread_setaffinity_np(cow->fault_thread, sizeof(*processors), processors);
+	cow->room_each_ns = shared ? 0 : MEMCOW_ROOM_EACH_NS;
+	if (cow->stop_event >= 0 && CPU_COUNT(busy) > 0)
+		pthread_setaffinity_np(cow->fault_thread, sizeof(*busy), busy);
 }
 
 /* All pages of the scope count as written before they are protected for the first time. */
@@ -332,6 +347,14 @@ static int protect_scope(struct memcow *cow)
 		for (uint64_t bits = cow->scope[w]; bits; bits &= bits - 1)
 			page_set_add(&cow->dirty, w * 64 + (unsigned)__builtin_ctzll(bits));
 	return page_set_take(&cow->dirty, SCOPE_GAP_PAGES, protect_run_politely, cow, NULL);
+}
+
+bool memcow_can_protect(struct memcow *cow)
+{
+	pthread_mutex_lock(&cow->lock);
+	bool can = cow->stop_event >= 0 && !cow->uffd_lost;
+	pthread_mutex_unlock(&cow->lock);
+	return can;
 }
 
 int memcow_arm(struct memcow *cow, const struct memcow_target *target, struct err *err)
@@ -390,8 +413,11 @@ static int stage_pages(struct memcow *cow, const uint64_t *words, bool politely,
 			struct segment *segment = cow->staged;
 			if (!segment || segment->count == SEGMENT_PAGES) {
 				segment = pool_try_get(cow->pool);
-				if (!segment)
-					return err_set(err, ERR_FAILED, ENOBUFS, "the guest writes faster than memory is staged");
+				if (!segment) {
+					err_set(err, ERR_FAILED, ENOBUFS, "the guest writes its memory faster than it is copied");
+					err_hint(err, "use --instant now if this host can (vmcp doctor), or leave out --live");
+					return -ENOBUFS;
+				}
 				segment->next = cow->staged;
 				cow->staged = segment;
 			}
@@ -399,38 +425,108 @@ static int stage_pages(struct memcow *cow, const uint64_t *words, bool politely,
 			page_copy(segment->data + (size_t)segment->count * PAGE_BYTES, cow->base + page * PAGE_BYTES);
 			segment->count++;
 			if (politely && ++copied % STAGE_CHUNK_PAGES == 0)
-				priority_give_way();
+				priority_give_way_each(cow->room_each_ns, &cow->made_room_ns);
 		}
 	}
 	return 0;
 }
 
-int memcow_stage(struct memcow *cow, const struct memcow_target *target, struct err *err)
+/* A copy of the page into `segment`, unless it is zero: then it is noted. Whoever writes it meanwhile is found by the next pass. */
+static void settle_page(struct memcow *cow, uint64_t page, bool populated, struct segment *segment)
+{
+	uint8_t *to = segment->data + (size_t)segment->count * PAGE_BYTES;
+	if (populated)
+		page_copy(to, cow->base + page * PAGE_BYTES);
+	if (!populated || page_is_zero(to)) {
+		bitmap_claim(cow->zero, page);
+		return;
+	}
+	bitmap_clear(cow->zero, page);
+	segment->entries[segment->count] = (struct segment_entry){.page = page, .slot = segment->count};
+	segment->count++;
+	atomic_fetch_add_explicit(&cow->saved_pages, 1, memory_order_relaxed);
+}
+
+/* Through the buffers to the file. Waits for the writer where these run out, and for the end of it: a later pass may write the
+ * same pages. */
+static int settle_pages(struct memcow *cow, const uint64_t *words, struct err *err)
+{
+	struct segment *segment = NULL;
+	struct populated at = {.first = 0};
+	int r = 0;
+	for (uint64_t w = 0; w < cow->blocks && r == 0; w++) {
+		for (uint64_t bits = words[w]; bits && r == 0; bits &= bits - 1) {
+			uint64_t page = w * 64 + (unsigned)__builtin_ctzll(bits);
+			if (!segment)
+				segment = pool_get(cow->pool, true, NULL);
+			if (!segment)
+				return first_error(cow, ECANCELED, "saving memory", err);
+			r = find_populated(cow, page, &at);
+			if (r != 0)
+				break;
+			settle_page(cow, page, page >= at.first && page < at.end, segment);
+			if (segment->count == SEGMENT_PAGES) {
+				pool_push(cow->pool, segment);
+				segment = NULL;
+				priority_give_way_each(cow->room_each_ns, &cow->made_room_ns);
+			}
+		}
+		if (cow->cancel && __atomic_load_n(cow->cancel, __ATOMIC_RELAXED))
+			r = -ECANCELED;
+	}
+	if (segment)
+		pool_push(cow->pool, segment);
+	if (r == -ECANCELED)
+		return err_set(err, ERR_FAILED, ECANCELED, "cancelled while memory was being saved");
+	if (r != 0)
+		return err_sys(err, -r, "guest memory: cannot find populated pages");
+	return pool_drain(cow->pool) ? 0 : first_error(cow, EIO, "saving memory", err);
+}
+
+static int copy_pages(struct memcow *cow, const uint64_t *words, bool stage, struct err *err)
 {
 	uint64_t start_ns = clock_now_ns();
-	int r = begin(cow, target, MEMCOW_STAGE, err);
+	int r = stage ? stage_pages(cow, words, true, err) : settle_pages(cow, words, err);
+	cow->arm_passes++;
+	cow->arm_ns += clock_now_ns() - start_ns;
+	return r;
+}
+
+static int copy_scope(struct memcow *cow, const struct memcow_target *target, enum memcow_way way, struct err *err)
+{
+	int r = begin(cow, target, way, err);
 	if (r != 0)
 		return r;
 	r = wait_writer_ready(cow, err);
 	if (r == 0)
 		r = fault_check(FAULT_MEMCOW_ARM, err);
 	if (r == 0)
-		r = stage_pages(cow, cow->scope, true, err);
+		r = copy_pages(cow, cow->scope, way == MEMCOW_STAGE, err);
 	if (r != 0)
 		memcow_abandon(cow);
-	cow->arm_passes = 1;
-	cow->arm_ns = clock_now_ns() - start_ns;
 	return r;
+}
+
+int memcow_stage(struct memcow *cow, const struct memcow_target *target, struct err *err)
+{
+	return copy_scope(cow, target, MEMCOW_STAGE, err);
+}
+
+int memcow_settle(struct memcow *cow, const struct memcow_target *target, struct err *err)
+{
+	return copy_scope(cow, target, MEMCOW_SETTLE, err);
 }
 
 int memcow_stage_more(struct memcow *cow, const uint64_t *written, struct err *err)
 {
-	uint64_t start_ns = clock_now_ns();
 	widen_scope(cow, written, false);
-	int r = stage_pages(cow, written, true, err);
-	cow->arm_passes++;
-	cow->arm_ns += clock_now_ns() - start_ns;
-	return r;
+	return copy_pages(cow, written, true, err);
+}
+
+int memcow_settle_more(struct memcow *cow, const uint64_t *written, struct err *err)
+{
+	widen_scope(cow, written, false);
+	return copy_pages(cow, written, false, err);
 }
 
 static int instant_staged(struct memcow *cow, const uint64_t *written, struct err *err)
@@ -448,7 +544,7 @@ int memcow_instant(struct memcow *cow, const uint64_t *written, struct err *err)
 	int r = fault_check(FAULT_MEMCOW_INSTANT, err);
 	if (r != 0)
 		return r;
-	if (cow->way == MEMCOW_STAGE)
+	if (cow->way == MEMCOW_STAGE || cow->way == MEMCOW_SETTLE)
 		return instant_staged(cow, written, err);
 	widen_scope(cow, written, cow->way == MEMCOW_PROTECT);
 	if (cow->way == MEMCOW_STOPPED)

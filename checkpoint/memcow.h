@@ -12,10 +12,14 @@
  *   buffers run out, faults wait for the writer and the wait is counted.
  * - stage, for little: pages are copied to buffers while the guest runs, those that it writes again once more, and the
  *   last few in the pause. Of several copies of a page the newest counts. Nothing is protected, no write waits.
+ * - settle, without protection: the scope is written to the file while the guest runs, in passes, each over what was
+ *   written during the one before, until so little is left that it can be staged. The instant comes at the end of the
+ *   save, the guest pays nothing but what finding its writes costs.
  * - stopped: the memory stands still until it is saved.
  *
  *     IDLE --arm--> ARMED --instant--> CAPTURED --save--> SAVING --finish--> IDLE        any --abandon--> IDLE
  *     IDLE --stage--> STAGED --stage_more--> STAGED --instant--> CAPTURED
+ *     IDLE --settle--> SETTLING --settle_more--> SETTLING --stage_more--> STAGED
  *     IDLE --arm_stopped--> STOPPED --instant--> CAPTURED
  *
  * Bitmaps have one bit a ram page, mem_pages / 64 words, rounded up.
@@ -44,15 +48,23 @@ int memcow_create(struct mem *mem, bool protect, struct memcow **out, struct err
 void memcow_destroy(struct memcow *cow);
 
 /*
- * Where faults are answered from now on, best where vCPUs run: one that faults sleeps, so the fault thread can have its processor at
- * once, while another one may have to be woken from idleness first. An empty set is ignored.
+ * Before a checkpoint: where vCPUs run, and whether the caller and the threads that inherit its affinity share those processors.
+ * There faults are answered: a vCPU that faults sleeps, so the fault thread can have its processor at once, while another one may
+ * have to be woken from idleness first. Threads that share them make room for the vCPUs after each block of pages.
  */
-void memcow_set_fault_processors(struct memcow *cow, const cpu_set_t *processors);
+void memcow_set_processors(struct memcow *cow, const cpu_set_t *busy, bool shared);
+/* Threads that share no processor with the vCPUs, as far as is known, make room this often: vCPUs may move. */
+#define MEMCOW_ROOM_EACH_NS 200000u
+
+/* Whether memcow_arm can work: not without userfaultfd, nor after protection was given up for good. */
+bool memcow_can_protect(struct memcow *cow);
 
 struct memcow_target {
 	int fd;		       /* the layer file, written at natural offsets (page p at p * 4096) */
 	int sums_fd;	       /* empty: gets its page checksums (docs/format.md); -1 for none */
 	const uint64_t *scope; /* bitmap of the pages to save, copied; NULL: all */
+	uint64_t max_rate;     /* bytes a second to the file at most; 0: as fast as it goes */
+	const volatile bool *cancel; /* settle: turning true ends it with -ECANCELED; NULL: none */
 };
 
 /*
@@ -69,6 +81,11 @@ int memcow_stage(struct memcow *cow, const struct memcow_target *target, struct 
  * quarter more than it needed and MEMCOW_STAGE_SPARE_PAGES. On failure the checkpoint must be abandoned. */
 int memcow_stage_more(struct memcow *cow, const uint64_t *written, struct err *err);
 #define MEMCOW_STAGE_SPARE_PAGES 2048u
+/* Writes the scope to the file, while the VM runs; returns when all is written. The VM's writes are being logged already.
+ * Fails without effect. */
+int memcow_settle(struct memcow *cow, const struct memcow_target *target, struct err *err);
+/* Writes the pages of `written` once more. Not after memcow_stage_more. On failure the checkpoint must be abandoned. */
+int memcow_settle_more(struct memcow *cow, const uint64_t *written, struct err *err);
 /* In the pause. written: bitmap of pages that the tracker found in it, or NULL; those outside the scope join it. Staged:
  * copies them; -ENOBUFS as above. Armed: copies (few) or arms again (many) what was written since. Allocates nothing,
  * touches no file. On failure the checkpoint must be abandoned. */

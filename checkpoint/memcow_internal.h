@@ -22,7 +22,7 @@ enum memcow_phase {
 	MEMCOW_CAPTURED, /* a fault is copied, claimed and released */
 };
 
-enum memcow_way { MEMCOW_PROTECT, MEMCOW_STAGE, MEMCOW_STOPPED };
+enum memcow_way { MEMCOW_PROTECT, MEMCOW_STAGE, MEMCOW_SETTLE, MEMCOW_STOPPED };
 
 /* A set of pages in two levels, so that finding few members in much memory is quick: bit w of `summary` covers word w
  * of `words`. */
@@ -78,6 +78,10 @@ struct memcow {
 
 	pthread_mutex_t done_lock; /* all below; a leaf */
 	pthread_cond_t done_cond;
+	uint64_t made_room_ns; /* the engine's thread, last time */
+	uint64_t room_each_ns; /* how often the threads make room for others: 0 after each block */
+	uint64_t max_rate;
+	const volatile bool *cancel; /* owner: engine thread */
 	bool writer_ready; /* buffers touched, space reserved */
 	bool save, stop;   /* the sweeper may start; must not */
 	bool writer_done;
@@ -95,6 +99,17 @@ struct memcow {
 /* Notes the first error and ends the pool's waiting; the checkpoint is dead, the guest goes on. Any thread. */
 void memcow_fail(struct memcow *cow, const struct err *err);
 static inline unsigned popcount64(uint64_t bits) { return (unsigned)__builtin_popcountll(bits); }
+
+/* The next populated page at or after a place. */
+struct populated {
+	uint64_t first, end;
+};
+/*
+ * Moves *at so that it ends behind `page`. Places must ascend; {0} at first. It is one page long: SEEK_HOLE would find the end of a
+ * populated range, but walks over all of it in one go, several ms per GiB, and a kernel without full preemption lets nobody else
+ * have the CPU meanwhile, a vCPU that shares it included. SEEK_DATA costs a fraction of a copied page. -errno.
+ */
+int find_populated(const struct memcow *cow, uint64_t page, struct populated *at);
 
 /* --- pages --- */
 

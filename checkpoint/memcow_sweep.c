@@ -31,28 +31,10 @@
 
 struct sweep {
 	struct memcow *cow;
-	struct segment *segment;       /* empty, at hand */
-	uint64_t data_first, data_end; /* pages: populated range at or after the present place */
+	struct segment *segment; /* empty, at hand */
+	struct populated at;
+	uint64_t made_room_ns;
 };
-
-/*
- * Moves the known populated range so that it ends behind `page`. It is one page long: SEEK_HOLE would find its end, but walks over
- * all populated pages up to there in one go, several ms per GiB, and a kernel without full preemption lets nobody else have the CPU
- * meanwhile, a vCPU that shares it included. SEEK_DATA costs a fraction of a copied page.
- */
-static int find_data(struct sweep *s, uint64_t page)
-{
-	off_t data = lseek(s->cow->memfd, (off_t)(page * PAGE_BYTES), SEEK_DATA);
-	if (data < 0 && errno == ENXIO) {
-		s->data_first = s->data_end = s->cow->pages;
-		return 0;
-	}
-	if (data < 0)
-		return -errno;
-	s->data_first = (uint64_t)data / PAGE_BYTES;
-	s->data_end = s->data_first + 1;
-	return 0;
-}
 
 static int release_blocks(struct sweep *s, uint64_t block, uint64_t count)
 {
@@ -84,12 +66,10 @@ static int copy_block(struct sweep *s, uint64_t block, uint64_t want, uint64_t *
 		unsigned slot = (unsigned)__builtin_ctzll(bits);
 		uint64_t page = block * 64 + slot;
 		const uint8_t *source = s->cow->base + page * PAGE_BYTES;
-		if (page >= s->data_end) {
-			int r = find_data(s, page);
-			if (r != 0)
-				return r;
-		}
-		if (page < s->data_first || page_is_zero(source))
+		int r = find_populated(s->cow, page, &s->at);
+		if (r != 0)
+			return r;
+		if (page < s->at.first || page_is_zero(source))
 			*zero |= (uint64_t)1 << slot;
 		else
 			page_copy(s->segment->data + (size_t)slot * PAGE_BYTES, source);
@@ -132,14 +112,12 @@ static int sweep_hole(struct sweep *s, uint64_t block, uint64_t *count)
 	*count = 0;
 	if (!s->cow->whole)
 		return 0; /* its pages were written: there are hardly any holes */
-	if (block * 64 >= s->data_end) {
-		int r = find_data(s, block * 64);
-		if (r != 0)
-			return r;
-	}
+	int r = find_populated(s->cow, block * 64, &s->at);
+	if (r != 0)
+		return r;
 	while (*count < HOLE_RELEASE_BLOCKS && block + *count < s->cow->blocks) {
 		uint64_t mask = s->cow->scope[block + *count];
-		if ((block + *count) * 64 + popcount64(mask) > s->data_first)
+		if ((block + *count) * 64 + popcount64(mask) > s->at.first)
 			break;
 		claim_block(s->cow, block + *count, mask, mask);
 		++*count;
@@ -170,7 +148,7 @@ static int sweep_all(struct sweep *s, struct err *err)
 		if (r != 0)
 			return err_sys(err, -r, "saving memory page %llu", (unsigned long long)block * 64);
 		block += count;
-		priority_give_way(); /* a tick is milliseconds */
+		priority_give_way_each(cow->room_each_ns, &s->made_room_ns); /* a tick is milliseconds */
 	}
 	return 0;
 }
@@ -185,10 +163,9 @@ static void claim_staged(struct memcow *cow, struct segment *segment)
 			continue;
 		if (page_is_zero(segment->data + (size_t)entry.slot * PAGE_BYTES)) {
 			bitmap_claim(cow->zero, entry.page);
-			atomic_fetch_add_explicit(&cow->zero_pages, 1, memory_order_relaxed);
 		} else {
+			bitmap_clear(cow->zero, entry.page); /* an earlier pass may have found it zero */
 			segment->entries[--kept] = entry;
-			atomic_fetch_add_explicit(&cow->saved_pages, 1, memory_order_relaxed);
 		}
 	}
 	segment->count -= kept;
@@ -209,6 +186,11 @@ static int push_staged(struct memcow *cow, struct err *err)
 		pool_push(cow->pool, segment);
 	}
 	cow->staged = NULL;
+	uint64_t zero = 0;
+	for (uint64_t b = 0; b < cow->blocks; b++)
+		zero += popcount64(cow->zero[b]);
+	cow->zero_pages = zero;
+	cow->saved_pages = cow->scope_pages - zero;
 	return 0;
 }
 
@@ -242,7 +224,8 @@ void *memcow_sweeper_main(void *opaque)
 	priority_background();
 	if (!memcow_wait_for_save(cow))
 		return NULL;
-	int r = cow->way == MEMCOW_STAGE ? push_staged(cow, &err) : sweep_all(&sweep, &err);
+	bool staged = cow->way == MEMCOW_STAGE || cow->way == MEMCOW_SETTLE;
+	int r = staged ? push_staged(cow, &err) : sweep_all(&sweep, &err);
 	if (r != 0)
 		memcow_fail(cow, &err);
 	else

@@ -16,12 +16,14 @@
 
 #include "base/buf.h"
 #include "base/bytes.h"
+#include "base/clock.h"
 #include "base/fault.h"
 #include "base/priority.h"
 #include "checkpoint/memcow_internal.h"
 #include "checkpoint/sums.h"
 
 #define QUEUE_DEPTH 64u
+#define RATE_STEP_NS 10000000u
 /* Zero pages in a row within reserved space that are worth a call to give their space back. */
 #define PUNCH_PAGES 64u
 /* Space is reserved for whole blocks of this size that hold something. */
@@ -32,6 +34,8 @@ struct writer {
 	struct io_uring ring;
 	bool ring_ok, direct, reserved;
 	unsigned inflight;
+	uint64_t made_room_ns;
+	uint64_t start_ns, submitted; /* bytes: for the highest rate */
 	struct segment *segment; /* being submitted: writes from `next` on are not yet */
 	uint32_t next;
 	struct err err; /* the first one; from then on nothing more is submitted */
@@ -185,8 +189,23 @@ static void submit_segment(struct writer *w)
 	}
 }
 
+/* Sleeps until what was submitted so far is due at the highest rate that is wanted; not while a guest is about to wait for buffers. */
+static void keep_rate(struct writer *w, uint64_t bytes)
+{
+	w->submitted += bytes;
+	if (w->cow->max_rate == 0)
+		return;
+	uint64_t due_ns = w->start_ns + (uint64_t)((double)w->submitted * 1e9 / (double)w->cow->max_rate), now;
+	while ((now = clock_now_ns()) < due_ns && !atomic_load_explicit(&w->cow->failed, memory_order_acquire) &&
+	       !pool_is_short(w->cow->pool)) {
+		struct timespec step = {.tv_nsec = (long)min_u64(due_ns - now, RATE_STEP_NS)};
+		nanosleep(&step, NULL);
+	}
+}
+
 static void write_all(struct writer *w)
 {
+	w->start_ns = clock_now_ns();
 	for (;;) {
 		int r = w->err.number == 0 ? fault_check(FAULT_MEMCOW_WRITE, &w->err) : 0;
 		if (r != 0)
@@ -196,6 +215,7 @@ static void write_all(struct writer *w)
 			w->next = 0;
 			if (w->segment && w->segment->count > 0) {
 				plan_segment(w, w->segment);
+				keep_rate(w, w->segment->count * (uint64_t)PAGE_BYTES);
 			} else if (w->segment) {
 				pool_put(w->cow->pool, w->segment);
 				w->segment = NULL;
@@ -208,7 +228,7 @@ static void write_all(struct writer *w)
 			w->segment = NULL; /* what is left of it is not submitted any more */
 		bool more = w->segment != NULL;
 		submit_segment(w);
-		priority_give_way();
+		priority_give_way_each(w->cow->room_each_ns, &w->made_room_ns);
 		if (w->inflight > 0)
 			reap(w, !more || w->inflight >= QUEUE_DEPTH);
 		else if (w->err.number != 0)
@@ -218,7 +238,7 @@ static void write_all(struct writer *w)
 
 /*
  * The next run of blocks of RESERVE_BYTES that hold populated pages, at or after *end. 1, or 0 at the end. Without SEEK_HOLE: see
- * find_data in memcow_sweep.c.
+ * find_populated in memcow_internal.h.
  */
 static int find_run(const struct memcow *cow, uint64_t *first, uint64_t *end)
 {
@@ -351,8 +371,8 @@ void *memcow_writer_main(void *opaque)
 	if (reserve_space(&w, &w.err) != 0)
 		memcow_fail(cow, &w.err);
 	signal_ready(cow);
-	/* Pages that are copied in the pause must not bring I/O into it. */
-	if (memcow_wait_for_save(cow))
+	/* Pages that are copied in the pause must not bring I/O into it. What settles is written before, and drained. */
+	if (cow->way == MEMCOW_SETTLE || memcow_wait_for_save(cow))
 		write_all(&w);
 	if (w.err.number == 0 && !atomic_load_explicit(&cow->failed, memory_order_acquire)) {
 		if (w.reserved)

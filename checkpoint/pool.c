@@ -12,7 +12,7 @@ struct pool {
 	uint8_t *memory; /* immutable */
 	size_t memory_bytes;
 	struct segment *segments;
-	unsigned reserve;
+	unsigned segment_count, reserve;
 	pthread_mutex_t lock; /* all below; a leaf: nothing else is taken under it */
 	pthread_cond_t freed, filled;
 	struct segment *free; /* a stack: what is warm in the cache comes first */
@@ -34,6 +34,7 @@ int pool_create(unsigned segments, unsigned reserve, struct pool **out, struct e
 	}
 	madvise(pool->memory, pool->memory_bytes, MADV_HUGEPAGE); /* only fewer faults: may fail */
 	pool->segments = xcalloc(segments, sizeof(*pool->segments));
+	pool->segment_count = segments;
 	pool->reserve = reserve;
 	pthread_mutex_init(&pool->lock, NULL);
 	pthread_cond_init(&pool->freed, NULL);
@@ -150,6 +151,24 @@ struct segment *pool_pop(struct pool *pool, bool wait)
 	}
 	pthread_mutex_unlock(&pool->lock);
 	return segment;
+}
+
+bool pool_is_short(struct pool *pool)
+{
+	pthread_mutex_lock(&pool->lock);
+	bool is = pool->free_count < pool->reserve / 2;
+	pthread_mutex_unlock(&pool->lock);
+	return is;
+}
+
+bool pool_drain(struct pool *pool)
+{
+	pthread_mutex_lock(&pool->lock);
+	while (pool->free_count < pool->segment_count && !pool->failed)
+		pthread_cond_wait(&pool->freed, &pool->lock);
+	bool whole = !pool->failed;
+	pthread_mutex_unlock(&pool->lock);
+	return whole;
 }
 
 void pool_close(struct pool *pool)

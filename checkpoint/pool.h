@@ -59,6 +59,10 @@ void pool_push(struct pool *pool, struct segment *segment);
 /* The next filled one. With `wait`, NULL means that the pool is closed or failed, and none will come; else that there
  * is none now. */
 struct segment *pool_pop(struct pool *pool, bool wait);
+/* True if the fault thread has taken half of the reserve: soon it would have to wait. */
+bool pool_is_short(struct pool *pool);
+/* Waits until all segments are free: what was pushed is written. False if the pool failed. */
+bool pool_drain(struct pool *pool);
 /* No push will follow. */
 void pool_close(struct pool *pool);
 /* Ends all waiting, for good. */

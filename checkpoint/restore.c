@@ -207,7 +207,7 @@ static int clear_run(struct mem *mem, uint64_t first, uint64_t count, struct err
 
 /*
  * Pages that must be zero. Only populated ones are looked at: looking at others would populate them. Each is asked for: SEEK_HOLE
- * would walk over all populated pages behind it, see find_data in memcow_sweep.c.
+ * would walk over all populated pages behind it, see find_populated.
  */
 static int clear_pages(struct mem *mem, const struct run *zero, uint64_t *changed, struct err *err)
 {

@@ -246,7 +246,7 @@ static int put_back_memory(struct revert *rv, bool fresh, struct err *err)
 	if (r != 0)
 		return r;
 	/* Before states are applied: these, and completion logs, write to memory. */
-	if (tracker_start(engine->tracker, &none) != 0 || tracker_rewind(engine->tracker, &none) != 0)
+	if (tracker_start(engine->tracker, false, &none) != 0 || tracker_rewind(engine->tracker, &none) != 0)
 		log_debug("written pages are not tracked: %s", none.message);
 	return 0;
 }

@@ -40,6 +40,8 @@ static struct take *take_new(struct ckpt_engine *engine, const struct ckpt_reque
 	take->engine = engine;
 	take->live = request->live;
 	take->full = request->full;
+	take->max_rate = request->max_rate;
+	take->settled = request->instant == CKPT_INSTANT_SETTLED;
 	take->tag = request->tag ? xstrdup(request->tag) : NULL;
 	take->message = request->message ? xstrdup(request->message) : NULL;
 	take->fd = take->sums_fd = -1;
@@ -51,12 +53,6 @@ static struct take *take_new(struct ckpt_engine *engine, const struct ckpt_reque
 
 static int check_request(struct ckpt_engine *engine, const struct ckpt_request *request, struct err *err)
 {
-	if (request->live && engine->live_error.number != 0) {
-		if (err)
-			*err = engine->live_error;
-		err_prefix(err, "a live checkpoint is not possible");
-		return err_hint(err, "leave out --live: a checkpoint of a VM that stands still needs no userfaultfd");
-	}
 	for (unsigned i = 0; i < engine->disk_count; i++) {
 		if (engine->disks[i].unsafe) {
 			err_set(err, ERR_STATE, EIO, "disk %s: an earlier checkpoint could not make its layer durable",
@@ -209,23 +205,39 @@ static int capture(struct take *take, struct err *err)
 	return r == 0 ? fault_check(FAULT_TAKE_RESUMED, err) : r;
 }
 
+/* How the thread that takes a checkpoint is scheduled otherwise. */
+struct scheduling {
+	cpu_set_t processors;
+	int nice;
+};
+
 /*
- * The threads of the checkpoint, which inherit this, keep off the processors on which vCPUs run, as long as others are left. A
- * guest's processor that such a thread has taken is not had back before the next tick, or before the kernel is through with the
- * thread's system call: milliseconds.
+ * This thread, and the threads of the checkpoint, which inherit it, keep off the processors on which vCPUs run, as long as others are
+ * left. A guest's processor that such a thread has taken is not had back before the next tick, or before the kernel is through with
+ * the thread's system call: milliseconds. This thread makes room often, and with a short slice has its processor back at once.
  */
-static void leave_busy_processors(struct ckpt_engine *engine, cpu_set_t *before)
+static void prepare_scheduling(struct ckpt_engine *engine, struct scheduling *before)
 {
 	cpu_set_t busy, left;
-	CPU_ZERO(before);
-	if (sched_getaffinity(0, sizeof(*before), before) != 0)
-		return;
+	before->nice = priority_nice();
+	priority_short_slice();
+	if (sched_getaffinity(0, sizeof(before->processors), &before->processors) != 0)
+		CPU_ZERO(&before->processors);
 	vm_busy_processors(engine->vm, &busy);
-	CPU_AND(&busy, &busy, before);
-	CPU_XOR(&left, before, &busy);
-	memcow_set_fault_processors(engine->memcow, &busy);
-	if (CPU_COUNT(&busy) > 0 && CPU_COUNT(&left) > 0)
-		sched_setaffinity(0, sizeof(left), &left);
+	CPU_AND(&busy, &busy, &before->processors);
+	CPU_XOR(&left, &before->processors, &busy);
+	bool shared = CPU_COUNT(&left) == 0;
+	if (CPU_COUNT(&busy) > 0 && !shared)
+		shared = sched_setaffinity(0, sizeof(left), &left) != 0;
+	memcow_set_processors(engine->memcow, &busy, shared);
+	tracker_make_room(engine->tracker, shared ? 0 : MEMCOW_ROOM_EACH_NS);
+}
+
+static void restore_scheduling(const struct scheduling *before)
+{
+	if (CPU_COUNT(&before->processors) > 0)
+		sched_setaffinity(0, sizeof(before->processors), &before->processors);
+	priority_restore(before->nice);
 }
 
 int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, struct ckpt_result *result,
@@ -240,11 +252,10 @@ int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, st
 		return r;
 	}
 	struct take *take = take_new(engine, request);
-	cpu_set_t processors;
-	leave_busy_processors(engine, &processors);
+	struct scheduling before;
+	prepare_scheduling(engine, &before);
 	r = capture(take, err);
-	if (CPU_COUNT(&processors) > 0)
-		sched_setaffinity(0, sizeof(processors), &processors);
+	restore_scheduling(&before);
 	if (r == 0 && take->live && request->wait == CKPT_WAIT_CAPTURED) {
 		*result = take->result;
 		/* The thread ends the operation and frees the take. Without a thread the rest happens here. */

@@ -1,12 +1,8 @@
 /*
- * The memory's part of a checkpoint: what must be saved, and how the instant is held.
- *
- *     no base to be incremental to, or --full  all memory, protected
- *     few pages written since the base         staged: copied while the guest runs, the last ones in the pause
- *     many, or more than staging kept up with  those pages, protected
- *     not live                                 the same pages, with nobody to protect them from
+ * The memory's part of a checkpoint: what must be saved, and how the instant is held. docs/memory-cow.md says which is chosen when.
  */
 #include <errno.h>
+#include <string.h>
 
 #include "base/buf.h"
 #include "base/bytes.h"
@@ -20,6 +16,11 @@
  * what the pause has time to copy. */
 #define STAGE_ENOUGH_PAGES 128u
 #define STAGE_MAX_PASSES   6u
+/* Passes over memory that is written to the file under the running guest go on until so little is left that it is staged, or until
+ * they bring less and less, and what is left still fits into the buffers. */
+#define SETTLE_ENOUGH_PAGES 2048u
+#define SETTLE_MOST_PAGES   8192u
+#define SETTLE_MAX_PASSES   12u
 
 int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint *checkpoint, struct page_index *out,
 		      struct err *err)
@@ -62,21 +63,27 @@ static struct memcow_target target_of(const struct take *take)
 		.fd = take->fd,
 		.sums_fd = take->sums_fd,
 		.scope = incremental ? tracker_since(take->engine->tracker) : NULL,
+		.max_rate = take->max_rate,
+		.cancel = &take->engine->cancel,
 	};
 }
 
+/* What was written since the last harvest. Cancelling is looked at. */
+static int harvest(struct take *take, uint64_t *count, struct err *err)
+{
+	int r = engine_check_cancel(take->engine, err);
+	*count = 0;
+	return r == 0 ? tracker_harvest(take->engine->tracker, count, err) : r;
+}
+
 /* Several passes, each over what was written during the one before it, until little is. */
-static int stage_memory(struct take *take, struct err *err)
+static int stage_rest(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
-	struct memcow_target target = target_of(take);
 	uint64_t before = UINT64_MAX, count = 0;
-	int r = memcow_stage(engine->memcow, &target, err);
-	take->armed = r == 0;
+	int r = 0;
 	for (unsigned pass = 1; pass < STAGE_MAX_PASSES && r == 0; pass++) {
-		r = engine_check_cancel(engine, err);
-		if (r == 0)
-			r = tracker_harvest(engine->tracker, &count, err);
+		r = harvest(take, &count, err);
 		if (r == 0)
 			r = memcow_stage_more(engine->memcow, tracker_fresh(engine->tracker), err);
 		if (count <= STAGE_ENOUGH_PAGES || count >= before)
@@ -84,6 +91,40 @@ static int stage_memory(struct take *take, struct err *err)
 		before = count;
 	}
 	return r;
+}
+
+static int stage_memory(struct take *take, struct err *err)
+{
+	struct memcow_target target = target_of(take);
+	int r = memcow_stage(take->engine->memcow, &target, err);
+	take->armed = r == 0;
+	take->result.plan = "stage";
+	return r == 0 ? stage_rest(take, err) : r;
+}
+
+static int settle_memory(struct take *take, struct err *err)
+{
+	struct ckpt_engine *engine = take->engine;
+	struct memcow_target target = target_of(take);
+	uint64_t before = UINT64_MAX, count = 0;
+	int r = memcow_settle(engine->memcow, &target, err);
+	take->armed = r == 0;
+	take->result.plan = target.scope ? "settle" : "settle-all";
+	for (unsigned pass = 1; r == 0; pass++) {
+		r = harvest(take, &count, err);
+		if (r != 0 || count <= SETTLE_ENOUGH_PAGES || (count <= SETTLE_MOST_PAGES && count > before / 2))
+			break;
+		if (pass == SETTLE_MAX_PASSES) {
+			err_set(err, ERR_FAILED, EAGAIN, "the guest writes its memory faster than it can be saved");
+			err_hint(err, "use --instant now if this host can (vmcp doctor), or leave out --live");
+			return -EAGAIN;
+		}
+		before = count;
+		r = memcow_settle_more(engine->memcow, tracker_fresh(engine->tracker), err);
+	}
+	if (r == 0)
+		r = memcow_stage_more(engine->memcow, tracker_fresh(engine->tracker), err);
+	return r == 0 ? stage_rest(take, err) : r;
 }
 
 static int protect_memory(struct take *take, struct err *err)
@@ -104,34 +145,55 @@ static int stop_memory(struct take *take, struct err *err)
 	return r;
 }
 
+/* Neither way to follow the guest's writes. */
+static int cannot_be_live(const struct take *take, struct err *err)
+{
+	const struct err *why = &take->engine->live_error;
+	if (err && why->number != 0)
+		*err = *why;
+	else
+		err_set(err, ERR_HOST, ENOTSUP, "memory protection was lost by an earlier failure");
+	err_prefix(err, "a live checkpoint is not possible, as this KVM has no dirty log either");
+	err_hint(err, "leave out --live: a checkpoint of a VM that stands still needs neither");
+	return -ENOTSUP;
+}
+
 int take_stage_memory(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
 	uint64_t limit = min_u64(STAGE_MAX_PAGES, mem_pages(engine->mem) / STAGE_MAX_PART), count;
+	struct err unknown = ERR_INIT;
 	bool incremental = load_parent(take);
-	int r = 0;
-	if (incremental)
-		r = tracker_harvest(engine->tracker, &count, err);
-	else if (tracker_start(engine->tracker, err) != 0)
-		log_debug("checkpoint %.8s: %s", take->result.id, err->message); /* the next one saves all memory too */
-	if (r != 0)
-		return r;
+	if (incremental && tracker_harvest(engine->tracker, &count, &unknown) != 0) {
+		page_index_free(&take->parent_index);
+		incremental = false;
+	}
+	if (unknown.number == 0)
+		tracker_start(engine->tracker, true, &unknown);
+	if (unknown.number != 0) /* the next one saves all memory too */
+		log_debug("checkpoint %.8s: what the guest writes is not tracked: %s", take->result.id, unknown.message);
 	if (!take->live)
 		return stop_memory(take, err);
-	if (!incremental || tracker_since_count(engine->tracker) > limit)
-		return protect_memory(take, err);
-	take->result.plan = "stage";
-	r = stage_memory(take, err);
-	return r == -ENOBUFS ? take_restage_memory(take, err) : r;
+	bool can_protect = memcow_can_protect(engine->memcow);
+	if (!can_protect && !tracker_is_on(engine->tracker))
+		return cannot_be_live(take, err);
+	int r = -ENOBUFS;
+	if (incremental && tracker_since_count(engine->tracker) <= limit)
+		r = stage_memory(take, err);
+	if (r != -ENOBUFS)
+		return r;
+	return take_restage_memory(take, err);
 }
 
 int take_restage_memory(struct take *take, struct err *err)
 {
-	memcow_abandon(take->engine->memcow);
+	struct ckpt_engine *engine = take->engine;
+	bool settle = take->settled || !memcow_can_protect(engine->memcow);
+	memcow_abandon(engine->memcow);
 	take->armed = false;
 	if (err)
 		*err = ERR_INIT;
-	return protect_memory(take, err);
+	return settle && tracker_is_on(engine->tracker) ? settle_memory(take, err) : protect_memory(take, err);
 }
 
 int take_capture_memory(struct take *take, struct err *err)
@@ -140,8 +202,8 @@ int take_capture_memory(struct take *take, struct err *err)
 	const uint64_t *written = NULL;
 	uint64_t count;
 	int r = 0;
-	/* Of what is saved whole it need not be known. */
-	if (take->parent_index.page_count != 0) {
+	/* Of what is saved whole, and protected or standing still, it need not be known. */
+	if (take->parent_index.page_count != 0 || strcmp(take->result.plan, "settle-all") == 0) {
 		r = tracker_collect(engine->tracker, &count, err);
 		written = tracker_fresh(engine->tracker);
 	}

@@ -8,6 +8,7 @@
 #include "base/bitmap.h"
 #include "base/buf.h"
 #include "base/bytes.h"
+#include "base/fault.h"
 #include "base/priority.h"
 #include "vmm/dirty_log.h"
 
@@ -23,6 +24,7 @@ struct tracker {
 	uint64_t *since, *fresh; /* one mapping: untouched parts cost nothing */
 	size_t mapped_bytes;
 	bool on, base;
+	uint64_t room_each_ns;
 };
 
 int tracker_create(struct vm *vm, struct loop *loop, struct tracker **out, struct err *err)
@@ -54,6 +56,8 @@ void tracker_destroy(struct tracker *t)
 	free(t);
 }
 
+void tracker_make_room(struct tracker *t, uint64_t each_ns) { t->room_each_ns = each_ns; }
+
 bool tracker_is_on(const struct tracker *t) { return t->on; }
 bool tracker_has_base(const struct tracker *t) { return t->base; }
 uint64_t tracker_words(const struct tracker *t) { return t->words; }
@@ -71,6 +75,7 @@ uint64_t tracker_since_count(const struct tracker *t)
 /* Clears the log for the pages of `fresh`, a bounded number with each call. */
 static int clear_fresh(struct tracker *t, bool politely, struct err *err)
 {
+	uint64_t made_room_ns = 0;
 	int r = 0;
 	for (uint64_t first = 0; first < t->words && r == 0;) {
 		uint64_t end = first, pages = 0;
@@ -79,14 +84,14 @@ static int clear_fresh(struct tracker *t, bool politely, struct err *err)
 		if (pages > 0) {
 			r = vm_dirty_log_clear(t->vm, first, end - first, t->fresh + first, err);
 			if (politely)
-				priority_give_way();
+				priority_give_way_each(t->room_each_ns, &made_room_ns);
 		}
 		first = end;
 	}
 	return r;
 }
 
-int tracker_start(struct tracker *t, struct err *err)
+int tracker_start(struct tracker *t, bool vm_runs, struct err *err)
 {
 	if (t->on)
 		return 0;
@@ -95,7 +100,7 @@ int tracker_start(struct tracker *t, struct err *err)
 	if (r != 0)
 		return r;
 	memset(t->fresh, 0xff, t->words * sizeof(uint64_t));
-	r = clear_fresh(t, true, err);
+	r = clear_fresh(t, vm_runs, err);
 	if (r != 0)
 		vm_dirty_log_stop(t->vm);
 	t->on = r == 0;
@@ -117,7 +122,9 @@ static uint64_t note_fresh(struct tracker *t)
 
 int tracker_harvest(struct tracker *t, uint64_t *count, struct err *err)
 {
-	int r = vm_dirty_log_get(t->vm, t->fresh, err);
+	int r = fault_check(FAULT_TRACKER_HARVEST, err);
+	if (r == 0)
+		r = vm_dirty_log_get(t->vm, t->fresh, err);
 	if (r == 0)
 		r = clear_fresh(t, true, err);
 	if (r != 0) {
@@ -135,7 +142,9 @@ int tracker_harvest(struct tracker *t, uint64_t *count, struct err *err)
 
 int tracker_collect(struct tracker *t, uint64_t *count, struct err *err)
 {
-	int r = vm_dirty_log_get(t->vm, t->fresh, err);
+	int r = fault_check(FAULT_TRACKER_COLLECT, err);
+	if (r == 0)
+		r = vm_dirty_log_get(t->vm, t->fresh, err);
 	if (r != 0)
 		return r;
 	mem_take_dirty(t->mem, t->fresh);

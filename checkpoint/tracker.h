@@ -26,8 +26,12 @@ struct tracker;
 int tracker_create(struct vm *vm, struct loop *loop, struct tracker **out, struct err *err);
 void tracker_destroy(struct tracker *t); /* NULL is allowed */
 
-/* Starts logging and protects all memory, in chunks while the guest runs. ERR_HOST if KVM cannot. Does nothing if it is on. */
-int tracker_start(struct tracker *t, struct err *err);
+/* How often the functions that work while the VM runs make room for others on their processor (priority_give_way_each). */
+void tracker_make_room(struct tracker *t, uint64_t each_ns);
+
+/* Starts logging and protects all memory, in chunks with room for the guest if the VM runs. ERR_HOST if KVM cannot. Does
+ * nothing if it is on. */
+int tracker_start(struct tracker *t, bool vm_runs, struct err *err);
 bool tracker_is_on(const struct tracker *t);
 bool tracker_has_base(const struct tracker *t);
 

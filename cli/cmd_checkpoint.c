@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "base/size.h"
 #include "cli/cli.h"
 #include "control/client.h"
 #include "control/process.h"
@@ -73,9 +74,9 @@ static void canceller_stop(struct canceller *canceller)
 
 static json_t *text_or_null(const char *text) { return text ? json_string(text) : json_null(); }
 
-static int take(struct cli *cli, struct store *store, const char *vm, json_t **result, struct err *err)
+static int take(struct cli *cli, struct store *store, const char *vm, uint64_t max_rate, json_t **result, struct err *err)
 {
-	const char *wait = cli_value(cli, "wait");
+	const char *wait = cli_value(cli, "wait"), *instant = cli_value(cli, "instant");
 	struct cli_progress progress = cli_progress_begin(cli);
 	struct canceller canceller = {.store = store, .vm = vm};
 	struct control_client *client;
@@ -85,8 +86,8 @@ static int take(struct cli *cli, struct store *store, const char *vm, json_t **r
 		return rc;
 	bool cancels = canceller_start(&canceller);
 	rc = control_call(client, "checkpoint.take",
-			  json_pack("{s:b, s:b, s:o, s:o, s:s}", "live", cli_given(cli, "live"), "full",
-				    cli_given(cli, "full"), "tag", text_or_null(cli_value(cli, "tag")), "message",
+			  json_pack("{s:b, s:b, s:I, s:s, s:o, s:o, s:s}", "live", cli_given(cli, "live"), "full",
+				    cli_given(cli, "full"), "max_rate", (json_int_t)max_rate, "instant", instant ? instant : "now", "tag", text_or_null(cli_value(cli, "tag")), "message",
 				    text_or_null(cli_value(cli, "message")), "wait", wait ? wait : "durable"),
 			  cli_progress_show, &progress, result, err);
 	if (cancels)
@@ -115,15 +116,25 @@ static void print_taken(const struct cli *cli, const json_t *result)
 
 static int run_checkpoint(struct cli *cli, struct err *err)
 {
-	const char *wait = cli_value(cli, "wait"), *tag = cli_value(cli, "tag");
+	const char *wait = cli_value(cli, "wait"), *tag = cli_value(cli, "tag"), *instant = cli_value(cli, "instant");
+	const char *max_rate = cli_value(cli, "max-rate");
 	char name[STORE_NAME_BYTES];
 	struct store *store;
 	json_t *result;
+	uint64_t rate = 0;
 	int rc = 0;
 
 	if (wait && strcmp(wait, "captured") && strcmp(wait, "durable")) {
 		err_set(err, ERR_USAGE, EINVAL, "--wait: '%s' is neither captured nor durable", wait);
 		return err_hint(err, "durable is the default");
+	}
+	if (max_rate && (!size_parse(max_rate, &rate) || rate == 0 || rate > INT64_MAX)) {
+		err_set(err, ERR_USAGE, EINVAL, "--max-rate: '%s' is no rate", max_rate);
+		return err_hint(err, SIZE_HINT " a second");
+	}
+	if (instant && strcmp(instant, "now") && strcmp(instant, "settled")) {
+		err_set(err, ERR_USAGE, EINVAL, "--instant: '%s' is neither now nor settled", instant);
+		return err_hint(err, "now is the default");
 	}
 	if (tag)
 		rc = store_check_name("--tag", tag, err);
@@ -131,7 +142,7 @@ static int run_checkpoint(struct cli *cli, struct err *err)
 		rc = cli_open_vm(cli, &store, name, err);
 	if (rc)
 		return rc;
-	rc = take(cli, store, name, &result, err);
+	rc = take(cli, store, name, rate, &result, err);
 	store_close(store);
 	if (rc)
 		return rc;
@@ -271,6 +282,9 @@ static int run_tag(struct cli *cli, struct err *err)
 static const struct cli_option checkpoint_options[] = {
 	{"live", 0, NULL, "the VM keeps running while the checkpoint is generated"},
 	{"full", 0, NULL, "save all memory again, not only what was written since the parent"},
+	{"instant", 0, "WHEN",
+	 "now (default): the checkpoint shows the VM as it is now; settled: as it is at the end of the save, with less cost to it meanwhile"},
+	{"max-rate", 0, "SIZE", "write memory with at most so many bytes a second, such as 100M"},
 	{"message", 'm', "TEXT", "a note that `vmcp log` shows"},
 	{"tag", 't', "NAME", "a name for it"},
 	{"wait", 0, "WHAT",
@@ -281,7 +295,7 @@ static const struct cli_option none[] = {{0}};
 
 const struct cli_command cli_checkpoint = {
 	.name = "checkpoint",
-	.synopsis = "[--live] [VM] [-m TEXT] [--tag NAME] [--wait captured|durable]",
+	.synopsis = "[--live] [--full] [--instant now|settled] [--max-rate SIZE] [VM] [-m TEXT] [--tag NAME] [--wait captured|durable]",
 	.summary = "save a VM: registers, devices, memory and disks at one instant",
 	.help = "Prints the checkpoint's id. Where one VM runs, VM may be left out. Ctrl-C cancels cleanly: the VM "
 		"runs on and\n"

@@ -55,15 +55,19 @@ static size_t examine(const struct host *host, struct finding *list)
 		add(list, &n, "kvm features", all, all ? "irqfd, ioeventfd, xsave2, sregs2" : "some are missing",
 		    "devices need irqfd and ioeventfd; older register calls lose state of new CPUs",
 		    "use Linux 5.17 or later");
+		add(list, &n, "dirty log", host->kvm_manual_dirty_log,
+		    host->kvm_manual_dirty_log ? "cleared by hand" : "not cleared by hand",
+		    "every checkpoint saves all memory, every revert reads it all", "use Linux 5.6 or later");
 	}
 	add(list, &n, "userfaultfd", host->uffd_features != 0,
 	    host->uffd_features ? "usable" : strerror(host->uffd_errno),
-	    "no live checkpoints (`vmcp checkpoint` without --live works)",
+	    "live checkpoints take their instant at the end of the save (--instant settled)",
 	    "give access to /dev/userfaultfd, or set vm.unprivileged_userfaultfd=1");
 	if (host->uffd_features)
 		add(list, &n, "write protection", host->uffd_wp_shmem,
 		    host->uffd_wp_shmem ? "of memfds" : "not of memfds",
-		    "no live checkpoints (`vmcp checkpoint` without --live works)", "use Linux 5.19 or later");
+		    "live checkpoints take their instant at the end of the save (--instant settled)",
+		    "use Linux 5.19 or later");
 	add(list, &n, "io_uring", host->io_uring, host->io_uring ? "usable" : strerror(host->io_uring_errno),
 	    "disk requests go through threads, which is slower",
 	    "set kernel.io_uring_disabled=0, or allow it in the container's seccomp profile");

@@ -36,6 +36,18 @@ static int get_bool(const json_t *params, const char *key, bool *out, struct err
 	return err_set(err, ERR_USAGE, EINVAL, "control message: parameter `%s` is neither true nor false", key);
 }
 
+static int get_count(const json_t *params, const char *key, uint64_t *out, struct err *err)
+{
+	const json_t *value = json_object_get(params, key);
+
+	*out = 0;
+	if (value && (!json_is_integer(value) || json_integer_value(value) < 0))
+		return err_set(err, ERR_USAGE, EINVAL, "control message: parameter `%s` is no count", key);
+	if (value)
+		*out = (uint64_t)json_integer_value(value);
+	return 0;
+}
+
 static json_int_t number(uint64_t value) { return (json_int_t)value; }
 
 static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
@@ -175,7 +187,7 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 	struct ckpt_request request = {0};
 	struct reporter reporter = {.x = x, .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 	struct ckpt_result taken;
-	const char *wait;
+	const char *wait, *instant;
 	int rc;
 
 	rc = get_bool(params, "live", &request.live, err);
@@ -187,8 +199,14 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 		rc = get_text(params, "message", false, &request.message, err);
 	if (!rc)
 		rc = get_text(params, "wait", false, &wait, err);
+	if (!rc)
+		rc = get_text(params, "instant", false, &instant, err);
+	if (!rc)
+		rc = get_count(params, "max_rate", &request.max_rate, err);
 	if (rc)
 		return rc;
+	if (instant && strcmp(instant, "now") && strcmp(instant, "settled"))
+		return err_set(err, ERR_USAGE, EINVAL, "control message: `instant` is '%s', neither now nor settled", instant);
 	if (wait && strcmp(wait, "captured") && strcmp(wait, "durable"))
 		return err_set(err, ERR_USAGE, EINVAL, "control message: `wait` is '%s', neither captured nor durable",
 			       wait);
@@ -197,6 +215,7 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 		if (rc)
 			return rc;
 	}
+	request.instant = instant && !strcmp(instant, "settled") ? CKPT_INSTANT_SETTLED : CKPT_INSTANT_NOW;
 	request.wait = wait && !strcmp(wait, "captured") ? CKPT_WAIT_CAPTURED : CKPT_WAIT_DURABLE;
 	bool reports = pthread_create(&reporter.thread, NULL, reporter_main, &reporter) == 0;
 	rc = machine_checkpoint(x->target->machine, &request, &taken, err);
