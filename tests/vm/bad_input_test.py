@@ -92,6 +92,8 @@ def test_wrong_usage(env):
     one_error(env.vmcp("nosuch", status=2), "nosuch")
     one_error(env.vmcp("run", "--nosuch", "x", status=2), "--nosuch")
     one_error(env.vmcp("checkpoint", "--wait", "never", status=2), "never")
+    one_error(env.vmcp("checkpoint", "--instant", "never", status=2), "never")
+    one_error(env.vmcp("checkpoint", "--max-rate", "fast", status=2), "fast")
     env.write("empty.cfg", "")
     one_error(env.vmcp("run", env.path("empty.cfg"), status=2), "empty.cfg")
     one_error(env.vmcp("checkpoint", "--live", status=4), "VM")

@@ -136,14 +136,16 @@ def test_oracle(env):
 
 def test_each_way_to_hold_the_instant(env):
     """Checkpoints of what was written since the parent, staged, protected and stopped, go back to what they show."""
-    guest = env.start_tiny(memory="512M", cmdline="set=256M rate=2000 report=0")
+    guest = env.start_tiny(memory="512M", cmdline="set=256M rate=500 report=0")
     taken = []
     # How fast the guest writes, for how long, and the plan that this must lead to.
-    for rate, seconds, how, plan in ((2000, 0, ["--live"], "protect-all"), (2000, 0.5, ["--live"], "stage"), (0, 2, ["--live"], "protect"),
-                                     (2000, 0.5, [], "stopped"), (2000, 0.5, ["--live"], "stage"), (2000, 0.5, ["--full"], "stopped-all")):
+    for rate, seconds, how, plan in ((500, 0, ["--live"], "protect-all"), (500, 0.5, ["--live"], "stage"), (0, 2, ["--live"], "protect"),
+                                     (500, 0.5, [], "stopped"), (500, 0.5, ["--live"], "stage"), (500, 0.5, ["--full"], "stopped-all"),
+                                     (500, 0.5, ["--live", "--full", "--instant", "settled"], "settle-all"),
+                                     (0, 2, ["--live", "--instant", "settled"], "settle")):
         guest.ask(f"rate {rate}", "ok")
         time.sleep(seconds)
-        guest.ask("rate 2000", "ok")
+        guest.ask("rate 500", "ok")
         one = env.vmcp_json("checkpoint", *how, "tiny")
         memory = one["memory"]
         check_equal((memory["plan"], memory["saved_pages"] + memory["zero_pages"] + memory["parent_pages"]), (plan, memory["total_pages"]), "plan")
@@ -155,6 +157,25 @@ def test_each_way_to_hold_the_instant(env):
         guest.check()
         guest.epoch(number + 10)
     env.vmcp("kill", "tiny")
+
+
+def test_max_rate(env):
+    """The cap on the writer holds, and is lifted by a cancel."""
+    guest = env.start_tiny(memory="256M", cmdline="set=64M rate=1000 report=0")
+    began = time.monotonic()
+    taken = env.vmcp_json("checkpoint", "--live", "--max-rate", "32M", "tiny")
+    took = time.monotonic() - began
+    least = taken["memory"]["written_bytes"] / (32 << 20) * 0.9
+    check(took >= least, f"{taken['memory']['written_bytes']} bytes in {took:.2f} s")
+    guest.check()
+    slow = env.vmcp_json("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "1M", "tiny")
+    env.vmcp("cancel", "tiny")
+    deadline = time.monotonic() + 20
+    while env.vmcp("checkpoint", "--live", "tiny", status=None).status != 0:
+        check(time.monotonic() < deadline, "the cancelled checkpoint does not end")
+        time.sleep(0.1)
+    check(env.vmcp("show", slow["id"], status=None).status == 3, "a cancelled checkpoint is there")
+    guest.check()
 
 
 def test_captured(env):
