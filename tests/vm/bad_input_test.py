@@ -240,6 +240,9 @@ def test_errors_at_fault_points(env):
             guest.check()
             # Where userfaultfd cannot be had (any more), checkpoints of a VM that stands still are left.
             live = sub.vmcp("--json", "checkpoint", "--live", "tiny", status=None)
+            if live.status == 1 and result.status == 0 and name in live.err:  # only a checkpoint with a parent passes it
+                guest.check()
+                live = sub.vmcp("--json", "checkpoint", "--live", "tiny", status=None)
             taken = live.json if live.status == 0 else sub.vmcp_json("checkpoint", "tiny")
             check(live.status in (0, 6), f"{number} {name}: the next live checkpoint: {live}")
             sub.vmcp("revert", taken["id"], status=None)
