@@ -139,10 +139,10 @@ def test_each_way_to_hold_the_instant(env):
     guest = env.start_tiny(memory="512M", cmdline="set=256M rate=500 report=0")
     taken = []
     # How fast the guest writes, for how long, and the plan that this must lead to.
-    for rate, seconds, how, plan in ((500, 0, ["--live"], "protect-all"), (500, 0.5, ["--live"], "stage"), (0, 2, ["--live"], "protect"),
+    for rate, seconds, how, plan in ((500, 0, ["--live"], "protect-all"), (500, 0.5, ["--live"], "stage"), (0, 4, ["--live"], "protect"),
                                      (500, 0.5, [], "stopped"), (500, 0.5, ["--live"], "stage"), (500, 0.5, ["--full"], "stopped-all"),
                                      (500, 0.5, ["--live", "--full", "--instant", "settled"], "settle-all"),
-                                     (0, 2, ["--live", "--instant", "settled"], "settle")):
+                                     (0, 4, ["--live", "--instant", "settled"], "settle")):
         guest.ask(f"rate {rate}", "ok")
         time.sleep(seconds)
         guest.ask("rate 500", "ok")
