@@ -16,6 +16,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/clock.h"
+
 #define PRIORITY_SHORT_SLICE_NS 100000u
 
 static inline int priority_nice(void) { return getpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid)); }
@@ -67,9 +69,7 @@ static inline void priority_give_way(void) { nanosleep(&(struct timespec){.tv_ns
  * several, so a thread that shares no CPU with a vCPU it works for had better not do it all the time. */
 static inline void priority_give_way_each(uint64_t every_ns, uint64_t *last_ns)
 {
-	struct timespec now;
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	uint64_t now_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	uint64_t now_ns = clock_now_ns();
 	if (now_ns - *last_ns < every_ns)
 		return;
 	priority_give_way();

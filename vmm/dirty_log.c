@@ -9,16 +9,6 @@
 
 #define WORD_BYTES (64 * (uint64_t)PAGE_BYTES)
 
-static int set_logging(struct vm *vm, bool on, struct err *err)
-{
-	for (unsigned slot = 0; slot < vm->memory_slots; slot++) {
-		int r = vm_map_slot(vm, slot, on, err);
-		if (r != 0)
-			return r;
-	}
-	return 0;
-}
-
 int vm_dirty_log_start(struct vm *vm, struct err *err)
 {
 	struct kvm_enable_cap cap = {
@@ -30,19 +20,19 @@ int vm_dirty_log_start(struct vm *vm, struct err *err)
 		err_set(err, ERR_HOST, ENOTSUP, "/dev/kvm: this kernel's KVM has no dirty log that is cleared by hand");
 		return err_hint(err, "Linux 5.6 and later have it; without it every checkpoint saves all memory");
 	}
-	int r = set_logging(vm, true, err);
+	int r = vm_map_memory(vm, true, err);
 	if (r != 0)
 		vm_dirty_log_stop(vm);
 	return r;
 }
 
-void vm_dirty_log_stop(struct vm *vm) { set_logging(vm, false, NULL); }
+void vm_dirty_log_stop(struct vm *vm) { vm_map_memory(vm, false, NULL); }
 
 int vm_dirty_log_get(struct vm *vm, uint64_t *words, struct err *err)
 {
 	struct mem_region region[2];
-	mem_regions(vm->memory, region);
-	for (unsigned slot = 0; slot < vm->memory_slots; slot++) {
+	unsigned slots = mem_regions(vm->memory, region);
+	for (unsigned slot = 0; slot < slots; slot++) {
 		struct kvm_dirty_log log = {
 			.slot = slot,
 			.dirty_bitmap = words + region[slot].ram_offset / WORD_BYTES,
@@ -56,8 +46,8 @@ int vm_dirty_log_get(struct vm *vm, uint64_t *words, struct err *err)
 int vm_dirty_log_clear(struct vm *vm, uint64_t first, uint64_t count, const uint64_t *words, struct err *err)
 {
 	struct mem_region region[2];
-	mem_regions(vm->memory, region);
-	for (unsigned slot = 0; slot < vm->memory_slots; slot++) {
+	unsigned slots = mem_regions(vm->memory, region);
+	for (unsigned slot = 0; slot < slots; slot++) {
 		uint64_t slot_first = region[slot].ram_offset / WORD_BYTES;
 		uint64_t slot_end = slot_first + region[slot].bytes / WORD_BYTES;
 		uint64_t from = max_u64(first, slot_first), to = min_u64(first + count, slot_end);

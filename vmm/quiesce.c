@@ -52,20 +52,11 @@ void vm_quiesce_request(struct vm *vm)
 	pthread_mutex_unlock(&vm->lock);
 }
 
-static inline void relax(void) { __builtin_ia32_pause(); }
-
-void vm_spin_while(const struct vm *vm, const _Atomic uint64_t *value, uint64_t from)
-{
-	uint64_t until = clock_now_ns() + (vm->spins ? SPIN_NS : 0);
-	while (atomic_load(value) == from && clock_now_ns() < until)
-		relax();
-}
-
 void vm_spin_until(const struct vm *vm, const _Atomic unsigned *value, unsigned to)
 {
 	uint64_t until = clock_now_ns() + (vm->spins ? SPIN_NS : 0);
 	while (atomic_load(value) != to && clock_now_ns() < until)
-		relax();
+		__builtin_ia32_pause();
 }
 
 static void wait_until_standing(struct vm *vm)

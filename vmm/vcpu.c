@@ -243,9 +243,10 @@ static void stand_still(struct vcpu *vcpu)
 	pthread_mutex_lock(&vm->lock);
 	if (++vm->standing == vm->cpus)
 		pthread_cond_broadcast(&vm->stand_cond);
-	uint64_t seen = vm->resume_count;
+	unsigned seen = vm->resume_count;
 	pthread_mutex_unlock(&vm->lock);
-	vm_spin_while(vm, &vm->resume_count, seen);
+	/* One resume at most: the next one waits for this vCPU to stand again. */
+	vm_spin_until(vm, &vm->resume_count, seen + 1);
 	pthread_mutex_lock(&vm->lock);
 	while (vm->resume_count == seen && !(atomic_load(&vm->hold) & VM_HOLD_EXIT))
 		pthread_cond_wait(&vm->resume_cond, &vm->lock);

@@ -91,31 +91,21 @@ static int create_kvm_vm(struct vm *vm, struct err *err)
 	return 0;
 }
 
-int vm_map_slot(struct vm *vm, unsigned slot, bool log_writes, struct err *err)
+int vm_map_memory(struct vm *vm, bool log_writes, struct err *err)
 {
 	struct mem_region region[2];
-	mem_regions(vm->memory, region);
-	struct kvm_userspace_memory_region slot_region = {
-		.slot = slot,
-		.flags = log_writes ? KVM_MEM_LOG_DIRTY_PAGES : 0,
-		.guest_phys_addr = region[slot].gpa,
-		.memory_size = region[slot].bytes,
-		.userspace_addr = (uintptr_t)(mem_base(vm->memory) + region[slot].ram_offset),
-	};
-	if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &slot_region) < 0)
-		return err_sys(err, errno, "show %llu bytes of memory to the guest at 0x%llx",
-			       (unsigned long long)region[slot].bytes, (unsigned long long)region[slot].gpa);
-	return 0;
-}
-
-static int map_memory(struct vm *vm, struct err *err)
-{
-	struct mem_region region[2];
-	vm->memory_slots = mem_regions(vm->memory, region);
-	for (unsigned slot = 0; slot < vm->memory_slots; slot++) {
-		int r = vm_map_slot(vm, slot, false, err);
-		if (r != 0)
-			return r;
+	unsigned n = mem_regions(vm->memory, region);
+	for (unsigned slot = 0; slot < n; slot++) {
+		struct kvm_userspace_memory_region slot_region = {
+			.slot = slot,
+			.flags = log_writes ? KVM_MEM_LOG_DIRTY_PAGES : 0,
+			.guest_phys_addr = region[slot].gpa,
+			.memory_size = region[slot].bytes,
+			.userspace_addr = (uintptr_t)(mem_base(vm->memory) + region[slot].ram_offset),
+		};
+		if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &slot_region) < 0)
+			return err_sys(err, errno, "show %llu bytes of memory to the guest at 0x%llx",
+				       (unsigned long long)region[slot].bytes, (unsigned long long)region[slot].gpa);
 	}
 	return 0;
 }
@@ -135,7 +125,7 @@ static int build(struct vm *vm, const struct vm_config *config, struct err *err)
 	int r;
 	if ((r = init_locks(vm, err)) < 0 || (r = open_kvm(vm, err)) < 0 || (r = check_capabilities(vm, err)) < 0 ||
 	    (r = create_kvm_vm(vm, err)) < 0 || (r = mem_create(config->memory_bytes, &vm->memory, err)) < 0 ||
-	    (r = map_memory(vm, err)) < 0 || (r = bus_create("I/O port", &vm->pio, err)) < 0 ||
+	    (r = vm_map_memory(vm, false, err)) < 0 || (r = bus_create("I/O port", &vm->pio, err)) < 0 ||
 	    (r = bus_create("MMIO", &vm->mmio, err)) < 0 || (r = vm_arch_create(vm, err)) < 0)
 		return r;
 	for (unsigned i = 0; i < vm->cpus; i++)

@@ -54,7 +54,6 @@ struct vm {
 	unsigned cpus;
 	size_t run_bytes;
 	struct mem *memory;
-	unsigned memory_slots; /* KVM's slots: the memory's regions in order */
 	struct bus *pio, *mmio;
 	struct vm_arch *arch; /* contents: controlling thread, vCPUs standing still */
 	void (*stopped)(void *opaque, enum vm_stop_reason reason, const struct err *err);
@@ -68,7 +67,7 @@ struct vm {
 	bool spins;		    /* immutable: there are processors to spare for waiting awake */
 	_Atomic unsigned leaving;   /* changed under lock: woken by a resume, not yet past the wait */
 	uint64_t resumed_ns;	    /* under lock: when `leaving` came to 0 */
-	_Atomic uint64_t resume_count; /* changed under lock */
+	_Atomic unsigned resume_count; /* changed under lock; may wrap */
 
 	bool stop_reported;		 /* under lock */
 	enum vm_stop_reason stop_reason; /* under lock; meaningful while VM_HOLD_STOP */
@@ -84,8 +83,8 @@ struct vm {
 };
 
 /* --- vm.c --- */
-/* Shows a region of memory to the guest, or changes whether writes to it are logged. */
-int vm_map_slot(struct vm *vm, unsigned slot, bool log_writes, struct err *err);
+/* Shows memory to the guest, a slot for each of its regions in order; or changes whether writes to it are logged. */
+int vm_map_memory(struct vm *vm, bool log_writes, struct err *err);
 
 /* --- vcpu.c --- */
 int vcpu_create(struct vm *vm, unsigned index, struct err *err);
@@ -101,9 +100,8 @@ void vcpu_kick_all(struct vm *vm);
 /* --- quiesce.c --- */
 /*
  * A pause is shorter than falling asleep and being woken again, which takes a processor out of idleness. So both sides first wait
- * awake for as long as a pause may take: until `*value` is `from` no more, or is `to` (vm_spin_until).
+ * awake for as long as a pause may take, for `*value` to become `to`.
  */
-void vm_spin_while(const struct vm *vm, const _Atomic uint64_t *value, uint64_t from);
 void vm_spin_until(const struct vm *vm, const _Atomic unsigned *value, unsigned to);
 /* Sets a bit of vm->hold and kicks. Under vm->lock. */
 void vm_hold(struct vm *vm, unsigned bit);
