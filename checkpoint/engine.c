@@ -232,6 +232,21 @@ void ckpt_progress(struct ckpt_engine *engine, struct ckpt_progress *out)
 	out->done_pages = out->active && strcmp(out->phase, "stage") != 0 ? stats.saved_pages + stats.zero_pages : 0;
 }
 
+int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint *checkpoint, struct page_index *out,
+		      struct err *err)
+{
+	CLEANUP_BUF struct buf file = BUF_INIT;
+	int r = store_checkpoint_read(engine->store, checkpoint, "index", &file, err);
+	if (r == 0)
+		r = page_index_decode(file.data, file.length, out, err);
+	if (r != 0 || out->page_count == mem_pages(engine->mem))
+		return r;
+	err_set(err, ERR_DAMAGED, EINVAL, "index: %llu pages instead of %llu", (unsigned long long)out->page_count,
+		(unsigned long long)mem_pages(engine->mem));
+	page_index_free(out);
+	return -EINVAL;
+}
+
 void engine_set_position(struct ckpt_engine *engine, const char *id)
 {
 	pthread_mutex_lock(&engine->lock);

@@ -42,7 +42,7 @@ struct ckpt_engine {
 	/* owner: the operation under way */
 	struct memcow *memcow;
 	struct tracker *tracker;      /* its base, if it has one, is the position */
-	struct err live_error;	   /* why there is no live checkpoint on this host; number 0 if there is */
+	struct err live_error;	   /* why memory cannot be protected on this host; number 0 if it can */
 	struct state_set captured; /* the buffers of the pause */
 
 	pthread_mutex_t lock; /* all below; a leaf */
@@ -80,6 +80,7 @@ struct take {
 	int fd, sums_fd;
 	/* The parent's, if only what was written since is saved; else page_count is 0. */
 	struct page_index parent_index;
+	bool needs_written; /* the instant: what the tracker finds in the pause */
 	bool armed;    /* memcow must be abandoned */
 	bool switched; /* the disks stand on their overlays */
 	bool parked;   /* the loop */
@@ -108,7 +109,7 @@ int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint 
 int take_stage_memory(struct take *take, struct err *err);
 /* In the pause. -ENOBUFS: the guest wrote too much for the way that was chosen; take_restage_memory, then once more. */
 int take_capture_memory(struct take *take, struct err *err);
-/* After -ENOBUFS, while the VM runs again: the way that always suffices. */
+/* After -ENOBUFS, while the VM runs again: a way that needs no buffers for all of it. */
 int take_restage_memory(struct take *take, struct err *err);
 
 /* --- take_disks.c --- */

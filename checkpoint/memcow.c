@@ -338,6 +338,9 @@ void memcow_set_processors(struct memcow *cow, const cpu_set_t *busy, bool share
 		pthread_setaffinity_np(cow->fault_thread, sizeof(*busy), busy);
 }
 
+/* How many pages may lie between those that are protected with one call. */
+static uint64_t run_gap(const struct memcow *cow) { return cow->whole ? ARM_GAP_PAGES : SCOPE_GAP_PAGES; }
+
 /* All pages of the scope count as written before they are protected for the first time. */
 static int protect_scope(struct memcow *cow)
 {
@@ -346,7 +349,7 @@ static int protect_scope(struct memcow *cow)
 	for (uint64_t w = 0; w < cow->blocks; w++)
 		for (uint64_t bits = cow->scope[w]; bits; bits &= bits - 1)
 			page_set_add(&cow->dirty, w * 64 + (unsigned)__builtin_ctzll(bits));
-	return page_set_take(&cow->dirty, SCOPE_GAP_PAGES, protect_run_politely, cow, NULL);
+	return page_set_take(&cow->dirty, run_gap(cow), protect_run_politely, cow, NULL);
 }
 
 bool memcow_can_protect(struct memcow *cow)
@@ -361,7 +364,7 @@ int memcow_arm(struct memcow *cow, const struct memcow_target *target, struct er
 {
 	if (cow->stop_event < 0)
 		return err_set(err, ERR_HOST, ENOTSUP, "memory cannot be write-protected on this host");
-	uint64_t start_ns = clock_now_ns(), gap = target->scope ? SCOPE_GAP_PAGES : ARM_GAP_PAGES;
+	uint64_t start_ns = clock_now_ns();
 	int r = begin(cow, target, MEMCOW_PROTECT, err);
 	if (r != 0)
 		return r;
@@ -378,7 +381,7 @@ int memcow_arm(struct memcow *cow, const struct memcow_target *target, struct er
 	r = protect_scope(cow);
 	cow->arm_passes = 1;
 	while (r == 0 && cow->arm_passes < ARM_MAX_PASSES && page_set_count(&cow->dirty) > ARM_ENOUGH_PAGES) {
-		r = page_set_take(&cow->dirty, gap, protect_run_politely, cow, NULL);
+		r = page_set_take(&cow->dirty, run_gap(cow), protect_run_politely, cow, NULL);
 		cow->arm_passes++;
 	}
 	if (r != 0) {
@@ -403,10 +406,10 @@ int memcow_arm_stopped(struct memcow *cow, const struct memcow_target *target, s
 	return r;
 }
 
-/* Copies the pages of `words`, behind all copies made so far. */
-static int stage_pages(struct memcow *cow, const uint64_t *words, bool politely, struct err *err)
+/* Copies the pages of `words`, behind all copies made so far; *copied: how many. */
+static int stage_pages(struct memcow *cow, const uint64_t *words, bool politely, uint64_t *copied, struct err *err)
 {
-	uint64_t copied = 0;
+	*copied = 0;
 	for (uint64_t w = 0; w < cow->blocks; w++) {
 		for (uint64_t bits = words[w]; bits; bits &= bits - 1) {
 			uint64_t page = w * 64 + (unsigned)__builtin_ctzll(bits);
@@ -424,7 +427,7 @@ static int stage_pages(struct memcow *cow, const uint64_t *words, bool politely,
 			segment->entries[segment->count] = (struct segment_entry){.page = page, .slot = segment->count};
 			page_copy(segment->data + (size_t)segment->count * PAGE_BYTES, cow->base + page * PAGE_BYTES);
 			segment->count++;
-			if (politely && ++copied % STAGE_CHUNK_PAGES == 0)
+			if (++*copied % STAGE_CHUNK_PAGES == 0 && politely)
 				priority_give_way_each(cow->room_each_ns, &cow->made_room_ns);
 		}
 	}
@@ -485,8 +488,8 @@ static int settle_pages(struct memcow *cow, const uint64_t *words, struct err *e
 
 static int copy_pages(struct memcow *cow, const uint64_t *words, bool stage, struct err *err)
 {
-	uint64_t start_ns = clock_now_ns();
-	int r = stage ? stage_pages(cow, words, true, err) : settle_pages(cow, words, err);
+	uint64_t start_ns = clock_now_ns(), copied;
+	int r = stage ? stage_pages(cow, words, true, &copied, err) : settle_pages(cow, words, err);
 	cow->arm_passes++;
 	cow->arm_ns += clock_now_ns() - start_ns;
 	return r;
@@ -533,10 +536,11 @@ static int instant_staged(struct memcow *cow, const uint64_t *written, struct er
 {
 	if (!written)
 		return 0;
-	for (uint64_t w = 0; w < cow->blocks; w++)
-		cow->armed_again_pages += popcount64(written[w]);
+	uint64_t copied;
 	widen_scope(cow, written, false);
-	return stage_pages(cow, written, false, err);
+	int r = stage_pages(cow, written, false, &copied, err);
+	cow->armed_again_pages = copied;
+	return r;
 }
 
 int memcow_instant(struct memcow *cow, const uint64_t *written, struct err *err)
@@ -556,8 +560,7 @@ int memcow_instant(struct memcow *cow, const uint64_t *written, struct err *err)
 		r = -EIO;
 	/* Few pages are copied one by one; runs of many are joined across gaps and protected. */
 	struct instant instant = {.cow = cow};
-	uint64_t joined = cow->whole ? ARM_GAP_PAGES : SCOPE_GAP_PAGES, settled = 0;
-	uint64_t gap = page_set_count(&cow->dirty) > INSTANT_COPY_PAGES ? joined : 0;
+	uint64_t gap = page_set_count(&cow->dirty) > INSTANT_COPY_PAGES ? run_gap(cow) : 0, settled = 0;
 	if (r == 0)
 		r = page_set_take(&cow->dirty, gap, settle_run, &instant, &settled);
 	cow->armed_again_pages = settled;

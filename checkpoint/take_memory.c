@@ -2,9 +2,7 @@
  * The memory's part of a checkpoint: what must be saved, and how the instant is held. docs/memory-cow.md says which is chosen when.
  */
 #include <errno.h>
-#include <string.h>
 
-#include "base/buf.h"
 #include "base/bytes.h"
 #include "base/log.h"
 #include "checkpoint/engine_internal.h"
@@ -21,21 +19,6 @@
 #define SETTLE_ENOUGH_PAGES 2048u
 #define SETTLE_MOST_PAGES   8192u
 #define SETTLE_MAX_PASSES   12u
-
-int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint *checkpoint, struct page_index *out,
-		      struct err *err)
-{
-	CLEANUP_BUF struct buf file = BUF_INIT;
-	int r = store_checkpoint_read(engine->store, checkpoint, "index", &file, err);
-	if (r == 0)
-		r = page_index_decode(file.data, file.length, out, err);
-	if (r != 0 || out->page_count == mem_pages(engine->mem))
-		return r;
-	err_set(err, ERR_DAMAGED, EINVAL, "index: %llu pages instead of %llu", (unsigned long long)out->page_count,
-		(unsigned long long)mem_pages(engine->mem));
-	page_index_free(out);
-	return -EINVAL;
-}
 
 /* True if this checkpoint can do with what was written since the parent. */
 static bool load_parent(struct take *take)
@@ -56,16 +39,25 @@ static bool load_parent(struct take *take)
 	return r == 0;
 }
 
-static struct memcow_target target_of(const struct take *take)
+typedef int begin_fn(struct memcow *cow, const struct memcow_target *target, struct err *err);
+
+/* Begins to hold memory in one of the ways; `plan` is its name, `plan_all` that for all memory. */
+static int begin(struct take *take, begin_fn *fn, const char *plan, const char *plan_all, struct err *err)
 {
 	bool incremental = take->parent_index.page_count != 0;
-	return (struct memcow_target){
+	struct memcow_target target = {
 		.fd = take->fd,
 		.sums_fd = take->sums_fd,
 		.scope = incremental ? tracker_since(take->engine->tracker) : NULL,
 		.max_rate = take->max_rate,
 		.cancel = &take->engine->cancel,
 	};
+	take->result.plan = incremental ? plan : plan_all;
+	/* Of what is saved whole, and protected or standing still, it need not be known. */
+	take->needs_written = incremental || fn == memcow_settle;
+	int r = fn(take->engine->memcow, &target, err);
+	take->armed = r == 0;
+	return r;
 }
 
 /* What was written since the last harvest. Cancelling is looked at. */
@@ -95,21 +87,15 @@ static int stage_rest(struct take *take, struct err *err)
 
 static int stage_memory(struct take *take, struct err *err)
 {
-	struct memcow_target target = target_of(take);
-	int r = memcow_stage(take->engine->memcow, &target, err);
-	take->armed = r == 0;
-	take->result.plan = "stage";
+	int r = begin(take, memcow_stage, "stage", NULL, err); /* never all memory */
 	return r == 0 ? stage_rest(take, err) : r;
 }
 
 static int settle_memory(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
-	struct memcow_target target = target_of(take);
 	uint64_t before = UINT64_MAX, count = 0;
-	int r = memcow_settle(engine->memcow, &target, err);
-	take->armed = r == 0;
-	take->result.plan = target.scope ? "settle" : "settle-all";
+	int r = begin(take, memcow_settle, "settle", "settle-all", err);
 	for (unsigned pass = 1; r == 0; pass++) {
 		r = harvest(take, &count, err);
 		if (r != 0 || count <= SETTLE_ENOUGH_PAGES || (count <= SETTLE_MOST_PAGES && count > before / 2))
@@ -125,24 +111,6 @@ static int settle_memory(struct take *take, struct err *err)
 	if (r == 0)
 		r = memcow_stage_more(engine->memcow, tracker_fresh(engine->tracker), err);
 	return r == 0 ? stage_rest(take, err) : r;
-}
-
-static int protect_memory(struct take *take, struct err *err)
-{
-	struct memcow_target target = target_of(take);
-	int r = memcow_arm(take->engine->memcow, &target, err);
-	take->armed = r == 0;
-	take->result.plan = target.scope ? "protect" : "protect-all";
-	return r;
-}
-
-static int stop_memory(struct take *take, struct err *err)
-{
-	struct memcow_target target = target_of(take);
-	int r = memcow_arm_stopped(take->engine->memcow, &target, err);
-	take->armed = r == 0;
-	take->result.plan = target.scope ? "stopped" : "stopped-all";
-	return r;
 }
 
 /* Neither way to follow the guest's writes. */
@@ -173,7 +141,7 @@ int take_stage_memory(struct take *take, struct err *err)
 	if (unknown.number != 0) /* the next one saves all memory too */
 		log_debug("checkpoint %.8s: what the guest writes is not tracked: %s", take->result.id, unknown.message);
 	if (!take->live)
-		return stop_memory(take, err);
+		return begin(take, memcow_arm_stopped, "stopped", "stopped-all", err);
 	bool can_protect = memcow_can_protect(engine->memcow);
 	if (!can_protect && !tracker_is_on(engine->tracker))
 		return cannot_be_live(take, err);
@@ -193,7 +161,9 @@ int take_restage_memory(struct take *take, struct err *err)
 	take->armed = false;
 	if (err)
 		*err = ERR_INIT;
-	return settle && tracker_is_on(engine->tracker) ? settle_memory(take, err) : protect_memory(take, err);
+	if (settle && tracker_is_on(engine->tracker))
+		return settle_memory(take, err);
+	return begin(take, memcow_arm, "protect", "protect-all", err);
 }
 
 int take_capture_memory(struct take *take, struct err *err)
@@ -202,8 +172,7 @@ int take_capture_memory(struct take *take, struct err *err)
 	const uint64_t *written = NULL;
 	uint64_t count;
 	int r = 0;
-	/* Of what is saved whole, and protected or standing still, it need not be known. */
-	if (take->parent_index.page_count != 0 || strcmp(take->result.plan, "settle-all") == 0) {
+	if (take->needs_written) {
 		r = tracker_collect(engine->tracker, &count, err);
 		written = tracker_fresh(engine->tracker);
 	}

@@ -87,7 +87,8 @@ static int take(struct cli *cli, struct store *store, const char *vm, uint64_t m
 	bool cancels = canceller_start(&canceller);
 	rc = control_call(client, "checkpoint.take",
 			  json_pack("{s:b, s:b, s:I, s:s, s:o, s:o, s:s}", "live", cli_given(cli, "live"), "full",
-				    cli_given(cli, "full"), "max_rate", (json_int_t)max_rate, "instant", instant ? instant : "now", "tag", text_or_null(cli_value(cli, "tag")), "message",
+				    cli_given(cli, "full"), "max_rate", (json_int_t)max_rate, "instant",
+				    instant ? instant : "now", "tag", text_or_null(cli_value(cli, "tag")), "message",
 				    text_or_null(cli_value(cli, "message")), "wait", wait ? wait : "durable"),
 			  cli_progress_show, &progress, result, err);
 	if (cancels)
