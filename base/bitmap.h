@@ -24,4 +24,14 @@ static inline void bitmap_clear(_Atomic uint64_t *map, uint64_t bit)
 	atomic_fetch_and_explicit(&map[bit / 64], ~((uint64_t)1 << (bit % 64)), memory_order_acq_rel);
 }
 
+/* Of one owner: sets the bits [first, first + count). */
+static inline void bitmap_fill(uint64_t *map, uint64_t first, uint64_t count)
+{
+	for (uint64_t bit = first, end = first + count; bit < end;) {
+		uint64_t in_word = 64 - bit % 64, n = end - bit < in_word ? end - bit : in_word;
+		map[bit / 64] |= (n == 64 ? UINT64_MAX : ((uint64_t)1 << n) - 1) << (bit % 64);
+		bit += n;
+	}
+}
+
 #endif

@@ -10,6 +10,7 @@
 
 static void free_engine(struct ckpt_engine *engine)
 {
+	loader_destroy(engine->loader);
 	memcow_destroy(engine->memcow);
 	tracker_destroy(engine->tracker);
 	state_set_free(&engine->captured);
@@ -45,6 +46,17 @@ static int copy_disks(struct ckpt_engine *engine, const struct ckpt_engine_confi
 	return 0;
 }
 
+/* Without userfaultfd, which takes no mapping of a file, what the guest writes is still tracked. */
+static int create_memcow(struct ckpt_engine *engine, struct err *err)
+{
+	if (mem_fd(engine->mem) < 0)
+		err_set(&engine->live_error, ERR_HOST, ENOTSUP, "memory that is mapped from a checkpoint cannot be write-protected");
+	else if (memcow_create(engine->mem, true, &engine->memcow, &engine->live_error) == 0)
+		return 0;
+	engine->live_error.class = ERR_HOST;
+	return memcow_create(engine->mem, false, &engine->memcow, err);
+}
+
 int ckpt_engine_create(const struct ckpt_engine_config *config, struct ckpt_engine **out, struct err *err)
 {
 	struct ckpt_engine *engine = xcalloc(1, sizeof(*engine));
@@ -64,11 +76,8 @@ int ckpt_engine_create(const struct ckpt_engine_config *config, struct ckpt_engi
 	int r = copy_disks(engine, config, err);
 	if (r == 0)
 		r = state_set_init(&engine->captured, engine->components, engine->component_count, err);
-	/* Without userfaultfd the engine can still save a VM that stands still. */
-	if (r == 0 && memcow_create(engine->mem, true, &engine->memcow, &engine->live_error) != 0) {
-		engine->live_error.class = ERR_HOST;
-		r = memcow_create(engine->mem, false, &engine->memcow, err);
-	}
+	if (r == 0)
+		r = create_memcow(engine, err);
 	if (r == 0)
 		r = tracker_create(engine->vm, engine->loop, &engine->tracker, err);
 	if (r != 0) {
@@ -245,6 +254,20 @@ int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint 
 		(unsigned long long)mem_pages(engine->mem));
 	page_index_free(out);
 	return -EINVAL;
+}
+
+static void memory_damaged(void *opaque, const struct err *err) { engine_set_broken(opaque, err); }
+
+int engine_map_memory(struct ckpt_engine *engine, const char *checkpoint, struct page_index *index, struct err *err)
+{
+	const struct loader_config config = {
+		.vm = engine->vm,
+		.store = engine->store,
+		.checkpoint = checkpoint,
+		.damaged = memory_damaged,
+		.opaque = engine,
+	};
+	return loader_map(&config, index, &engine->loader, err);
 }
 
 void engine_set_position(struct ckpt_engine *engine, const char *id)

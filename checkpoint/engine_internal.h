@@ -1,5 +1,5 @@
 /* What the parts of the engine share: engine.c (life, locking), take.c (stage, pause), take_disks.c, persist.c (save,
- * commit), revert.c, restore.c (memory). */
+ * commit), revert.c. */
 #ifndef VMCP_CHECKPOINT_ENGINE_INTERNAL_H
 #define VMCP_CHECKPOINT_ENGINE_INTERNAL_H
 
@@ -7,9 +7,10 @@
 
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/index.h"
+#include "checkpoint/loader.h"
 #include "checkpoint/memcow.h"
+#include "checkpoint/restore.h"
 #include "checkpoint/state_set.h"
-#include "checkpoint/sums.h"
 #include "checkpoint/tracker.h"
 
 struct engine_disk {
@@ -41,6 +42,7 @@ struct ckpt_engine {
 
 	/* owner: the operation under way */
 	struct memcow *memcow;
+	struct loader *loader;	      /* of a VM that was started from a checkpoint, else NULL */
 	struct tracker *tracker;      /* its base, if it has one, is the position */
 	struct err live_error;	   /* why memory cannot be protected on this host; number 0 if it can */
 	struct state_set captured; /* the buffers of the pause */
@@ -104,6 +106,9 @@ int engine_run_background(struct ckpt_engine *engine, struct take *take, struct 
 int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint *checkpoint, struct page_index *out,
 		      struct err *err);
 
+/* Maps a checkpoint's memory into a VM that never ran. Takes over *index. */
+int engine_map_memory(struct ckpt_engine *engine, const char *checkpoint, struct page_index *index, struct err *err);
+
 /* --- take_memory.c --- */
 /* Chooses how the instant of memory is held, and prepares it; the VM may run. take->armed tells whether to abandon. */
 int take_stage_memory(struct take *take, struct err *err);
@@ -135,26 +140,5 @@ uint64_t take_release_machine(struct take *take);
 /* Undoes everything that can be undone. The machine goes on. */
 void take_fail(struct take *take);
 void take_free(struct take *take);
-
-/* --- restore.c --- */
-/* The layers of an index, opened as they are needed. */
-struct restore_layers {
-	struct store *store;
-	const struct page_index *index;
-	struct restore_layer {
-		int fd;
-		struct page_sums sums;
-	} *layers;
-};
-/* The index stays the caller's, unchanged until restore_close. */
-int restore_init(struct restore_layers *layers, struct store *store, const struct page_index *index, struct err *err);
-void restore_close(struct restore_layers *layers);
-/* which: bitmap of ram pages, NULL: all. */
-/* Reads the pages that the index takes from a layer and checks them against their checksums. */
-int restore_verify(struct restore_layers *layers, const uint64_t *which, struct err *err);
-/* Makes those pages what the index says. `fresh`: memory is all zero, and each page is checked against its checksum on the
- * way. *changed: pages that differed. */
-int restore_memory(struct mem *mem, struct restore_layers *layers, const uint64_t *which, bool fresh, uint64_t *changed,
-		   struct err *err);
 
 #endif

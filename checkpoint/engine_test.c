@@ -40,7 +40,7 @@ struct vm {
 	pthread_cond_t cond;
 	bool asked, standing, quit; /* under lock */
 	atomic_bool stop;
-	_Atomic uint64_t steps;
+	_Atomic uint64_t steps, failures;
 };
 
 /* A host whose KVM has no dirty log: every checkpoint saves all memory. */
@@ -113,14 +113,31 @@ void vm_busy_processors(const struct vm *vm, cpu_set_t *out)
 	(void)vm;
 	CPU_ZERO(out);
 }
+uint64_t vm_first_entry_ns(const struct vm *vm)
+{
+	(void)vm;
+	return clock_now_ns();
+}
+int vm_show_memory(struct vm *vm, struct err *err)
+{
+	(void)vm;
+	(void)err;
+	return 0;
+}
+void vm_fail(struct vm *vm, const struct err *err)
+{
+	(void)err;
+	atomic_fetch_add(&vm->failures, 1);
+}
 uint64_t vm_resumed_ns(const struct vm *vm)
 {
 	(void)vm;
 	return clock_now_ns();
 }
-int vm_dirty_log_start(struct vm *vm, struct err *err)
+int vm_dirty_log_start(struct vm *vm, bool *all_set, struct err *err)
 {
 	(void)vm;
+	*all_set = true;
 	return no_dirty_log ? err_set(err, ERR_HOST, ENOTSUP, "no dirty log") : 0;
 }
 void vm_dirty_log_stop(struct vm *vm) { (void)vm; }

@@ -252,6 +252,10 @@ int find_populated(const struct memcow *cow, uint64_t page, struct populated *at
 {
 	if (page < at->end)
 		return 0;
+	if (cow->memfd < 0) { /* private memory: to look costs little, as what is nowhere is the one page of zeroes */
+		*at = (struct populated){.first = page, .end = page + 1};
+		return 0;
+	}
 	off_t data = lseek(cow->memfd, (off_t)(page * PAGE_BYTES), SEEK_DATA);
 	if (data < 0 && errno != ENXIO)
 		return -errno;

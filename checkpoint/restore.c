@@ -1,7 +1,7 @@
-/* Memory from layers: checking and putting back. */
+#include "checkpoint/restore.h"
+
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/falloc.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -11,10 +11,9 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/file.h"
-#include "checkpoint/engine_internal.h"
 #include "checkpoint/memcow_internal.h"
 
-#define CHUNK_PAGES PAGE_SUMS_MAX_READ
+#define CHUNK_PAGES RESTORE_CHUNK_PAGES
 /* Zero pages in a row that are worth a hole instead of zeroes written. */
 #define HOLE_PAGES 16u
 
@@ -70,6 +69,14 @@ static int get_layer(struct restore_layers *layers, uint32_t number, struct rest
 {
 	*out = &layers->layers[number - 1];
 	return (*out)->sums.fd >= 0 ? 0 : open_layer(layers, number, err);
+}
+
+int restore_layer_fd(struct restore_layers *layers, uint32_t number, int *fd, struct err *err)
+{
+	struct restore_layer *layer;
+	int r = get_layer(layers, number, &layer, err);
+	*fd = r == 0 ? layer->fd : -1;
+	return r;
 }
 
 static int read_pages(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, uint8_t *data,
@@ -131,16 +138,16 @@ static uint64_t next_page(const uint64_t *which, uint64_t page, uint64_t end)
 	return end;
 }
 
-/* The next run behind *run, of pages of `which` if that is not NULL. False at the end. */
-static bool next_run(const struct page_index *index, const uint64_t *which, struct run *run)
+/* The next run behind *run and before `end`, of pages of `which` if that is not NULL. False at the end. */
+static bool next_run(const struct page_index *index, const uint64_t *which, uint64_t end, struct run *run)
 {
-	uint64_t page = run->first + run->count, end = index->page_count;
+	uint64_t page = run->first + run->count;
 	if (which)
 		page = next_page(which, page, end);
 	if (page >= end)
 		return false;
 	const struct index_extent *e = page_index_find(index, page);
-	uint64_t limit = e->first + e->count;
+	uint64_t limit = min_u64(e->first + e->count, end);
 	if (e->layer != INDEX_ZERO_LAYER)
 		limit = min_u64(limit, page + CHUNK_PAGES);
 	*run = (struct run){.first = page, .count = limit - page, .layer = e->layer};
@@ -153,12 +160,12 @@ static bool next_run(const struct page_index *index, const uint64_t *which, stru
 	return true;
 }
 
-int restore_verify(struct restore_layers *layers, const uint64_t *which, struct err *err)
+int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_t first, uint64_t end, struct err *err)
 {
 	CLEANUP_FREE uint8_t *chunk = alloc_chunk(err);
-	struct run run = {0};
+	struct run run = {.first = first};
 	int r = chunk ? 0 : -ENOMEM;
-	while (r == 0 && next_run(layers->index, which, &run)) {
+	while (r == 0 && next_run(layers->index, which, end, &run)) {
 		if (run.layer == INDEX_ZERO_LAYER)
 			continue;
 		r = read_pages(layers, run.layer, run.first, run.count, chunk, err);
@@ -197,11 +204,22 @@ static int load_run(struct mem *mem, struct restore_layers *layers, const struct
 /* [first, first + count) is populated and not zero. */
 static int clear_run(struct mem *mem, uint64_t first, uint64_t count, struct err *err)
 {
-	if (count >= HOLE_PAGES && fallocate(mem_fd(mem), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-					     (off_t)(first * PAGE_BYTES), (off_t)(count * PAGE_BYTES)) != 0)
-		return err_sys(err, errno, "guest memory: cannot clear %llu pages", (unsigned long long)count);
-	if (count > 0 && count < HOLE_PAGES)
-		memset(mem_base(mem) + first * PAGE_BYTES, 0, count * PAGE_BYTES);
+	if (count >= HOLE_PAGES)
+		return mem_discard(mem, first * PAGE_BYTES, count * PAGE_BYTES, err);
+	memset(mem_base(mem) + first * PAGE_BYTES, 0, count * PAGE_BYTES);
+	return 0;
+}
+
+/* The next page before `end` that may not be zero; `end` if there is none. */
+static int find_next(struct mem *mem, uint64_t page, uint64_t end, uint64_t *populated, struct err *err)
+{
+	*populated = page;
+	if (mem_fd(mem) < 0)
+		return 0;
+	off_t data = lseek(mem_fd(mem), (off_t)(page * PAGE_BYTES), SEEK_DATA);
+	if (data < 0 && errno != ENXIO)
+		return err_sys(err, errno, "guest memory: cannot find populated pages");
+	*populated = data < 0 ? end : min_u64((uint64_t)data / PAGE_BYTES, end);
 	return 0;
 }
 
@@ -214,10 +232,10 @@ static int clear_pages(struct mem *mem, const struct run *zero, uint64_t *change
 	uint64_t end = zero->first + zero->count, page = zero->first, run = 0; /* [page - run, page) is to be cleared */
 	int r = 0;
 	while (page < end && r == 0) {
-		off_t data = lseek(mem_fd(mem), (off_t)(page * PAGE_BYTES), SEEK_DATA);
-		if (data < 0 && errno != ENXIO)
-			return err_sys(err, errno, "guest memory: cannot find populated pages");
-		uint64_t populated = data < 0 ? end : min_u64((uint64_t)data / PAGE_BYTES, end);
+		uint64_t populated;
+		r = find_next(mem, page, end, &populated, err);
+		if (r != 0)
+			return r;
 		if (populated == page && !page_is_zero(mem_base(mem) + page * PAGE_BYTES)) {
 			page++;
 			run++;
@@ -241,7 +259,7 @@ int restore_memory(struct mem *mem, struct restore_layers *layers, const uint64_
 	struct run run = {0};
 	int r = chunk ? 0 : -ENOMEM;
 	*changed = 0;
-	while (r == 0 && next_run(layers->index, which, &run)) {
+	while (r == 0 && next_run(layers->index, which, layers->index->page_count, &run)) {
 		if (run.layer == INDEX_ZERO_LAYER)
 			r = fresh ? 0 : clear_pages(mem, &run, changed, err);
 		else

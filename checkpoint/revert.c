@@ -145,7 +145,7 @@ static int check(struct revert *rv, const char *id, bool fresh, struct err *err)
 	r = check_machine(rv, err);
 	if (r == 0)
 		r = read_state(rv, err);
-	if (r == 0)
+	if (r == 0 && !fresh)
 		r = restore_init(&rv->layers, engine->store, &rv->index, err);
 	if (r == 0 && !fresh) {
 		struct err unknown = ERR_INIT;
@@ -154,7 +154,7 @@ static int check(struct revert *rv, const char *id, bool fresh, struct err *err)
 		/* A pass of its own, while the VM runs: a bad page that is found half way through putting back would
 		 * leave the machine neither here nor there. It also brings the layers into the page cache, for the
 		 * pass that matters. */
-		r = restore_verify(&rv->layers, rv->which, err);
+		r = restore_verify(&rv->layers, rv->which, 0, rv->index.page_count, err);
 	}
 	if (r == 0)
 		r = fault_check(FAULT_REVERT_CHECKED, err);
@@ -235,14 +235,15 @@ static int find_last_changes(struct revert *rv, struct err *err)
 		late[w] = tracker_since(tracker)[w] & ~rv->which[w];
 		rv->which[w] |= late[w];
 	}
-	return restore_verify(&rv->layers, late, err);
+	return restore_verify(&rv->layers, late, 0, rv->index.page_count, err);
 }
 
 static int put_back_memory(struct revert *rv, bool fresh, struct err *err)
 {
 	struct ckpt_engine *engine = rv->engine;
 	struct err none = ERR_INIT;
-	int r = restore_memory(engine->mem, &rv->layers, rv->which, fresh, &rv->changed_pages, err);
+	int r = fresh ? engine_map_memory(engine, rv->checkpoint.id, &rv->index, err)
+		      : restore_memory(engine->mem, &rv->layers, rv->which, false, &rv->changed_pages, err);
 	if (r != 0)
 		return r;
 	/* Before states are applied: these, and completion logs, write to memory. */
@@ -374,6 +375,8 @@ int ckpt_load(struct ckpt_engine *engine, const char *id, struct err *err)
 		loop_park_wait(engine->loop);
 		r = put_back(&rv, true, err);
 		loop_unpark(engine->loop);
+		if (r == 0)
+			r = loader_start(engine->loader, err);
 		if (r == 0)
 			engine_set_position(engine, rv.checkpoint.id);
 		else

@@ -96,11 +96,14 @@ int tracker_start(struct tracker *t, bool vm_runs, struct err *err)
 	if (t->on)
 		return 0;
 	t->base = false;
-	int r = vm_dirty_log_start(t->vm, err);
+	bool all_set;
+	int r = vm_dirty_log_start(t->vm, &all_set, err);
 	if (r != 0)
 		return r;
-	memset(t->fresh, 0xff, t->words * sizeof(uint64_t));
-	r = clear_fresh(t, vm_runs, err);
+	if (all_set) {
+		memset(t->fresh, 0xff, t->words * sizeof(uint64_t));
+		r = clear_fresh(t, vm_runs, err);
+	}
 	if (r != 0)
 		vm_dirty_log_stop(t->vm);
 	t->on = r == 0;

@@ -186,10 +186,10 @@ static int revert_in_place(struct store *store, const char *vm, const char *id, 
 }
 
 /* The VM is gone: it starts from the checkpoint, detached. */
-static int revert_by_start(struct cli *cli, const char *id, json_t **result, struct err *err)
+static int revert_by_start(struct cli *cli, const char *id, const char *name, json_t **result, struct err *err)
 {
 	struct process_options options = {
-		.store_path = cli->store_path, .from = id, .detach = true, .started_ns = cli->started_ns};
+		.store_path = cli->store_path, .from = id, .name = name, .detach = true, .started_ns = cli->started_ns};
 	struct process_result started;
 	int rc = process_run(&options, &started, err);
 
@@ -212,7 +212,7 @@ static void print_reverted(const json_t *result)
 	       json_string_value(json_object_get(result, "mode")), took);
 }
 
-/* Finds the checkpoint and whether the VM that took it runs. */
+/* Finds the checkpoint, the VM that is meant, --vm or the one that took it, and whether it runs. */
 static int find_target(struct cli *cli, struct store *store, char id[STORE_ID_BYTES], char name[STORE_NAME_BYTES],
 		       bool *alive, struct err *err)
 {
@@ -224,13 +224,15 @@ static int find_target(struct cli *cli, struct store *store, char id[STORE_ID_BY
 		rc = store_checkpoint_get(store, id, &checkpoint, err);
 	if (rc)
 		return rc;
-	snprintf(name, STORE_NAME_BYTES, "%s", checkpoint.vm);
+	const char *wanted = cli_value(cli, "vm");
+	snprintf(name, STORE_NAME_BYTES, "%s", wanted ? wanted : checkpoint.vm);
 	store_checkpoint_free(&checkpoint);
 	*alive = false;
-	if (store_vm_get(store, name, &vm, NULL) == 0) {
-		*alive = vm.alive;
-		store_vm_free(&vm);
-	}
+	rc = store_vm_get(store, name, &vm, wanted ? err : NULL);
+	if (rc)
+		return wanted ? rc : 0;
+	*alive = vm.alive;
+	store_vm_free(&vm);
 	return 0;
 }
 
@@ -249,7 +251,7 @@ static int run_revert(struct cli *cli, struct err *err)
 		rc = revert_in_place(store, name, id, &result, err);
 	store_close(store); /* before a process is forked: a database handle must not be in two */
 	if (!rc && !alive)
-		rc = revert_by_start(cli, id, &result, err);
+		rc = revert_by_start(cli, id, name, &result, err);
 	if (rc)
 		return rc;
 	if (cli->json) {
@@ -292,6 +294,10 @@ static const struct cli_option checkpoint_options[] = {
 	 "captured: return when the VM runs again; durable (default): when all is on stable storage"},
 	{0},
 };
+static const struct cli_option revert_options[] = {
+	{"vm", 0, "VM", "the VM to take there, where it is another than the one that the checkpoint was taken of"},
+	{0},
+};
 static const struct cli_option none[] = {{0}};
 
 const struct cli_command cli_checkpoint = {
@@ -316,15 +322,16 @@ const struct cli_command cli_cancel = {.name = "cancel",
 				       .run = run_cancel};
 const struct cli_command cli_revert = {
 	.name = "revert",
-	.synopsis = "CKPT",
+	.synopsis = "CKPT [--vm VM]",
 	.summary = "take a VM back to a checkpoint",
 	.help = "In place if the VM runs; else it starts from the checkpoint, detached. What the VM did since, on its "
 		"disks too, is\n"
 		"dropped: take a checkpoint first if it matters.\n\n"
 		"Examples:\n"
 		"    vmcp revert before-upgrade\n"
-		"    vmcp revert web~2",
-	.options = none,
+		"    vmcp revert web~2\n"
+		"    vmcp revert trained --vm worker7",
+	.options = revert_options,
 	.min_arguments = 1,
 	.max_arguments = 1,
 	.run = run_revert,

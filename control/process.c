@@ -327,7 +327,6 @@ static int drop_machine(struct process *process, struct err *err)
 static int start(struct process *process, struct err *err)
 {
 	int rc = start_signals(process, err);
-
 	if (!rc)
 		rc = console_create(&process->console, err);
 	if (rc)

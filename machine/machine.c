@@ -20,6 +20,7 @@
 #include "devices/virtio_rng.h"
 #include "vmm/acpi.h"
 #include "vmm/boot.h"
+#include "vmm/memory_guard.h"
 
 #define MAX_COMPONENTS (VM_MAX_CPUS + CONFIG_MAX_DISKS + 16)
 #define FIRST_ENTRY_WAIT_NS 1000000000ull
@@ -234,13 +235,16 @@ static int build(struct machine *machine, struct err *err)
 	struct machine_config *config = machine->options.config;
 	struct vm_config vm = {
 		.memory_bytes = config->memory_bytes,
+		.private_memory = machine->options.from != NULL,
 		.cpus = config->cpus,
 		.cpu_model = config->cpu_model,
 		.stopped = machine->options.stopped,
 		.opaque = machine->options.opaque,
 	};
-	int rc = vm_create(&vm, &machine->vm, err);
+	int rc = memory_guard_install(err);
 
+	if (!rc)
+		rc = vm_create(&vm, &machine->vm, err);
 	if (!rc)
 		rc = loop_create(&machine->loop, err);
 	if (!rc)

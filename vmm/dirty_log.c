@@ -9,24 +9,43 @@
 
 #define WORD_BYTES (64 * (uint64_t)PAGE_BYTES)
 
-int vm_dirty_log_start(struct vm *vm, struct err *err)
+static int enable_manual(struct vm *vm, uint64_t how, struct err *err)
 {
-	struct kvm_enable_cap cap = {
-		.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-		.args = {KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET},
-	};
+	struct kvm_enable_cap cap = {.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, .args = {how}};
 	int has = ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
-	if (has < 0 || (cap.args[0] & ~(uint64_t)has) != 0 || ioctl(vm->fd, KVM_ENABLE_CAP, &cap) < 0) {
-		err_set(err, ERR_HOST, ENOTSUP, "/dev/kvm: this kernel's KVM has no dirty log that is cleared by hand");
-		return err_hint(err, "Linux 5.6 and later have it; without it every checkpoint saves all memory");
-	}
-	int r = vm_map_memory(vm, true, err);
+	if (has >= 0 && (how & ~(uint64_t)has) == 0 && ioctl(vm->fd, KVM_ENABLE_CAP, &cap) == 0)
+		return 0;
+	err_set(err, ERR_HOST, ENOTSUP, "/dev/kvm: this kernel's KVM has no dirty log that is cleared by hand");
+	return err_hint(err, "Linux 5.6 and later have it; without it every checkpoint saves all memory");
+}
+
+int vm_show_memory(struct vm *vm, struct err *err)
+{
+	/* Not initially set: there is nothing to protect yet, and nothing to clear page by page before the first instruction. */
+	vm->logged = enable_manual(vm, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, NULL) == 0;
+	return vm_map_memory(vm, vm->logged, err);
+}
+
+int vm_dirty_log_start(struct vm *vm, bool *all_set, struct err *err)
+{
+	*all_set = !vm->logged;
+	if (vm->logged)
+		return 0;
+	int r = enable_manual(vm, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET, err);
+	if (r != 0)
+		return r;
+	r = vm_map_memory(vm, true, err);
 	if (r != 0)
 		vm_dirty_log_stop(vm);
+	vm->logged = r == 0;
 	return r;
 }
 
-void vm_dirty_log_stop(struct vm *vm) { vm_map_memory(vm, false, NULL); }
+void vm_dirty_log_stop(struct vm *vm)
+{
+	vm->logged = false;
+	vm_map_memory(vm, false, NULL);
+}
 
 int vm_dirty_log_get(struct vm *vm, uint64_t *words, struct err *err)
 {

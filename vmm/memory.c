@@ -1,6 +1,8 @@
 #include "vmm/memory.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -14,10 +16,11 @@
 
 struct mem {
 	uint64_t size;
-	int fd;
+	int fd;			 /* -1: private */
+	uint64_t *mapped;	 /* private: one bit per ram page at which a file is mapped. As `dirty` */
 	uint8_t *base;		 /* size bytes, 2 MiB aligned so that huge pages are possible */
 	_Atomic uint64_t *dirty; /* one bit per ram page; mapped, so that untouched parts cost nothing */
-	size_t dirty_bytes;
+	size_t bitmap_bytes;
 	unsigned region_count;
 	struct mem_region region[2];
 };
@@ -41,8 +44,8 @@ static int map_aligned(struct mem *mem, struct err *err)
 	if (space == MAP_FAILED)
 		return err_sys(err, errno, "guest memory: reserve %zu bytes of address space", reserved);
 	uint8_t *base = (uint8_t *)round_up((uintptr_t)space, MEM_ALIGN);
-	if (mmap(base, mem->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, mem->fd, 0) ==
-	    MAP_FAILED) {
+	int flags = mem->fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+	if (mmap(base, mem->size, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE | MAP_FIXED, mem->fd, 0) == MAP_FAILED) {
 		int number = errno;
 		munmap(space, reserved);
 		return err_sys(err, number, "guest memory: map %llu bytes", (unsigned long long)mem->size);
@@ -68,39 +71,57 @@ static void lay_out(struct mem *mem)
 			(struct mem_region){.gpa = MEM_HOLE_END, .ram_offset = low, .bytes = mem->size - low};
 }
 
-int mem_create(uint64_t size_bytes, struct mem **out, struct err *err)
+static int make_memfd(struct mem *mem, struct err *err)
+{
+	mem->fd = memfd_create("guest-memory", MFD_CLOEXEC);
+	if (mem->fd < 0)
+		return err_sys(err, errno, "guest memory: memfd_create");
+	if (ftruncate(mem->fd, (off_t)mem->size) < 0)
+		return err_sys(err, errno, "guest memory: size it to %llu bytes", (unsigned long long)mem->size);
+	return 0;
+}
+
+/* One bit a page. */
+static int map_bitmap(struct mem *mem, void *out, struct err *err)
+{
+	void *words = mmap(NULL, mem->bitmap_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (words == MAP_FAILED)
+		return err_sys(err, errno, "guest memory: map a bitmap of its pages");
+	memcpy(out, &words, sizeof(words));
+	return 0;
+}
+
+static int create(uint64_t size_bytes, bool private, struct mem **out, struct err *err)
 {
 	int r = check_size(size_bytes, err);
 	if (r < 0)
 		return r;
 	struct mem *mem = xcalloc(1, sizeof(*mem));
 	mem->size = size_bytes;
-	mem->dirty_bytes = BITMAP_WORDS(size_bytes >> PAGE_SHIFT) * sizeof(uint64_t);
+	mem->fd = -1;
+	mem->bitmap_bytes = BITMAP_WORDS(size_bytes >> PAGE_SHIFT) * sizeof(uint64_t);
 	lay_out(mem);
-	mem->fd = memfd_create("guest-memory", MFD_CLOEXEC);
-	if (mem->fd < 0) {
-		r = err_sys(err, errno, "guest memory: memfd_create");
-		goto fail;
+	if (!private)
+		r = make_memfd(mem, err);
+	if (r == 0)
+		r = map_aligned(mem, err);
+	if (r == 0)
+		r = map_bitmap(mem, &mem->dirty, err);
+	if (r == 0 && private)
+		r = map_bitmap(mem, &mem->mapped, err);
+	if (r < 0) {
+		mem_destroy(mem);
+		return r;
 	}
-	if (ftruncate(mem->fd, (off_t)size_bytes) < 0) {
-		r = err_sys(err, errno, "guest memory: size it to %llu bytes", (unsigned long long)size_bytes);
-		goto fail;
-	}
-	r = map_aligned(mem, err);
-	if (r < 0)
-		goto fail;
-	void *dirty = mmap(NULL, mem->dirty_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-			   -1, 0);
-	if (dirty == MAP_FAILED) {
-		r = err_sys(err, errno, "guest memory: map the dirty bitmap");
-		goto fail;
-	}
-	mem->dirty = dirty;
 	*out = mem;
 	return 0;
-fail:
-	mem_destroy(mem);
-	return r;
+}
+
+int mem_create(uint64_t size_bytes, struct mem **out, struct err *err) { return create(size_bytes, false, out, err); }
+
+int mem_create_private(uint64_t size_bytes, struct mem **out, struct err *err)
+{
+	return create(size_bytes, true, out, err);
 }
 
 void mem_destroy(struct mem *mem)
@@ -108,7 +129,9 @@ void mem_destroy(struct mem *mem)
 	if (!mem)
 		return;
 	if (mem->dirty)
-		munmap(mem->dirty, mem->dirty_bytes);
+		munmap(mem->dirty, mem->bitmap_bytes);
+	if (mem->mapped)
+		munmap(mem->mapped, mem->bitmap_bytes);
 	if (mem->base)
 		munmap(mem->base, mem->size);
 	if (mem->fd >= 0)
@@ -205,4 +228,66 @@ void mem_take_dirty(struct mem *mem, uint64_t *words)
 		if (atomic_load_explicit(&mem->dirty[w], memory_order_acquire))
 			words[w] |= atomic_exchange_explicit(&mem->dirty[w], 0, memory_order_acq_rel);
 	}
+}
+
+/* --- private memory --- */
+
+int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, struct err *err)
+{
+	uint64_t offset = first_page << PAGE_SHIFT, bytes = count << PAGE_SHIFT;
+	if (mem->fd >= 0 || !range_within(offset, bytes, mem->size))
+		return err_set(err, ERR_FAILED, EINVAL, "guest memory: no place for a file at page %llu",
+			       (unsigned long long)first_page);
+	if (mmap(mem->base + offset, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, fd, (off_t)offset) ==
+	    MAP_FAILED)
+		return err_sys(err, errno, "guest memory: map %llu pages of a file", (unsigned long long)count);
+	madvise(mem->base + offset, bytes, MADV_DONTDUMP);
+	bitmap_fill(mem->mapped, first_page, count);
+	return 0;
+}
+
+/* Up to `end`, the pages from `page` on that are alike: a file is mapped at all of them, or at none. */
+static uint64_t run_end(const struct mem *mem, uint64_t page, uint64_t end, bool *mapped)
+{
+	*mapped = mem->mapped[page / 64] >> (page % 64) & 1;
+	while (page < end && (mem->mapped[page / 64] >> (page % 64) & 1) == *mapped)
+		page++;
+	return page;
+}
+
+static int discard_private(struct mem *mem, uint64_t first, uint64_t end, struct err *err)
+{
+	while (first < end) {
+		bool mapped;
+		uint64_t next = run_end(mem, first, end, &mapped);
+		uint8_t *at = mem->base + (first << PAGE_SHIFT);
+		size_t bytes = (next - first) << PAGE_SHIFT;
+		/* Over a file: its old content must never come back. */
+		if (mapped && mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) ==
+				      MAP_FAILED) {
+			if (errno != ENOMEM)
+				return err_sys(err, errno, "guest memory: give %zu bytes back", bytes);
+			memset(at, 0, bytes); /* too many mappings: nothing is given back */
+		} else if (mapped) {
+			madvise(at, bytes, MADV_DONTDUMP);
+			for (uint64_t page = first; page < next; page++)
+				mem->mapped[page / 64] &= ~((uint64_t)1 << (page % 64));
+		} else if (madvise(at, bytes, MADV_DONTNEED) != 0) {
+			return err_sys(err, errno, "guest memory: give %zu bytes back", bytes);
+		}
+		first = next;
+	}
+	return 0;
+}
+
+int mem_discard(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err *err)
+{
+	if (!range_within(ram_offset, bytes, mem->size) || (ram_offset | bytes) % PAGE_BYTES != 0)
+		return err_set(err, ERR_FAILED, EINVAL, "guest memory: %llu bytes at %llu are not whole pages of it",
+			       (unsigned long long)bytes, (unsigned long long)ram_offset);
+	if (mem->fd < 0)
+		return discard_private(mem, ram_offset >> PAGE_SHIFT, (ram_offset + bytes) >> PAGE_SHIFT, err);
+	if (bytes > 0 && fallocate(mem->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)ram_offset, (off_t)bytes) != 0)
+		return err_sys(err, errno, "guest memory: give %llu bytes back", (unsigned long long)bytes);
+	return 0;
 }

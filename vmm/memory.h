@@ -1,5 +1,7 @@
 /*
- * Guest memory: one memfd, mapped once, shown to the guest in one or two ranges.
+ * Guest memory, mapped once, shown to the guest in one or two ranges. Of a VM that boots it is one memfd; of one that starts from a
+ * checkpoint it is private: files that hold its pages are mapped into it, read when they are first touched, shared with every other
+ * VM that maps them, and copied where the guest writes. What no file is mapped at is zero.
  *
  * RAM is a flat array of pages, offset 0 up to size; "ram offset" and "ram page" always mean a place in it. The guest
  * sees offsets below the hole at the same guest-physical address (gpa), and the rest from 4 GiB up:
@@ -40,11 +42,13 @@ struct mem_region {
 
 /* size_bytes: a multiple of 2 MiB within MEM_MIN_BYTES..MEM_MAX_BYTES (else -EINVAL, ERR_USAGE). Memory is zero. */
 int mem_create(uint64_t size_bytes, struct mem **out, struct err *err);
+/* The same without a memfd, for mem_map_file. */
+int mem_create_private(uint64_t size_bytes, struct mem **out, struct err *err);
 void mem_destroy(struct mem *mem);
 
 uint64_t mem_size(const struct mem *mem);  /* bytes of RAM */
 uint64_t mem_pages(const struct mem *mem); /* mem_size / 4096 */
-int mem_fd(const struct mem *mem);	   /* the memfd; stays the memory's */
+int mem_fd(const struct mem *mem);	   /* the memfd, -1 of private memory; stays the memory's */
 /* The whole RAM as the VMM maps it, by ram offset. For the checkpoint engine; it reads and restores pages by it. */
 uint8_t *mem_base(const struct mem *mem);
 /* The ranges in guest-physical order. Returns how many (1 or 2). */
@@ -61,6 +65,14 @@ void mem_mark_dirty(struct mem *mem, uint64_t gpa, uint64_t length);
 /* Takes the marks of what the VMM wrote, which KVM's dirty log does not see: adds them to `words`, one bit a ram page,
  * mem_pages / 64 words, and clears them. As a writer marks before it writes, the I/O threads stand still meanwhile. */
 void mem_take_dirty(struct mem *mem, uint64_t *words);
+/*
+ * Private memory: pages [first_page, first_page + count) become those of the file, each at its natural offset. Nobody may write to the file or
+ * cut it off while it is mapped: a page that cannot be read any more ends the VM (vmm/memory_guard.h). The descriptor stays the caller's, and
+ * may be closed. The VM stands, or has never run.
+ */
+int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, struct err *err);
+/* The pages read as zero from here on, and the host has theirs back where it can. Marks nothing as dirty. A whole number of pages within RAM. */
+int mem_discard(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err *err);
 /* gpa -> ram offset; false if not RAM. */
 bool mem_ram_offset(const struct mem *mem, uint64_t gpa, uint64_t *ram_offset);
 

@@ -3,6 +3,8 @@
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "base/buf.h"
 #include "base/bytes.h"
@@ -100,5 +102,91 @@ Test(memory, writes_mark_ram_pages_dirty)
 	cr_expect_eq(words[high / 64], 1 | 1ull << 63, "added to what is there");
 	cr_expect_eq(words[high / 64 + 1], 1);
 	free(words);
+	mem_destroy(mem);
+}
+
+/* --- private memory --- */
+
+static int make_file(uint64_t pages)
+{
+	int fd = memfd_create("layer", 0);
+	cr_assert(fd >= 0 && ftruncate(fd, (off_t)(pages * PAGE_BYTES)) == 0);
+	for (uint64_t page = 0; page < pages; page++) {
+		uint8_t data[PAGE_BYTES];
+		memset(data, (int)(page % 251 + 1), sizeof(data));
+		cr_assert_eq(pwrite(fd, data, sizeof(data), (off_t)(page * PAGE_BYTES)), (ssize_t)sizeof(data));
+	}
+	return fd;
+}
+
+static struct mem *create_private(void)
+{
+	struct mem *mem = NULL;
+	struct err err = ERR_INIT;
+	cr_assert_eq(mem_create_private(MEM_MIN_BYTES, &mem, &err), 0, "%s", err.message);
+	return mem;
+}
+
+Test(memory, a_mapped_file_is_read_and_never_written)
+{
+	struct mem *mem = create_private();
+	struct err err = ERR_INIT;
+	int fd = make_file(64);
+	uint8_t byte;
+	cr_expect_eq(mem_fd(mem), -1);
+	cr_assert_eq(mem_map_file(mem, 10, 20, fd, &err), 0, "%s", err.message);
+	cr_expect_eq(mem_base(mem)[9 * PAGE_BYTES], 0);
+	cr_expect_eq(mem_base(mem)[10 * PAGE_BYTES], 11);
+	cr_expect_eq(mem_base(mem)[29 * PAGE_BYTES + 4095], 30);
+	cr_expect_eq(mem_base(mem)[30 * PAGE_BYTES], 0);
+	cr_assert_eq(mem_write(mem, 12 * PAGE_BYTES, "x", 1, &err), 0);
+	cr_expect_eq(mem_base(mem)[12 * PAGE_BYTES], 'x');
+	cr_expect(pread(fd, &byte, 1, 12 * PAGE_BYTES) == 1 && byte == 13, "the file stays as it is");
+	close(fd);
+	cr_expect_eq(mem_base(mem)[20 * PAGE_BYTES], 21, "the mapping needs no descriptor");
+	mem_destroy(mem);
+}
+
+Test(memory, no_file_beyond_the_memory_or_in_a_memfd)
+{
+	struct mem *private = create_private(), *shared = create(MEM_MIN_BYTES);
+	int fd = make_file(1);
+	cr_expect_eq(mem_map_file(private, mem_pages(private), 1, fd, NULL), -EINVAL);
+	cr_expect_eq(mem_map_file(private, mem_pages(private) - 1, 2, fd, NULL), -EINVAL);
+	cr_expect_eq(mem_map_file(shared, 0, 1, fd, NULL), -EINVAL);
+	close(fd);
+	mem_destroy(private);
+	mem_destroy(shared);
+}
+
+static void check_discard(struct mem *mem)
+{
+	struct err err = ERR_INIT;
+	mem_base(mem)[39 * PAGE_BYTES] = 1;
+	mem_base(mem)[40 * PAGE_BYTES] = 2;
+	mem_base(mem)[55 * PAGE_BYTES] = 3;
+	mem_base(mem)[56 * PAGE_BYTES] = 4;
+	cr_assert_eq(mem_discard(mem, 40 * PAGE_BYTES, 16 * PAGE_BYTES, &err), 0, "%s", err.message);
+	for (unsigned page = 40; page < 56; page++)
+		cr_expect_eq(mem_base(mem)[page * PAGE_BYTES], 0, "page %u", page);
+	cr_expect_eq(mem_base(mem)[39 * PAGE_BYTES], 1);
+	cr_expect_eq(mem_base(mem)[56 * PAGE_BYTES], 4);
+	cr_expect_eq(mem_discard(mem, 1, PAGE_BYTES, NULL), -EINVAL);
+	cr_expect_eq(mem_discard(mem, 0, mem_size(mem) + PAGE_BYTES, NULL), -EINVAL);
+}
+
+Test(memory, what_is_discarded_is_zero)
+{
+	struct mem *mem = create(MEM_MIN_BYTES);
+	check_discard(mem);
+	mem_destroy(mem);
+	mem = create_private();
+	int fd = make_file(64);
+	cr_assert_eq(mem_map_file(mem, 44, 8, fd, NULL), 0); /* in the midst, untouched and then touched */
+	check_discard(mem);
+	cr_assert_eq(mem_map_file(mem, 0, 64, fd, NULL), 0);
+	check_discard(mem);
+	cr_expect_eq(mem_base(mem)[38 * PAGE_BYTES], 39);
+	close(fd);
 	mem_destroy(mem);
 }

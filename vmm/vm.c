@@ -77,6 +77,14 @@ static int check_config(const struct vm_config *config, struct err *err)
 	return 0;
 }
 
+static int create_memory(struct vm *vm, const struct vm_config *config, struct err *err)
+{
+	if (config->private_memory)
+		return mem_create_private(config->memory_bytes, &vm->memory, err);
+	int r = mem_create(config->memory_bytes, &vm->memory, err);
+	return r < 0 ? r : vm_map_memory(vm, false, err);
+}
+
 static int create_kvm_vm(struct vm *vm, struct err *err)
 {
 	do
@@ -124,8 +132,8 @@ static int build(struct vm *vm, const struct vm_config *config, struct err *err)
 {
 	int r;
 	if ((r = init_locks(vm, err)) < 0 || (r = open_kvm(vm, err)) < 0 || (r = check_capabilities(vm, err)) < 0 ||
-	    (r = create_kvm_vm(vm, err)) < 0 || (r = mem_create(config->memory_bytes, &vm->memory, err)) < 0 ||
-	    (r = vm_map_memory(vm, false, err)) < 0 || (r = bus_create("I/O port", &vm->pio, err)) < 0 ||
+	    (r = create_kvm_vm(vm, err)) < 0 || (r = create_memory(vm, config, err)) < 0 ||
+	    (r = bus_create("I/O port", &vm->pio, err)) < 0 ||
 	    (r = bus_create("MMIO", &vm->mmio, err)) < 0 || (r = vm_arch_create(vm, err)) < 0)
 		return r;
 	for (unsigned i = 0; i < vm->cpus; i++)

@@ -47,6 +47,7 @@ struct vm;
 
 struct vm_config {
 	uint64_t memory_bytes;
+	bool private_memory; /* mem_create_private: files will be mapped into it, see vm_show_memory */
 	unsigned cpus;
 	const char *cpu_model; /* "host" or NULL; another name is refused until baselines exist: ERR_USAGE */
 	/* Called once from a vCPU thread each time the guest stops by itself; err is set for VM_STOP_ERROR, else
@@ -60,6 +61,10 @@ struct vm_config {
 int vm_create(const struct vm_config *config, struct vm **out, struct err *err);
 /* Stops and joins the vCPU threads if they run. */
 void vm_destroy(struct vm *vm);
+
+/* Private memory is filled first and shown to the guest then, before any state is applied: KVM takes every page of it in hand at
+ * each change of a mapping that it knows. KVM logs writes to it from here on, if it can. */
+int vm_show_memory(struct vm *vm, struct err *err);
 
 struct mem *vm_memory(struct vm *vm);
 struct bus *vm_pio(struct vm *vm);
@@ -114,6 +119,8 @@ int vm_ioeventfd(struct vm *vm, bool pio, uint64_t address, unsigned size, int f
 
 /* --- for devices that end the machine --- */
 void vm_request_stop(struct vm *vm, enum vm_stop_reason reason); /* from a bus handler or any thread */
+/* Stops the VM for a reason that only KVM or the VMM knows: VM_STOP_ERROR. Any thread; the first call wins. */
+void vm_fail(struct vm *vm, const struct err *err);
 /* True if the guest stopped by itself and no other state was applied since; why goes to *reason and, for VM_STOP_ERROR,
  * *err. Any thread. */
 bool vm_has_stopped(struct vm *vm, enum vm_stop_reason *reason, struct err *err);

@@ -73,6 +73,7 @@ struct vm {
 	enum vm_stop_reason stop_reason; /* under lock; meaningful while VM_HOLD_STOP */
 	struct err stop_err;		 /* as stop_reason */
 
+	bool logged; /* controlling thread: KVM logs writes to memory */
 	/* Controlling thread; vm_time_ns reads the atomic ones in any. */
 	bool started;
 	_Atomic bool quiesced;
@@ -105,8 +106,6 @@ void vcpu_kick_all(struct vm *vm);
 void vm_spin_until(const struct vm *vm, const _Atomic unsigned *value, unsigned to);
 /* Sets a bit of vm->hold and kicks. Under vm->lock. */
 void vm_hold(struct vm *vm, unsigned bit);
-/* Stops the VM for a reason that only KVM or the VMM knows. Any thread; the first call wins. */
-void vm_fail(struct vm *vm, const struct err *err);
 /* Forgets that the guest ended: another state was applied. Controlling thread. */
 void vm_clear_stop(struct vm *vm);
 

@@ -270,6 +270,35 @@ int store_checkpoint_read(struct store *store, const struct store_checkpoint *ch
 	return 0;
 }
 
+static int open_checkpoint_dir(struct store *store, const char *id, struct err *err)
+{
+	int dir = store_is_id(id) ? openat(store->checkpoints_dir, id, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW) : -1;
+
+	return dir < 0 ? err_sys(err, errno, "checkpoint %.8s", id) : dir;
+}
+
+int store_hint_put(struct store *store, const char *id, const char *name, const void *data, size_t length, struct err *err)
+{
+	int dir = open_checkpoint_dir(store, id, err);
+
+	if (dir < 0)
+		return dir;
+	int rc = file_write_atomic(dir, name, data, length, 0600, err);
+	close(dir);
+	return rc;
+}
+
+int store_hint_get(struct store *store, const char *id, const char *name, size_t limit, struct buf *out, struct err *err)
+{
+	int dir = open_checkpoint_dir(store, id, err);
+
+	if (dir < 0)
+		return dir;
+	int rc = file_read_all(dir, name, limit, out, err);
+	close(dir);
+	return rc;
+}
+
 static int open_layer(struct store *store, const char *layer, const char *suffix, struct err *err)
 {
 	char name[STORE_ID_BYTES + 8];

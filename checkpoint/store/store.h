@@ -153,6 +153,13 @@ int store_memory_sums_open(struct store *store, const char *layer, struct err *e
 /* Full path of a disk layer (malloc). Missing file: ERR_DAMAGED. */
 int store_disk_layer_path(struct store *store, const char *layer, const char *format, char **path, struct err *err);
 
+/* --- hints --- */
+
+/* A file beside a checkpoint's own that nothing depends on, and that goes with it. put replaces what is there, whole. get: -ENOENT if there is none;
+ * what it reads is nobody's promise. */
+int store_hint_put(struct store *store, const char *id, const char *name, const void *data, size_t length, struct err *err);
+int store_hint_get(struct store *store, const char *id, const char *name, size_t limit, struct buf *out, struct err *err);
+
 /* --- naming --- */
 int store_tag(struct store *store, const char *id, const char *tag,
 	      struct err *err); /* moves nothing: -EEXIST if the tag names another */

@@ -2,8 +2,10 @@
 """Whole VMs with the tiny guest, on any KVM. The guest checks its own memory and disk against what it did."""
 
 import filecmp
+import hashlib
 import os
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -85,6 +87,99 @@ def test_revert_of_a_vm_that_is_gone(env):
     check_equal(env.attach_tiny("tiny").check()["epoch"], "8", "epoch")
     env.vmcp("kill", "tiny")
     image_check(disk)
+
+
+def wait_until(condition, what, timeout=60):
+    until = time.monotonic() + timeout
+    while not condition():
+        check(time.monotonic() < until, f"no {what} within {timeout} s")
+        time.sleep(0.05)
+
+
+def layer_bytes(env, checkpoint):
+    """What the files of a checkpoint's memory hold, to see that nobody changes them."""
+    memory = store_memory.Memory(env.store, checkpoint)
+    contents = memory.contents()
+    memory.close()
+    return hashlib.sha256(contents).hexdigest()
+
+
+def test_start_from_a_checkpoint(env):
+    """A started VM runs on mapped layers: two at once from one checkpoint, with checkpoints, reverts and starts of their own."""
+    guest = env.start_tiny(memory="512M", cmdline="set=64M rate=20000 report=0")
+    guest.epoch(1)
+    base = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+    before = layer_bytes(env, base)
+    env.vmcp("kill", "tiny")
+    starts = [env.spawn_tiny("run", "--from", base, "--name", name, ready=False) for name in ("one", "two")]
+    for number, (name, started) in enumerate(zip(("one", "two"), starts)):
+        check_equal(started.check()["epoch"], "1", "epoch")
+        started.epoch(10 + number)
+        own = env.vmcp_json("checkpoint", "--live", name)
+        check(own["memory"]["parent_pages"] > own["memory"]["total_pages"] // 2, f"not incremental: {own['memory']}")
+        check_equal(own["parent"], base, "parent")
+        full = env.vmcp_json("checkpoint", "--live", "--full", name)
+        check_equal((full["memory"]["plan"], full["memory"]["parent_pages"]), ("settle-all", 0), "a full one")
+        for back, epoch in ((own["id"], 10 + number), (base, 1), (full["id"], 10 + number)):
+            env.vmcp_json("revert", back, "--vm", name)
+            check_equal(started.check()["epoch"], str(epoch), f"epoch at {back}")
+        started.epoch(20 + number)
+    wait_until(lambda: os.path.exists(os.path.join(env.store, "checkpoints", base, "working-set")), "a working set")
+    for name in ("one", "two"):
+        env.vmcp("kill", name)
+    check_equal(layer_bytes(env, base), before, "memory of the checkpoint")
+    # With the recorded working set, and with one that is damaged.
+    for damage in (False, True):
+        if damage:
+            with open(os.path.join(env.store, "checkpoints", base, "working-set"), "r+b") as file:
+                file.seek(45)
+                file.write(b"damage")
+        check_equal(env.spawn_tiny("run", "--from", base, "--name", "one", ready=False).check()["epoch"], "1", "epoch")
+        env.vmcp("kill", "one")
+
+
+def flip(path, offset):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_start_from_damaged_memory(env):
+    """A page that is not what was saved ends the VM with one error that names it, whether it was cut off or changed, before the start or later."""
+    guest = env.start_tiny(memory="256M", cmdline="set=64M rate=20000 report=0")
+    taken = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+    env.vmcp("kill", "tiny")
+    memory = store_memory.Memory(env.store, taken)
+    name = max(os.listdir(os.path.join(env.store, "layers")), key=lambda n: n.endswith(".mem"))
+    path = os.path.join(env.store, "layers", name)
+    page = max((count, first) for first, count, layer in memory.extents if layer)[1] + 7
+    size = os.path.getsize(path)
+    shutil.copy(path, env.path("good"))
+    for damage in ("changed", "cut before", "cut while it runs"):
+        if damage == "changed":
+            flip(path, page * store_memory.PAGE_BYTES + 100)
+        elif damage == "cut before":
+            os.truncate(path, size // 2)
+        guest = env.spawn_tiny("run", "--from", taken, ready=False)
+        if damage == "cut while it runs":
+            guest.check()
+            os.truncate(path, page * store_memory.PAGE_BYTES)
+            try:
+                guest.check(timeout=10)
+            except Exception:  # pylint: disable=broad-except
+                pass
+        status = guest.console.wait_exit(timeout=60)
+        check(status not in (0, None), f"{damage}: exit status {status}")
+        text = env.stderr_text()
+        check("memory" in text, f"{damage}: the error does not name the memory: {text}")
+        if damage != "cut while it runs":
+            check(name.split(".")[0] in text, f"{damage}: the error does not name the layer: {text}")
+        check(env.vmcp_json("ps")["vms"][0]["state"] in ("crashed", "stopped"), "state")
+        open(env.path("stderr.log"), "wb").close()
+        shutil.copy(env.path("good"), path)
+    check_equal(env.spawn_tiny("run", "--from", taken, ready=False).check()["epoch"], "0", "mended")
 
 
 def test_tree(env):

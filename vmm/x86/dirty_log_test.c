@@ -54,7 +54,8 @@ Test(dirty_log, a_write_is_logged_until_it_is_cleared_and_again_after)
 		test_skip("/dev/kvm cannot be opened");
 	struct err err = ERR_INIT;
 	struct vm *vm = start_guest();
-	int r = vm_dirty_log_start(vm, &err);
+	bool all_set;
+	int r = vm_dirty_log_start(vm, &all_set, &err);
 	if (r != 0) {
 		vm_destroy(vm);
 		test_skip("this KVM has no dirty log");

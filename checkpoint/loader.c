@@ -1,0 +1,284 @@
+#include "checkpoint/loader.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/bitmap.h"
+#include "base/buf.h"
+#include "base/bytes.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/priority.h"
+#include "checkpoint/restore.h"
+#include "checkpoint/working_set.h"
+
+/* A run this long is mapped: to map it costs about what copying so many pages does. */
+#define MAP_MIN_PAGES 4u
+/* The kernel's limit for a process is 65530 mappings (vm.max_map_count), and the rest of it needs some. */
+#define MAP_MAX_RUNS 32768u
+/* Checked before the thread looks around. */
+#define SLICE_PAGES RESTORE_CHUNK_PAGES
+#define ROOM_EACH_NS 200000u
+/* Gaps that are read ahead along with what surrounds them: a disk reads 128 KiB about as fast as 4. */
+#define READ_AHEAD_GAP_PAGES 32u
+/* What the guest touched so long after its start is recorded; of a run that ended sooner, if it lasted half a second. */
+#define RECORD_AFTER_NS 2000000000u
+#define RECORD_LEAST_NS 500000000u
+
+struct loader {
+	struct vm *vm;
+	struct mem *mem;
+	struct store *store;
+	char checkpoint[STORE_ID_BYTES];
+	void (*damaged)(void *opaque, const struct err *err);
+	void *opaque;
+	struct page_index index;
+	struct restore_layers layers;
+	uint64_t words;
+	uint64_t *mapped; /* pages that are to be checked: bitmap */
+	uint64_t made_room_ns;
+	pthread_t thread;
+	bool started;
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	_Atomic bool stop; /* changed under lock */
+};
+
+/* --- mapping --- */
+
+/* The shortest run that is mapped, so that there are not too many mappings. */
+static uint64_t choose_shortest(const struct page_index *index)
+{
+	uint64_t shortest = MAP_MIN_PAGES, runs;
+	do {
+		runs = 0;
+		for (uint64_t i = 0; i < index->extent_count; i++)
+			runs += index->extents[i].layer != INDEX_ZERO_LAYER && index->extents[i].count >= shortest;
+		if (runs > MAP_MAX_RUNS)
+			shortest *= 2;
+	} while (runs > MAP_MAX_RUNS);
+	return shortest;
+}
+
+static int map_extents(struct loader *l, uint64_t *copied, struct err *err)
+{
+	uint64_t shortest = choose_shortest(&l->index);
+	int r = 0;
+	for (uint64_t i = 0; i < l->index.extent_count && r == 0; i++) {
+		const struct index_extent *e = &l->index.extents[i];
+		int fd;
+		if (e->layer == INDEX_ZERO_LAYER)
+			continue;
+		uint64_t *which = e->count < shortest ? copied : l->mapped;
+		bitmap_fill(which, e->first, e->count);
+		if (which == copied)
+			continue;
+		r = restore_layer_fd(&l->layers, e->layer, &fd, err);
+		if (r == 0)
+			r = mem_map_file(l->mem, e->first, e->count, fd, err);
+	}
+	return r;
+}
+
+int loader_map(const struct loader_config *config, struct page_index *index, struct loader **out, struct err *err)
+{
+	struct loader *l = xcalloc(1, sizeof(*l));
+	uint64_t changed;
+	l->vm = config->vm;
+	l->mem = vm_memory(config->vm);
+	l->store = config->store;
+	snprintf(l->checkpoint, sizeof(l->checkpoint), "%s", config->checkpoint);
+	l->damaged = config->damaged;
+	l->opaque = config->opaque;
+	l->index = *index;
+	*index = (struct page_index){0};
+	l->words = BITMAP_WORDS(l->index.page_count);
+	l->mapped = xcalloc(l->words, sizeof(*l->mapped));
+	pthread_mutex_init(&l->lock, NULL);
+	pthread_condattr_t attr;
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&l->changed, &attr);
+	pthread_condattr_destroy(&attr);
+	CLEANUP_FREE uint64_t *copied = xcalloc(l->words, sizeof(*copied));
+	int r = restore_init(&l->layers, l->store, &l->index, err);
+	if (r == 0)
+		r = map_extents(l, copied, err);
+	if (r == 0)
+		r = restore_memory(l->mem, &l->layers, copied, true, &changed, err);
+	if (r == 0)
+		r = vm_show_memory(l->vm, err);
+	if (r != 0) {
+		loader_destroy(l);
+		return r;
+	}
+	*out = l;
+	return 0;
+}
+
+/* --- the thread --- */
+
+/* Off the processors on which the vCPUs run, if others are left: see docs/memory-cow.md, "Processors". */
+static void keep_off_vcpus(struct loader *l)
+{
+	cpu_set_t all, busy, left;
+	if (sched_getaffinity(0, sizeof(all), &all) != 0)
+		return;
+	vm_busy_processors(l->vm, &busy);
+	CPU_AND(&busy, &busy, &all);
+	CPU_XOR(&left, &all, &busy);
+	if (CPU_COUNT(&left) > 0)
+		sched_setaffinity(0, sizeof(left), &left);
+}
+
+/* The recorded pages that are mapped; NULL if there is no record. */
+static uint64_t *read_working_set(struct loader *l)
+{
+	CLEANUP_BUF struct buf file = BUF_INIT;
+	struct err err = ERR_INIT;
+	uint64_t *set = xcalloc(l->words, sizeof(*set));
+	int r = store_hint_get(l->store, l->checkpoint, "working-set", WORKING_SET_MAX_BYTES, &file, &err);
+	if (r == 0)
+		r = working_set_decode(file.data, file.length, set, l->index.page_count, &err);
+	if (r != 0) {
+		if (err.number != ENOENT)
+			log_debug("checkpoint %.8s: %s", l->checkpoint, err.message);
+		free(set);
+		return NULL;
+	}
+	for (uint64_t w = 0; w < l->words; w++)
+		set[w] &= l->mapped[w];
+	return set;
+}
+
+/* Pages [*first, *end): the next run of `which` from *end on, over gaps of up to `gap` pages. */
+static bool next_stretch(const uint64_t *which, uint64_t pages, uint64_t gap, uint64_t *first, uint64_t *end)
+{
+	uint64_t page = *end, last = 0;
+	bool found = false;
+	for (; page < pages && !(found && page - last > gap); page++) {
+		if (page % 64 == 0 && which[page / 64] == 0) {
+			page += 63;
+		} else if (which[page / 64] >> (page % 64) & 1) {
+			*first = found ? *first : page;
+			last = page;
+			found = true;
+		}
+	}
+	*end = last + 1;
+	return found;
+}
+
+/* Asks the kernel for pages, which it reads by itself, many at once. */
+static void read_ahead(struct loader *l, const uint64_t *set)
+{
+	uint64_t first = 0, end = 0;
+	while (!l->stop && next_stretch(set, l->index.page_count, READ_AHEAD_GAP_PAGES, &first, &end)) {
+		for (uint64_t page = first; page < end;) {
+			const struct index_extent *e = page_index_find(&l->index, page);
+			uint64_t count = min_u64(end, e->first + e->count) - page;
+			int fd;
+			if (e->layer != INDEX_ZERO_LAYER && restore_layer_fd(&l->layers, e->layer, &fd, NULL) == 0)
+				posix_fadvise(fd, (off_t)(page * PAGE_BYTES), (off_t)(count * PAGE_BYTES), POSIX_FADV_WILLNEED);
+			page += count;
+		}
+	}
+}
+
+static int check_pages(struct loader *l, const uint64_t *which, struct err *err)
+{
+	uint64_t pages = l->index.page_count;
+	int r = 0;
+	for (uint64_t first = 0; first < pages && r == 0; first += SLICE_PAGES) {
+		r = l->stop ? -ECANCELED : restore_verify(&l->layers, which, first, min_u64(first + SLICE_PAGES, pages), err);
+		priority_give_way_each(ROOM_EACH_NS, &l->made_room_ns);
+	}
+	return r;
+}
+
+/* Until the guest has run for so long, or the loader is to end. */
+static void wait_for_run(struct loader *l)
+{
+	uint64_t entry_ns = vm_first_entry_ns(l->vm), until_ns = (entry_ns ? entry_ns : clock_now_ns()) + RECORD_AFTER_NS;
+	struct timespec until = {.tv_sec = (time_t)(until_ns / 1000000000), .tv_nsec = (long)(until_ns % 1000000000)};
+	pthread_mutex_lock(&l->lock);
+	while (!l->stop && pthread_cond_timedwait(&l->changed, &l->lock, &until) != ETIMEDOUT)
+		;
+	pthread_mutex_unlock(&l->lock);
+}
+
+static void record_working_set(struct loader *l)
+{
+	CLEANUP_BUF struct buf file = BUF_INIT;
+	struct err err = ERR_INIT;
+	uint64_t entry_ns = vm_first_entry_ns(l->vm);
+	if (entry_ns == 0 || clock_now_ns() - entry_ns < RECORD_LEAST_NS)
+		return;
+	CLEANUP_FREE uint64_t *set = xcalloc(l->words, sizeof(*set));
+	int r = working_set_find(l->mem, l->mapped, set, &err);
+	if (r == 0)
+		r = working_set_encode(set, l->index.page_count, &file, &err);
+	if (r == 0)
+		r = store_hint_put(l->store, l->checkpoint, "working-set", file.data, file.length, &err);
+	if (r != 0)
+		log_debug("checkpoint %.8s: no working set is recorded: %s", l->checkpoint, err.message);
+}
+
+static void *loader_main(void *opaque)
+{
+	struct loader *l = opaque;
+	struct err err = ERR_INIT;
+	int r = 0;
+	pthread_setname_np(pthread_self(), "vmcp-load");
+	CLEANUP_FREE uint64_t *set = read_working_set(l);
+	if (set)
+		read_ahead(l, set);
+	priority_background();
+	keep_off_vcpus(l);
+	if (set)
+		r = check_pages(l, set, &err);
+	for (uint64_t w = 0; set && w < l->words; w++)
+		set[w] = l->mapped[w] & ~set[w];
+	if (r == 0)
+		r = check_pages(l, set ? set : l->mapped, &err);
+	if (r != 0 && r != -ECANCELED) {
+		err_prefix(&err, "checkpoint %.8s, from which this VM was started", l->checkpoint);
+		l->damaged(l->opaque, &err);
+		vm_fail(l->vm, &err);
+	} else if (!set) {
+		wait_for_run(l);
+		record_working_set(l);
+	}
+	return NULL;
+}
+
+int loader_start(struct loader *l, struct err *err)
+{
+	int number = pthread_create(&l->thread, NULL, loader_main, l);
+	l->started = number == 0;
+	return number == 0 ? 0 : err_sys(err, number, "start the thread that checks memory");
+}
+
+void loader_destroy(struct loader *l)
+{
+	if (!l)
+		return;
+	pthread_mutex_lock(&l->lock);
+	l->stop = true;
+	pthread_cond_broadcast(&l->changed);
+	pthread_mutex_unlock(&l->lock);
+	if (l->started)
+		pthread_join(l->thread, NULL);
+	restore_close(&l->layers);
+	page_index_free(&l->index);
+	free(l->mapped);
+	pthread_mutex_destroy(&l->lock);
+	pthread_cond_destroy(&l->changed);
+	free(l);
+}

@@ -1,0 +1,44 @@
+/*
+ * Memory from layers: reading, checking and putting back.
+ *
+ * Bitmaps have one bit a ram page (vmm/memory.h). Threads: one at a time for one struct.
+ */
+#ifndef VMCP_CHECKPOINT_RESTORE_H
+#define VMCP_CHECKPOINT_RESTORE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/err.h"
+#include "checkpoint/index.h"
+#include "checkpoint/store/store.h"
+#include "checkpoint/sums.h"
+#include "vmm/memory.h"
+
+/* Pages that are read and checked at once. */
+#define RESTORE_CHUNK_PAGES PAGE_SUMS_MAX_READ
+
+/* The layers of an index, opened as they are needed. */
+struct restore_layers {
+	struct store *store;
+	const struct page_index *index;
+	struct restore_layer {
+		int fd;
+		struct page_sums sums;
+	} *layers;
+};
+/* The index stays the caller's, unchanged until restore_close. */
+int restore_init(struct restore_layers *layers, struct store *store, const struct page_index *index, struct err *err);
+/* All zero is allowed. */
+void restore_close(struct restore_layers *layers);
+/* The file of a layer, by its number in the index. Stays theirs. */
+int restore_layer_fd(struct restore_layers *layers, uint32_t number, int *fd, struct err *err);
+/* Reads those pages of [first, end) that the index takes from a layer and checks them against their checksums. which: bitmap,
+ * NULL: all. A page that does not check: ERR_DAMAGED, naming layer and page. */
+int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_t first, uint64_t end, struct err *err);
+/* Makes the pages of `which` what the index says. `fresh`: memory is all zero, and each page is checked against its checksum on the
+ * way. *changed: pages that differed. */
+int restore_memory(struct mem *mem, struct restore_layers *layers, const uint64_t *which, bool fresh, uint64_t *changed,
+		   struct err *err);
+
+#endif
