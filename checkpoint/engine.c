@@ -267,7 +267,7 @@ int engine_map_memory(struct ckpt_engine *engine, const char *checkpoint, struct
 		.damaged = memory_damaged,
 		.opaque = engine,
 	};
-	return loader_map(&config, index, &engine->loader, err);
+	return loader_start(&config, index, &engine->loader, err);
 }
 
 void engine_set_position(struct ckpt_engine *engine, const char *id)

@@ -15,6 +15,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/priority.h"
+#include "checkpoint/filler.h"
 #include "checkpoint/restore.h"
 #include "checkpoint/working_set.h"
 
@@ -22,6 +23,8 @@
 #define MAP_MIN_PAGES 4u
 /* The kernel's limit for a process is 65530 mappings (vm.max_map_count), and the rest of it needs some. */
 #define MAP_MAX_RUNS 32768u
+/* Scattered pages that are copied before the start: a millisecond or two. */
+#define COPY_MAX_PAGES 512u
 /* Checked before the thread looks around. */
 #define SLICE_PAGES RESTORE_CHUNK_PAGES
 #define ROOM_EACH_NS 200000u
@@ -41,7 +44,8 @@ struct loader {
 	struct page_index index;
 	struct restore_layers layers;
 	uint64_t words;
-	uint64_t *mapped; /* pages that are to be checked: bitmap */
+	uint64_t *mapped, *copied; /* bitmaps: pages that are to be checked, and those that are copied in */
+	struct filler *filler;	   /* copies them, NULL: they are there */
 	uint64_t made_room_ns;
 	pthread_t thread;
 	bool started;
@@ -66,19 +70,22 @@ static uint64_t choose_shortest(const struct page_index *index)
 	return shortest;
 }
 
-static int map_extents(struct loader *l, uint64_t *copied, struct err *err)
+static int map_extents(struct loader *l, uint64_t *copied_pages, struct err *err)
 {
 	uint64_t shortest = choose_shortest(&l->index);
 	int r = 0;
+	*copied_pages = 0;
 	for (uint64_t i = 0; i < l->index.extent_count && r == 0; i++) {
 		const struct index_extent *e = &l->index.extents[i];
 		int fd;
 		if (e->layer == INDEX_ZERO_LAYER)
 			continue;
-		uint64_t *which = e->count < shortest ? copied : l->mapped;
-		bitmap_fill(which, e->first, e->count);
-		if (which == copied)
+		if (e->count < shortest) {
+			bitmap_fill(l->copied, e->first, e->count);
+			*copied_pages += e->count;
 			continue;
+		}
+		bitmap_fill(l->mapped, e->first, e->count);
 		r = restore_layer_fd(&l->layers, e->layer, &fd, err);
 		if (r == 0)
 			r = mem_map_file(l->mem, e->first, e->count, fd, err);
@@ -86,40 +93,20 @@ static int map_extents(struct loader *l, uint64_t *copied, struct err *err)
 	return r;
 }
 
-int loader_map(const struct loader_config *config, struct page_index *index, struct loader **out, struct err *err)
+static int fill_memory(struct loader *l, struct err *err)
 {
-	struct loader *l = xcalloc(1, sizeof(*l));
-	uint64_t changed;
-	l->vm = config->vm;
-	l->mem = vm_memory(config->vm);
-	l->store = config->store;
-	snprintf(l->checkpoint, sizeof(l->checkpoint), "%s", config->checkpoint);
-	l->damaged = config->damaged;
-	l->opaque = config->opaque;
-	l->index = *index;
-	*index = (struct page_index){0};
-	l->words = BITMAP_WORDS(l->index.page_count);
-	l->mapped = xcalloc(l->words, sizeof(*l->mapped));
-	pthread_mutex_init(&l->lock, NULL);
-	pthread_condattr_t attr;
-	pthread_condattr_init(&attr);
-	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-	pthread_cond_init(&l->changed, &attr);
-	pthread_condattr_destroy(&attr);
-	CLEANUP_FREE uint64_t *copied = xcalloc(l->words, sizeof(*copied));
-	int r = restore_init(&l->layers, l->store, &l->index, err);
-	if (r == 0)
-		r = map_extents(l, copied, err);
-	if (r == 0)
-		r = restore_memory(l->mem, &l->layers, copied, true, &changed, err);
-	if (r == 0)
-		r = vm_show_memory(l->vm, err);
-	if (r != 0) {
-		loader_destroy(l);
+	uint64_t scattered, changed;
+	struct err unknown = ERR_INIT;
+	int r = map_extents(l, &scattered, err);
+	if (r != 0)
 		return r;
+	if (scattered > COPY_MAX_PAGES) {
+		if (filler_create(l->mem, &l->layers, l->copied, l->mapped, &l->filler, &unknown) == 0)
+			return 0;
+		log_debug("checkpoint %.8s: %llu scattered pages are copied before the start: %s", l->checkpoint,
+			  (unsigned long long)scattered, unknown.message);
 	}
-	*out = l;
-	return 0;
+	return restore_memory(l->mem, &l->layers, l->copied, true, &changed, err);
 }
 
 /* --- the thread --- */
@@ -230,6 +217,16 @@ static void record_working_set(struct loader *l)
 		log_debug("checkpoint %.8s: no working set is recorded: %s", l->checkpoint, err.message);
 }
 
+/* Whoever waits for a page that cannot be filled waits for ever, and zeroes in its place could reach a disk. */
+static void fill_scattered(struct loader *l)
+{
+	struct err err = ERR_INIT;
+	if (filler_run(l->filler, &err) == 0)
+		return;
+	log_error("checkpoint %.8s, from which this VM was started: %s: the VM ends", l->checkpoint, err.message);
+	_exit(1);
+}
+
 static void *loader_main(void *opaque)
 {
 	struct loader *l = opaque;
@@ -239,6 +236,8 @@ static void *loader_main(void *opaque)
 	CLEANUP_FREE uint64_t *set = read_working_set(l);
 	if (set)
 		read_ahead(l, set);
+	if (l->filler)
+		fill_scattered(l);
 	priority_background();
 	keep_off_vcpus(l);
 	if (set)
@@ -258,11 +257,49 @@ static void *loader_main(void *opaque)
 	return NULL;
 }
 
-int loader_start(struct loader *l, struct err *err)
+static struct loader *new_loader(const struct loader_config *config, struct page_index *index)
 {
-	int number = pthread_create(&l->thread, NULL, loader_main, l);
-	l->started = number == 0;
-	return number == 0 ? 0 : err_sys(err, number, "start the thread that checks memory");
+	struct loader *l = xcalloc(1, sizeof(*l));
+	l->vm = config->vm;
+	l->mem = vm_memory(config->vm);
+	l->store = config->store;
+	snprintf(l->checkpoint, sizeof(l->checkpoint), "%s", config->checkpoint);
+	l->damaged = config->damaged;
+	l->opaque = config->opaque;
+	l->index = *index;
+	*index = (struct page_index){0};
+	l->words = BITMAP_WORDS(l->index.page_count);
+	l->mapped = xcalloc(l->words, sizeof(*l->mapped));
+	l->copied = xcalloc(l->words, sizeof(*l->copied));
+	pthread_mutex_init(&l->lock, NULL);
+	pthread_condattr_t attr;
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&l->changed, &attr);
+	pthread_condattr_destroy(&attr);
+	return l;
+}
+
+int loader_start(const struct loader_config *config, struct page_index *index, struct loader **out, struct err *err)
+{
+	struct loader *l = new_loader(config, index);
+	int r = restore_init(&l->layers, l->store, &l->index, err);
+	if (r == 0)
+		r = fill_memory(l, err);
+	if (r == 0)
+		r = vm_show_memory(l->vm, err);
+	if (r == 0) {
+		r = -pthread_create(&l->thread, NULL, loader_main, l);
+		l->started = r == 0;
+		if (r != 0)
+			err_sys(err, -r, "start the thread that checks memory");
+	}
+	if (r != 0) {
+		loader_destroy(l);
+		return r;
+	}
+	*out = l;
+	return 0;
 }
 
 void loader_destroy(struct loader *l)
@@ -275,9 +312,11 @@ void loader_destroy(struct loader *l)
 	pthread_mutex_unlock(&l->lock);
 	if (l->started)
 		pthread_join(l->thread, NULL);
+	filler_destroy(l->filler);
 	restore_close(&l->layers);
 	page_index_free(&l->index);
 	free(l->mapped);
+	free(l->copied);
 	pthread_mutex_destroy(&l->lock);
 	pthread_cond_destroy(&l->changed);
 	free(l);

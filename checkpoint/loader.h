@@ -1,14 +1,15 @@
 /*
  * The memory of a VM that starts from a checkpoint. The layers' files are mapped into the guest's memory privately, by the extents of the
  * index, so that the guest runs at once, whatever its size, and shares what it does not write with every VM that started from the same
- * checkpoint, through the page cache. Short runs, of which a mapping each would cost more, are copied in and checked at the start.
+ * checkpoint, through the page cache. Short runs, of which a mapping each would cost more, are copied in and checked: before the start if they are few, else
+ * while the guest runs (filler.h).
  *
  * A thread of low priority then reads every mapped page and checks it against its checksum: first those that an earlier start
  * touched (working_set.h), which are read ahead before the guest asks for them, then the rest. A page that does not check stops the VM: the
  * guest may have seen it. A page that cannot be read stops it as well: vmm/memory_guard.h for the VMM's accesses, KVM's error for the guest's.
  * A start that finds no working set records one.
  *
- *     loader_map -> loader_start -> loader_destroy       each from the controlling thread
+ *     loader_start -> loader_destroy       from the controlling thread
  */
 #ifndef VMCP_CHECKPOINT_LOADER_H
 #define VMCP_CHECKPOINT_LOADER_H
@@ -28,10 +29,8 @@ struct loader_config {
 	void *opaque;
 };
 
-/* Fills the VM's memory and shows it to the guest. Takes over *index, also on failure. */
-int loader_map(const struct loader_config *config, struct page_index *index, struct loader **out, struct err *err);
-/* Begins to check, once the VM's state is complete. */
-int loader_start(struct loader *loader, struct err *err);
+/* Fills the VM's memory, shows it to the guest, and begins to check. Takes over *index, also on failure. */
+int loader_start(const struct loader_config *config, struct page_index *index, struct loader **out, struct err *err);
 /* Ends the thread. The memory stays as it is. NULL is allowed. */
 void loader_destroy(struct loader *loader);
 

@@ -112,6 +112,13 @@ static int check_pages(struct restore_layers *layers, uint32_t number, uint64_t 
 	return 0;
 }
 
+int restore_read_page(struct restore_layers *layers, uint64_t page, uint8_t *data, struct err *err)
+{
+	uint32_t number = page_index_find(layers->index, page)->layer;
+	int r = read_pages(layers, number, page, 1, data, err);
+	return r == 0 ? check_pages(layers, number, page, 1, data, err) : r;
+}
+
 static uint8_t *alloc_chunk(struct err *err)
 {
 	void *chunk = NULL;

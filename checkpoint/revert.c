@@ -376,8 +376,6 @@ int ckpt_load(struct ckpt_engine *engine, const char *id, struct err *err)
 		r = put_back(&rv, true, err);
 		loop_unpark(engine->loop);
 		if (r == 0)
-			r = loader_start(engine->loader, err);
-		if (r == 0)
 			engine_set_position(engine, rv.checkpoint.id);
 		else
 			half_way(engine, id, err);

@@ -1,0 +1,148 @@
+#include "checkpoint/filler.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "base/bitmap.h"
+#include "base/buf.h"
+#include "base/bytes.h"
+#include "checkpoint/uffd.h"
+
+/* Copied before a look at who waits: what somebody may wait longer for that. */
+#define STEP_PAGES 16u
+
+struct filler {
+	int uffd;
+	struct mem *mem;
+	struct restore_layers *layers;
+	const uint64_t *pages;
+	uint64_t page_count;
+	struct filler_range {
+		uint64_t first, end;
+	} *ranges; /* registered */
+	size_t range_count, range_room;
+	uint8_t data[PAGE_BYTES] __attribute__((aligned(PAGE_BYTES)));
+};
+
+static bool is_set(const uint64_t *map, uint64_t page) { return map[page / 64] >> (page % 64) & 1; }
+static void *address_of(struct filler *f, uint64_t page) { return mem_base(f->mem) + page * PAGE_BYTES; }
+
+static int add_range(struct filler *f, uint64_t first, uint64_t end, struct err *err)
+{
+	if (f->range_count == f->range_room) {
+		size_t room = f->range_room ? 2 * f->range_room : 64;
+		struct filler_range *grown = realloc(f->ranges, room * sizeof(*grown));
+		if (!grown)
+			return err_sys(err, ENOMEM, "ranges of scattered pages");
+		f->ranges = grown;
+		f->range_room = room;
+	}
+	int r = uffd_register_missing(f->uffd, address_of(f, first), (end - first) * PAGE_BYTES, err);
+	if (r == 0)
+		f->ranges[f->range_count++] = (struct filler_range){.first = first, .end = end};
+	return r;
+}
+
+static int register_all(struct filler *f, const uint64_t *mapped, struct err *err)
+{
+	uint64_t first = UINT64_MAX, end = 0;
+	int r = 0;
+	for (uint64_t page = 0; page < f->page_count && r == 0; page++) {
+		if (page % 64 == 0 && (f->pages[page / 64] | mapped[page / 64]) == 0) {
+			page += 63;
+		} else if (is_set(f->pages, page)) {
+			first = min_u64(first, page);
+			end = page + 1;
+		} else if (is_set(mapped, page) && first != UINT64_MAX) {
+			r = add_range(f, first, end, err);
+			first = UINT64_MAX;
+		}
+	}
+	return r == 0 && first != UINT64_MAX ? add_range(f, first, end, err) : r;
+}
+
+static void unregister_all(struct filler *f)
+{
+	for (size_t i = 0; i < f->range_count; i++)
+		uffd_unregister(f->uffd, address_of(f, f->ranges[i].first),
+				(f->ranges[i].end - f->ranges[i].first) * PAGE_BYTES);
+	f->range_count = 0;
+}
+
+int filler_create(struct mem *mem, struct restore_layers *layers, const uint64_t *pages, const uint64_t *mapped,
+		  struct filler **out, struct err *err)
+{
+	struct filler *f = NULL;
+	int uffd = uffd_open_missing(err);
+	if (uffd < 0)
+		return uffd;
+	if (posix_memalign((void **)&f, PAGE_BYTES, sizeof(*f)) != 0) {
+		close(uffd);
+		return err_sys(err, ENOMEM, "buffer");
+	}
+	*f = (struct filler){.uffd = uffd, .mem = mem, .layers = layers, .pages = pages, .page_count = mem_pages(mem)};
+	int r = register_all(f, mapped, err);
+	if (r != 0) {
+		filler_destroy(f);
+		return r;
+	}
+	*out = f;
+	return 0;
+}
+
+static int fill_page(struct filler *f, uint64_t page, struct err *err)
+{
+	int r = restore_read_page(f->layers, page, f->data, err);
+	if (r != 0)
+		return r;
+	r = uffd_fill(f->uffd, address_of(f, page), f->data, PAGE_BYTES);
+	return r == 0 ? 0 : err_sys(err, -r, "fill page %llu of guest memory", (unsigned long long)page);
+}
+
+/* All who wait now. */
+static int answer(struct filler *f, struct err *err)
+{
+	uint64_t address;
+	int r;
+	while ((r = uffd_next_missing(f->uffd, &address)) == 0) {
+		uint64_t page = (address - (uint64_t)(uintptr_t)mem_base(f->mem)) / PAGE_BYTES;
+		if (is_set(f->pages, page))
+			r = fill_page(f, page, err);
+		else if ((r = uffd_fill(f->uffd, address_of(f, page), NULL, PAGE_BYTES)) != 0)
+			err_sys(err, -r, "fill page %llu of guest memory", (unsigned long long)page);
+		if (r != 0)
+			return r;
+	}
+	return r == -EAGAIN ? 0 : err_sys(err, -r, "userfaultfd");
+}
+
+int filler_run(struct filler *f, struct err *err)
+{
+	unsigned step = 0;
+	int r = 0;
+	for (uint64_t page = 0; page < f->page_count && r == 0; page++) {
+		if (page % 64 == 0 && f->pages[page / 64] == 0) {
+			page += 63;
+			continue;
+		}
+		if (!is_set(f->pages, page))
+			continue;
+		r = fill_page(f, page, err);
+		if (r == 0 && ++step % STEP_PAGES == 0)
+			r = answer(f, err);
+	}
+	if (r == 0)
+		unregister_all(f); /* wakes who waits for a page of zeroes in between */
+	return r;
+}
+
+void filler_destroy(struct filler *f)
+{
+	if (!f)
+		return;
+	unregister_all(f);
+	close(f->uffd);
+	free(f->ranges);
+	free(f);
+}
