@@ -79,8 +79,10 @@ int cow_chain_open(struct image *top, bool lock, struct err *err)
 			return rc;
 		}
 	}
-	for (struct image *i = top; i; i = i->backing)
+	for (struct image *i = top; i; i = i->backing) {
 		i->generation = depth--;
+		i->fixed = i != top || i->sealed;
+	}
 	return 0;
 }
 

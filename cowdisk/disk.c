@@ -11,11 +11,12 @@ enum {
 	CLEAN_ROUNDS = 16 /* a round may leave freed counts to the next; more than a few mean that something is wrong */
 };
 
-static int open_chain(struct cow_io *io, const char *path, unsigned flags, struct image **out, struct err *err)
+static int open_chain(struct cow_io *io, const char *path, int format, unsigned flags, struct image **out,
+		      struct err *err)
 {
 	bool lock = !(flags & COW_OPEN_NO_LOCK);
 	struct image *top;
-	int rc = cow_image_open(io, path, -1, !(flags & COW_OPEN_READONLY), lock, &top, err);
+	int rc = cow_image_open(io, path, format, !(flags & COW_OPEN_READONLY), lock, &top, err);
 	if (rc < 0)
 		return rc;
 	rc = cow_chain_open(top, lock, err);
@@ -34,10 +35,10 @@ static void attach_chain(struct cow_disk *disk, struct image *top)
 	disk->top = top;
 }
 
-int cow_open(struct cow_io *io, const char *path, unsigned flags, struct cow_disk **out, struct err *err)
+int cow_open_as(struct cow_io *io, const char *path, int format, unsigned flags, struct cow_disk **out, struct err *err)
 {
 	struct image *top;
-	int rc = open_chain(io, path, flags, &top, err);
+	int rc = open_chain(io, path, format, flags, &top, err);
 	if (rc < 0)
 		return rc;
 	struct cow_disk *disk = xcalloc(1, sizeof(*disk));
@@ -48,6 +49,11 @@ int cow_open(struct cow_io *io, const char *path, unsigned flags, struct cow_dis
 	cow_io_count_disk(io, 1);
 	*out = disk;
 	return 0;
+}
+
+int cow_open(struct cow_io *io, const char *path, unsigned flags, struct cow_disk **out, struct err *err)
+{
+	return cow_open_as(io, path, -1, flags, out, err);
 }
 
 struct waiter {
@@ -95,6 +101,8 @@ int cow_close(struct cow_disk *disk, struct err *err)
 	}
 	cow_disk_wait_idle(disk);
 	cow_overlay_forget(disk);
+	cow_resolved_forget(disk);
+	cow_retired_release(disk, true);
 	cow_chain_free(disk->top);
 	cow_io_count_disk(disk->io, -1);
 	free(disk);
@@ -104,7 +112,7 @@ int cow_close(struct cow_disk *disk, struct err *err)
 int cow_replace(struct cow_disk *disk, const char *path, struct err *err)
 {
 	struct image *top;
-	int rc = open_chain(disk->io, path, disk->flags, &top, err);
+	int rc = open_chain(disk->io, path, -1, disk->flags, &top, err);
 	if (rc < 0)
 		return rc;
 	if (top->size != disk->size) {
@@ -115,6 +123,8 @@ int cow_replace(struct cow_disk *disk, const char *path, struct err *err)
 	}
 	cow_disk_wait_idle(disk);
 	cow_overlay_forget(disk);
+	cow_resolved_forget(disk);
+	cow_retired_release(disk, true);
 	cow_chain_free(disk->top);
 	attach_chain(disk, top);
 	return 0;

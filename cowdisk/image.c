@@ -119,12 +119,26 @@ int cow_image_map(struct image *image, uint64_t offset, uint64_t length, struct 
 	return 0;
 }
 
+/* Found out when it matters, as the one who seals a layer does not know about those above. */
+bool cow_image_is_fixed(struct image *image)
+{
+	struct image *i = image;
+	for (; i && !i->fixed; i = i->backing)
+		if (!i->sealed)
+			return false;
+	for (; image != i; image = image->backing)
+		image->fixed = true;
+	return true;
+}
+
 int cow_chain_map(struct image *image, uint64_t offset, uint64_t length, struct image **owner, struct mapping *out)
 {
 	for (; image; image = image->backing) {
 		if (offset >= image->size)
 			break; /* a backing file that is shorter: zeroes from here on, whatever lies deeper */
 		length = min_u64(length, image->size - offset);
+		if (image->backing && image->disk && cow_image_is_fixed(image))
+			return cow_resolve(image->disk, image, offset, length, owner, out);
 		int rc = cow_image_map(image, offset, length, out);
 		if (rc < 0)
 			return rc;
@@ -133,6 +147,7 @@ int cow_chain_map(struct image *image, uint64_t offset, uint64_t length, struct 
 			return 0;
 		length = out->length;
 	}
+	*owner = image;
 	*out = (struct mapping){.kind = MAP_ZERO, .length = length};
 	return 0;
 }

@@ -33,6 +33,8 @@ struct alloc;
 struct slice;
 struct slice_cache;
 struct round;
+struct resolved;
+struct retired;
 
 /* Requests that wait for something; first come, first served. */
 struct wait_list {
@@ -112,6 +114,7 @@ struct image {
 	enum cow_format format;
 	bool readonly; /* opened so */
 	bool sealed;   /* never changes (any more); all but the top one, and what is still being sealed */
+	bool fixed;    /* sealed, and so is everything below: the map of resolve.c may speak of it */
 	bool write_locked;
 	bool damaged;		       /* found wrong while running: nothing more is allocated */
 	uint64_t size;		       /* of the virtual disk in bytes */
@@ -137,6 +140,8 @@ struct cow_disk {
 	unsigned inflight;
 	uint64_t sequence;	      /* of the last request */
 	struct cow_overlay *overlays; /* switched to, not yet sealed */
+	struct resolved *resolved;    /* NULL until needed */
+	struct retired *retired;      /* layers that a merge has put out of the chain */
 };
 
 /* image.c: one file. */
@@ -157,6 +162,9 @@ void cow_chain_free(struct image *top);
 /* Malloced path of `name` as named by the file `referrer`. -ENOTSUP for what is no file. */
 int cow_resolve_name(const char *referrer, const char *name, char **out, struct err *err);
 
+/* It and all below it are sealed. I/O thread. */
+bool cow_image_is_fixed(struct image *image);
+
 enum map_kind {
 	MAP_HOLE,      /* not in this layer */
 	MAP_ZERO,      /* reads as zeroes, no space */
@@ -173,10 +181,19 @@ struct mapping {
 };
 /* What the first bytes of the range are in one layer. The range lies within the image. */
 int cow_image_map(struct image *image, uint64_t offset, uint64_t length, struct mapping *out);
-/* The same through the chain from `image` down; never MAP_HOLE. *owner: the file that host and entry refer to. */
+/* The same through the chain from `image` down; never MAP_HOLE. *owner: the layer that says so, to which host and entry
+ * refer; NULL where all have a hole (MAP_ZERO). */
 int cow_chain_map(struct image *image, uint64_t offset, uint64_t length, struct image **owner, struct mapping *out);
 /* 1 if the range surely reads as zeroes, 0 if perhaps not, -errno. */
 int cow_chain_is_zero(struct image *image, uint64_t offset, uint64_t length);
+
+/* resolve.c */
+
+/* What cow_chain_map says of `root`, which is fixed, and has a backing file; from memory if it was asked before. */
+int cow_resolve(struct cow_disk *disk, struct image *root, uint64_t offset, uint64_t length, struct image **owner,
+		struct mapping *out);
+/* The chain has changed other than by a new top. */
+void cow_resolved_forget(struct cow_disk *disk);
 
 /* lock.c: QEMU's lock bytes. */
 int cow_lock_take(int fd, bool write, const char *path, struct err *err);
@@ -286,6 +303,13 @@ bool cow_image_clean(const struct image *image);
 /* qcow2_compressed.c: where the data of a compressed cluster is, and unpacking it. */
 void qcow2_compressed_range(const struct image *image, uint64_t entry, uint64_t *offset, uint64_t *length);
 int qcow2_unpack(const struct image *image, const void *packed, size_t packed_bytes, void *cluster);
+
+/* disk.c: cow_open with the format given, not looked for (-1: as cow_open). */
+int cow_open_as(struct cow_io *io, const char *path, int format, unsigned flags, struct cow_disk **out,
+		struct err *err);
+
+/* merge.c */
+void cow_retired_release(struct cow_disk *disk, bool all); /* frees what no request in flight may have seen */
 
 /* overlay.c */
 void cow_seal_progress(struct image *image);	/* a request of this layer has ended */

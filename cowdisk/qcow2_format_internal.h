@@ -43,6 +43,8 @@ enum {
 #define QCOW2_INCOMPAT_DATA_FILE   4u
 #define QCOW2_INCOMPAT_COMPRESSION 8u
 #define QCOW2_INCOMPAT_EXTENDED_L2 16u
+/* Autoclear features. */
+#define QCOW2_AUTOCLEAR_BITMAPS 1u
 
 /* Header extensions. */
 #define QCOW2_EXT_END		 0u

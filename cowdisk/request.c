@@ -97,6 +97,8 @@ static void finish_task(struct io_task *task)
 	cow_req_wake(&work->waiters);
 	if (image->q.frees_ready.count)
 		qcow2_frees_release(image);
+	if (disk->retired)
+		cow_retired_release(disk, false);
 	cow_image_writeback(image);
 	if (image->seal)
 		cow_seal_progress(image);

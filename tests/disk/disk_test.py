@@ -268,6 +268,10 @@ def test_stress():
         for shape in shapes:
             seed += 1
             stress_case(seed, options, operations=operations, **shape)
+    stress_case(seed, images[0], operations=operations, depth=16, switch=20)  # a hundred layers, each looked through when the next comes
+    stress_case(seed, images[2], operations=operations, depth=16, switch=40)
+    for n in range(6):
+        stress_case(seed + n, images[n], operations=operations, depth=32, switch=60, merge=100)
 
 
 def test_stress_large():
@@ -294,6 +298,101 @@ def test_stress_initial():
                 stress_case(seed, options, initial=initial, operations=operations, **shape)
 
 
+# Merges and exports.
+
+def merge_chain(rng, size):
+    """A random chain of n0 (perhaps raw) to nK; returns the names."""
+    names = []
+    for n in range(rng.randrange(2, 7)):
+        length = size if rng.random() < 0.7 else rng.randrange(1, size // 512) * 512
+        name = f"n{n}.qcow2"
+        if n == 0 and rng.random() < 0.4:
+            tool("pattern", name, length, rng.randrange(1000))
+        else:
+            options = rng.choice(["compat=1.1", "compat=0.10"]) + f",cluster_size={rng.choice(CLUSTERS)}"
+            backing = (names[-1], "qcow2" if is_qcow2(names[-1]) else "raw") if n else ()
+            create(name, length, options, *backing)
+            scribble(name, length, f"{n} {rng.random()}")
+        names.append(name)
+    return names
+
+
+def test_merge():
+    """Runs of layers become one: every layer above and the run's top read as before, what is below is not touched."""
+    for n in range(int(60 * SCALE)):
+        rng = random.Random(f"merge {SEED} {n}")
+        fresh()
+        names = merge_chain(rng, 3 * MIB + 512 * rng.randrange(5))
+        top = rng.randrange(1, len(names))
+        count = rng.randrange(1, top + 2)
+        for index in range(top, len(names)):
+            run("qemu-img", "convert", "-O", "raw", names[index], f"before{index}")
+        below = {name: open(name, "rb").read() for name in names[:top + 1 - count]}
+        tool("merge", names[top], count)
+        for name in names[top + 1 - count:top]:
+            os.unlink(name)  # nobody needs them
+        check(not os.path.exists(names[top] + ".vmcp-merge"), "the temporary file is left")
+        for index in range(top, len(names)):
+            same_content(names[index], f"before{index}")
+            if is_qcow2(names[index]):
+                qemu_check(names[index])
+        for name, content in below.items():
+            check(open(name, "rb").read() == content, f"merge {n} changed {name}")
+
+
+def test_merge_rules():
+    fresh()
+    create("a.qcow2", 8 * MIB, "compat=1.1")
+    os.mkdir("sub")
+    qemu_io("a.qcow2", "write -P 1 0 1M", "write -P 2 4M 1M")
+    create("sub/b.qcow2", 8 * MIB, "compat=1.1", "../a.qcow2")
+    qemu_io("sub/b.qcow2", "write -P 3 512k 1M", "write -z 4M 64k", "discard 4160k 64k", "write -P 0 2M 128k")
+    create("c.qcow2", 8 * MIB, "compat=1.1", "sub/b.qcow2")
+    qemu_io("c.qcow2", "write -P 4 6M 64k")
+    run("qemu-img", "convert", "-O", "raw", "c.qcow2", "before")
+    check("3 layers" in tool("merge", "c.qcow2", 4, status=1).stderr, "more layers than there are")
+    tool("merge", "c.qcow2", 0, status=2)
+    os.chmod("c.qcow2", 0o600)
+    tool("merge", "c.qcow2", 2)  # its base is named as seen from another folder
+    check(os.stat("c.qcow2").st_mode & 0o777 == 0o600, "mode of the merged file")
+    same_content("c.qcow2", "before")
+    check("data 1114112\n" in tool("merge", "c.qcow2", 1).stdout, "not sparse: 1 MiB and 64 KiB were data")
+    start = time.monotonic()
+    tool("merge", "c.qcow2", 2, MIB)
+    check(time.monotonic() - start > 1, "2 MiB at 1 MiB/s took less than a second")
+    same_content("c.qcow2", "before")
+    run("qemu-img", "snapshot", "-c", "s", "c.qcow2")
+    check("snapshots" in tool("merge", "c.qcow2", 1, status=1).stderr, "an image with snapshots was merged")
+    create("bits.qcow2", MIB, "compat=1.1")
+    run("qemu-img", "bitmap", "--add", "bits.qcow2", "b0")
+    check("bitmaps" in tool("merge", "bits.qcow2", 1, status=1).stderr, "an image with a bitmap was merged")
+    shutil.copy("before", "d.raw")
+    check("only a qcow2" in tool("merge", "d.raw", 1, status=1).stderr, "a raw layer was merged")
+    # What a merge that died left is removed; what one that lives writes is not.
+    create("e.qcow2", MIB, "compat=1.1")
+    tool("merge", "e.qcow2", 1, env={"VMCP_FAULT": "119"}, status=KILLED)
+    check(os.path.exists("e.qcow2.vmcp-merge"), "no temporary file")
+    with Held("e.qcow2.vmcp-merge"):
+        tool("merge", "e.qcow2", 1, status=4)
+    tool("merge", "e.qcow2", 1)
+    with Held("e.qcow2"):
+        tool("merge", "e.qcow2", 1, status=4)
+
+
+def test_export():
+    for n in range(int(24 * SCALE)):
+        rng = random.Random(f"export {SEED} {n}")
+        fresh()
+        top = merge_chain(rng, 3 * MIB + 512 * rng.randrange(5))[-1]
+        run("qemu-img", "convert", "-O", "raw", top, "before")
+        tool("export", top, "out.qcow2", "qcow2", rng.choice(CLUSTERS))
+        qemu_check("out.qcow2")
+        same_content("out.qcow2", "before")
+        tool("export", top, "out.raw", "raw")
+        check(filecmp.cmp("out.raw", "before", shallow=False), "the exported raw file")
+        check("exists" in tool("export", top, "out.raw", "raw", status=1).stderr, "overwrote a file")
+
+
 # Crashes and errors.
 
 def wait_unlocked():
@@ -311,10 +410,10 @@ def newest_top():
     wait_unlocked()
     for image in whole:
         qemu_check(image, leaks=True)
-    return whole[-1]
+    return [f for f in whole if not f.endswith(".vmcp-merge")][-1]
 
 
-FAULTS = range(100, 118)
+FAULTS = range(100, 122)
 UNREACHED = {103: "needs autoclear bits: see test_autoclear"}
 
 
@@ -327,7 +426,7 @@ def test_kill():
                 seed = SEED + fault * 100 + count
                 fresh()
                 create("a.qcow2", 20 * MIB, options)
-                process = tool("stress", "a.qcow2", f"seed={seed}", "layers=./l", "journal=journal", "switch=400", "operations=2000",
+                process = tool("stress", "a.qcow2", f"seed={seed}", "layers=./l", "journal=journal", "switch=400", "merge=500", "operations=2000",
                                env={"VMCP_FAULT": f"{fault}:{count}"}, status=None)
                 if process.returncode != KILLED:
                     check(process.returncode == 0, f"fault {fault}:{count} {options}: {process.stdout}{process.stderr}")
@@ -347,7 +446,7 @@ def test_kill_random():
         rng = random.Random(SEED * 1000 + n)
         fresh()
         create("a.qcow2", 20 * MIB, rng.choice(["compat=1.1", "compat=1.1,cluster_size=512", "compat=1.1,cluster_size=4k"]))
-        process = subprocess.Popen([TOOL, "stress", "a.qcow2", f"seed={n}", "layers=./l", "journal=journal", "switch=300",
+        process = subprocess.Popen([TOOL, "stress", "a.qcow2", f"seed={n}", "layers=./l", "journal=journal", "switch=300", "merge=700",
                                     "operations=1000000", "flush=20"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(timeout=0.05 + rng.random() * 0.4)
@@ -369,7 +468,7 @@ def test_errors():
             for count in (1, 3, 20):
                 fresh()
                 create("a.qcow2", 20 * MIB, "compat=1.1,cluster_size=512" if count == 3 else "compat=1.1")
-                process = tool("stress", "a.qcow2", f"seed={SEED + fault}", "layers=./l", "journal=journal", "switch=400", "operations=1500",
+                process = tool("stress", "a.qcow2", f"seed={SEED + fault}", "layers=./l", "journal=journal", "switch=400", "merge=500", "operations=1500",
                                "tolerate=1", env={"VMCP_FAULT": f"{fault}:{count}:{action}"}, status=None)
                 check(process.returncode == 0, f"fault {fault}:{count}:{action}: {process.stdout}{process.stderr}")
                 top = newest_top()
@@ -657,6 +756,7 @@ GROUPS = {
     "matrix": [test_matrix, test_matrix_written],
     "stress": [test_stress, test_stress_large],
     "initial": [test_stress_initial],
+    "merge": [test_merge, test_merge_rules, test_export],
     "crash": [test_kill, test_kill_random],
     "errors": [test_errors, test_full],
     "rules": [test_locks, test_refusals, test_chains, test_autoclear, test_create],

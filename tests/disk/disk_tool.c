@@ -9,6 +9,8 @@
  *     disk_tool write IMAGE OFFSET LENGTH
  *     disk_tool check IMAGE            prints "allocated N leaks N corruptions N: FIRST"
  *     disk_tool pattern RAW BYTES SEED
+ *     disk_tool merge IMAGE LAYERS [BYTES_PER_SECOND]
+ *     disk_tool export IMAGE FILE qcow2|raw [CLUSTER]
  *     disk_tool stress IMAGE key=value...
  *     disk_tool verify JOURNAL RAW
  *     disk_tool poke IMAGE SEED        reads, writes, discards at random and reports errors only: for damaged images
@@ -27,6 +29,7 @@
 #include "base/log.h"
 #include "cowdisk/check.h"
 #include "cowdisk/io_internal.h"
+#include "cowdisk/merge.h"
 #include "cowdisk/overlay.h"
 #include "tests/disk/stress.h"
 
@@ -150,6 +153,39 @@ static int create(char **args, int count)
 	return cow_create(args[0], &c, &err) < 0 ? report(&err) : 0;
 }
 
+static void show_progress(void *opaque, uint64_t done, uint64_t total)
+{
+	(void)opaque;
+	printf("%llu of %llu\n", (unsigned long long)done, (unsigned long long)total);
+}
+
+static int merge(const char *image, char **args, int count)
+{
+	struct err err = ERR_INIT;
+	struct cow_merged *merged;
+	struct cow_merge m = {.path = image, .layers = (unsigned)strtoul(args[0], NULL, 0), .progress = show_progress};
+	if (count > 1)
+		m.bytes_per_second = strtoull(args[1], NULL, 0);
+	int rc = cow_merge_prepare(&m, &merged, &err);
+	if (rc < 0)
+		return report(&err);
+	rc = cow_merge_commit(merged, &err);
+	printf("data %llu\n", (unsigned long long)cow_merged_data_bytes(merged));
+	cow_merge_free(merged);
+	return rc < 0 ? report(&err) : 0;
+}
+
+static int export_image(const char *image, char **args, int count)
+{
+	struct err err = ERR_INIT;
+	struct cow_export e = {.source = image, .path = args[0], .format = COW_FORMAT_QCOW2, .progress = show_progress};
+	if (strcmp(args[1], "raw") == 0)
+		e.format = COW_FORMAT_RAW;
+	if (count > 2)
+		e.cluster_bytes = (uint32_t)strtoul(args[2], NULL, 0);
+	return cow_export(&e, &err) < 0 ? report(&err) : 0;
+}
+
 static int stress(const char *image, char **args, int count)
 {
 	struct stress s = {.image = image, .operations = 2000, .depth = 16, .max_sectors = 1024, .flush_every = 40};
@@ -168,7 +204,7 @@ static int stress(const char *image, char **args, int count)
 			{"expect", &s.expect, NULL, NULL},	     {"layers", &s.layers, NULL, NULL},
 			{"operations", NULL, &s.operations, NULL},   {"depth", NULL, &s.depth, NULL},
 			{"switch", NULL, &s.switch_every, NULL},     {"flush", NULL, &s.flush_every, NULL},
-			{"max_sectors", NULL, &s.max_sectors, NULL}, {"threads", NULL, NULL, &s.threads},
+			{"merge", NULL, &s.merge_every, NULL},	     {"max_sectors", NULL, &s.max_sectors, NULL}, {"threads", NULL, NULL, &s.threads},
 			{"tolerate", NULL, NULL, &s.tolerate},	     {"no_discard", NULL, NULL, &s.no_discard},
 		};
 		for (size_t k = 0; k < ARRAY_LENGTH(keys); k++) {
@@ -216,6 +252,10 @@ int main(int argc, char **argv)
 		return check_image(argv[2]);
 	if (strcmp(command, "pattern") == 0 && count == 2)
 		return stress_pattern(argv[2], strtoull(args[0], NULL, 0), strtoull(args[1], NULL, 0));
+	if (strcmp(command, "merge") == 0 && (count == 1 || count == 2))
+		return merge(argv[2], args, count);
+	if (strcmp(command, "export") == 0 && (count == 2 || count == 3))
+		return export_image(argv[2], args, count);
 	if (strcmp(command, "stress") == 0)
 		return stress(argv[2], args, count);
 	if (strcmp(command, "verify") == 0 && count == 1)

@@ -1,6 +1,6 @@
 /*
  * The threads as in a VM: the I/O thread runs the loop and has requests in flight all the time; another thread
- * prepares overlays, parks the loop, switches, unparks, seals. Every completed write must be read back, whichever
+ * prepares overlays, parks the loop, switches, unparks, seals, and now and then merges. Every completed write must be read back, whichever
  * layer it went to.
  */
 #include <fcntl.h>
@@ -14,10 +14,11 @@
 #include "base/clock.h"
 #include "base/file.h"
 #include "cowdisk/check.h"
+#include "cowdisk/merge.h"
 #include "cowdisk/overlay.h"
 #include "tests/lib/check.h"
 
-enum { LANES = 16, ROUNDS = 30, LANE_BYTES = 1 << 20, BLOCK = 4096 };
+enum { LANES = 16, ROUNDS = 30, MERGE_EVERY = 6, LANE_BYTES = 1 << 20, BLOCK = 4096 };
 
 /* One request at a time in a stretch of the disk of its own. Owner: the I/O thread. */
 struct lane {
@@ -132,6 +133,25 @@ static void checkpoint(struct loop *loop, struct traffic *t, const char *folder,
 		fprintf(stderr, "%s\n", err.message);
 }
 
+/* The layers below the n-th become one, while requests go through them. */
+static void merge_below(struct traffic *t, const char *folder, unsigned n, unsigned layers)
+{
+	struct err err = ERR_INIT;
+	struct cow_merged *merged;
+	CLEANUP_FREE char *path = xasprintf("%s/%u.qcow2", folder, n - 1);
+	struct cow_merge m = {.path = path, .layers = layers};
+	int rc = cow_merge_prepare(&m, &merged, &err);
+	if (rc == 0) {
+		rc = cow_merge_commit(merged, &err);
+		if (rc == 0)
+			rc = cow_merge_adopt(merged, t->disk, &err);
+		cow_merge_free(merged);
+	}
+	CHECK(rc == 0);
+	if (rc < 0)
+		fprintf(stderr, "%s\n", err.message);
+}
+
 static void stop_traffic(struct traffic *t)
 {
 	atomic_store(&t->stop, true);
@@ -170,6 +190,8 @@ static void run(const char *folder)
 	for (unsigned n = 1; n <= ROUNDS; n++) {
 		wait_for(&t, 200);
 		checkpoint(loop, &t, folder, n, &longest);
+		if (n % MERGE_EVERY == 0)
+			merge_below(&t, folder, n, n == ROUNDS ? 2 : MERGE_EVERY - 1);
 	}
 	stop_traffic(&t);
 	loop_stop(loop);

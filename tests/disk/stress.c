@@ -11,6 +11,7 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "cowdisk/io_internal.h"
+#include "cowdisk/merge.h"
 #include "cowdisk/overlay.h"
 #include "tests/disk/stress.h"
 
@@ -118,6 +119,9 @@ struct run {
 	struct slot slots[SLOTS];
 	unsigned busy, issued, failures, errors, switches, layer;
 	struct pending_overlay *sealing;
+	char **chain; /* names of the layers, deepest first */
+	unsigned chain_count, pending, merges, adoptions;
+	bool strayed; /* a merge was not adopted: the chain in memory is not the one of the files */
 };
 
 static uint64_t pick(struct run *r, uint64_t below) { return next_random(&r->random) % below; }
@@ -308,8 +312,63 @@ static void seal_some(struct run *r, bool all)
 			fprintf(stderr, "seal: %s\n", err.message);
 		}
 		r->sealing = p->next;
+		r->pending--;
 		free(p);
 	}
+}
+
+static void complain_text(struct run *r, const char *what, const struct err *err)
+{
+	if (!r->s->tolerate && r->failures++ < 10)
+		fprintf(stderr, "%s: %s (seed %" PRIu64 ", op %u)\n", what, err->message, r->s->seed, r->issued);
+}
+
+/* The layers of the run but its topmost are nobody's any more. */
+static void forget_merged(struct run *r, unsigned top, unsigned layers)
+{
+	unsigned first = top + 1 - layers;
+	for (unsigned i = first; i < top; i++) {
+		if (i > 0)
+			unlink(r->chain[i]);
+		free(r->chain[i]);
+	}
+	memmove(r->chain + first, r->chain + top, (r->chain_count - top) * sizeof(*r->chain));
+	r->chain_count -= layers - 1;
+}
+
+/* Merges some of the sealed layers while requests are in flight. */
+static void merge_some(struct run *r)
+{
+	unsigned sealed = r->chain_count - 1 - r->pending, top;
+	if (sealed == 0)
+		return;
+	top = (unsigned)pick(r, sealed);
+	volatile bool cancel = pick(r, 8) == 0;
+	struct cow_merge m = {.path = r->chain[top], .layers = 1 + (unsigned)pick(r, top + 1), .cancel = &cancel};
+	struct cow_merged *merged;
+	struct err err = ERR_INIT;
+	int rc = cow_merge_prepare(&m, &merged, &err);
+	if (rc < 0) {
+		if (rc != -ECANCELED && rc != -ENOTSUP)
+			complain_text(r, "merge", &err);
+		return;
+	}
+	rc = cow_merge_commit(merged, &err);
+	if (rc < 0) {
+		complain_text(r, "commit", &err);
+		r->strayed = true; /* perhaps */
+	} else if (pick(r, 8) == 0)
+		r->strayed = true;
+	else if ((rc = cow_merge_adopt(merged, r->disk, &err)) == 0)
+		r->adoptions++;
+	else if (rc == -ESTALE && r->strayed)
+		rc = 0;
+	else
+		complain_text(r, "adopt", &err);
+	if (rc == 0)
+		forget_merged(r, top, m.layers);
+	r->merges++;
+	cow_merge_free(merged);
 }
 
 static void switch_overlay(struct run *r)
@@ -336,6 +395,9 @@ static void switch_overlay(struct run *r)
 	}
 	cow_overlay_switch(p->overlay);
 	r->switches++;
+	r->pending++;
+	r->chain = realloc(r->chain, (r->chain_count + 1) * sizeof(*r->chain));
+	r->chain[r->chain_count++] = xstrdup(path);
 	struct pending_overlay **q = &r->sealing;
 	while (*q)
 		q = &(*q)->next;
@@ -415,6 +477,8 @@ static int open_everything(struct run *r, struct err *err)
 	rc = journal_open(&r->journal, r->s->journal, r->sectors, true);
 	for (unsigned i = 0; i < SLOTS; i++)
 		r->slots[i].data = malloc((size_t)MAX_SECTORS * SECTOR);
+	r->chain = malloc(sizeof(*r->chain));
+	r->chain[r->chain_count++] = xstrdup(r->s->image);
 	return rc == 0 ? load_initial(r) : rc;
 }
 
@@ -428,6 +492,8 @@ static void work_through(struct run *r)
 			switch_overlay(r);
 		if (r->sealing && pick(r, 50) == 0)
 			seal_some(r, false);
+		if (r->s->merge_every && r->issued % r->s->merge_every == r->s->merge_every - 1)
+			merge_some(r);
 	}
 	drain(r);
 	seal_some(r, true);
@@ -464,14 +530,17 @@ int stress_run(const struct stress *s)
 	if (s->expect && (rc = write_expected(r)) < 0)
 		r->failures++;
 	cow_io_destroy(r->io);
-	printf("top %s\nrequests %u errors %u switches %u failures %u\n", top, r->issued, r->errors, r->switches,
-	       r->failures);
+	printf("top %s\nrequests %u errors %u switches %u merges %u adoptions %u failures %u\n", top, r->issued,
+	       r->errors, r->switches, r->merges, r->adoptions, r->failures);
 	unsigned failures = r->failures;
 	for (unsigned i = 0; i < SLOTS; i++)
 		free(r->slots[i].data);
 	munmap(r->journal.map, r->journal.map_bytes);
 	free(r->complete);
 	free(r->unknown);
+	for (unsigned i = 0; i < r->chain_count; i++)
+		free(r->chain[i]);
+	free(r->chain);
 	free(top);
 	free(r);
 	return failures != 0;

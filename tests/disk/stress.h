@@ -21,6 +21,7 @@ struct stress {
 	unsigned operations;
 	unsigned depth;	       /* requests in flight */
 	unsigned switch_every; /* operations; 0: never */
+	unsigned merge_every;  /* operations; 0: never. Needs overlays */
 	unsigned flush_every;  /* about */
 	unsigned max_sectors;  /* of a request */
 	bool threads;	       /* not io_uring */
