@@ -42,6 +42,8 @@ struct cow_io {
 	struct slice_cache *cache;
 	io_hook_fn *hook;
 	void *hook_opaque;
+	void (*pump)(void *opaque);
+	void *pump_opaque;
 	struct op_queue held;
 	unsigned held_count;
 	_Atomic unsigned disks;
@@ -148,6 +150,10 @@ void cow_io_start(struct cow_io *io, struct io_op *op)
 			op->result = verdict;
 			op->task.run = fail_task;
 			cow_io_later(io, &op->task);
+			return;
+		}
+		if (verdict == IO_HOOK_TAKE) {
+			io->in_kernel++;
 			return;
 		}
 		if (verdict == IO_HOOK_HOLD) {
@@ -293,6 +299,12 @@ static void on_event(void *opaque, uint32_t events)
 void cow_io_drive(struct cow_io *io, int timeout_ms)
 {
 	submit_queue(io);
+	if (io->pump) {
+		io->plugged++;
+		io->pump(io->pump_opaque);
+		io->plugged--;
+		timeout_ms = 0;
+	}
 	struct pollfd p = {.fd = io->event_fd, .events = POLLIN};
 	if (!io->tasks)
 		poll(&p, 1, timeout_ms);
@@ -375,6 +387,14 @@ void cow_io_set_hook(struct cow_io *io, io_hook_fn *hook, void *opaque)
 	io->hook = hook;
 	io->hook_opaque = opaque;
 }
+
+void cow_io_set_pump(struct cow_io *io, void (*pump)(void *opaque), void *opaque)
+{
+	io->pump = pump;
+	io->pump_opaque = opaque;
+}
+
+void cow_io_end_taken(struct cow_io *io, struct io_op *op, int result) { complete_op(io, op, result); }
 
 void cow_io_release_held(struct cow_io *io)
 {

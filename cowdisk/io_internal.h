@@ -54,7 +54,7 @@ struct io_op {
 };
 
 /* A test's hook, asked before an operation goes to the kernel. */
-enum { IO_HOOK_PASS = 0, IO_HOOK_HOLD = 1 }; /* or a -errno that the operation shall end with */
+enum { IO_HOOK_PASS = 0, IO_HOOK_HOLD = 1, IO_HOOK_TAKE = 2 }; /* or a -errno that the operation shall end with */
 typedef int io_hook_fn(void *opaque, const struct io_op *op);
 
 /* As cow_io_create. loop may be NULL: then only cow_io_drive serves it. */
@@ -71,6 +71,11 @@ void cow_io_drive(struct cow_io *io, int timeout_ms);
 void cow_io_set_hook(struct cow_io *io, io_hook_fn *hook, void *opaque);
 void cow_io_release_held(struct cow_io *io);
 unsigned cow_io_held(const struct cow_io *io);
+
+/* Operations that the hook took (IO_HOOK_TAKE) are the test's to carry out and to end, with what the system call would
+ * have returned for all of it. It does so in its pump, which cow_io_drive calls each time, and then does not sleep. */
+void cow_io_set_pump(struct cow_io *io, void (*pump)(void *opaque), void *opaque);
+void cow_io_end_taken(struct cow_io *io, struct io_op *op, int result);
 
 /* The ring that serves a disk (in disk.c). */
 struct cow_io *cow_disk_io(const struct cow_disk *disk);

@@ -461,6 +461,25 @@ def test_kill_random():
         check(verdict.returncode == 0, f"run {n}: lost a flushed write: {verdict.stderr}")
 
 
+def test_crash_sim():
+    """Power cuts, simulated: unsynced writes dropped, torn, turned around. See crash_sim.c."""
+    crashes = 0
+    images = ["compat=1.1", "compat=0.10,cluster_size=4k", "compat=1.1,cluster_size=512", "compat=1.1,cluster_size=512,refcount_bits=64",
+              "compat=1.1,cluster_size=4k,refcount_bits=1", "compat=1.1,cluster_size=4k,preallocation=metadata"]
+    shapes = [["depth=16"], ["depth=32", "switch=50"], ["depth=2"], ["depth=8", "switch=200"]]
+    for index, options in enumerate(images):
+        for number, shape in enumerate(shapes):
+            fresh()
+            os.mkdir("sim")
+            create("a.qcow2", 4 * MIB if "refcount_bits=64" in options else MIB, options)
+            seed = SEED * 1000000 + index * 10000 + number * 1000
+            process = run(os.path.join(os.path.dirname(TOOL), "disk_crash_sim"), "a.qcow2", "sim", seed, max(1, int(2 * SCALE)), 50, *shape)
+            crashes += int(process.stdout.split()[1])
+            for image in os.listdir("sim/crash"):
+                qemu_check(f"sim/crash/{image}", leaks=True)
+    print(f"crashes: {crashes}")
+
+
 def test_errors():
     """An error at each fault point fails what it hits; the disk goes on, nothing dangles, nothing flushed is lost."""
     for fault in FAULTS:
@@ -757,6 +776,7 @@ GROUPS = {
     "stress": [test_stress, test_stress_large],
     "initial": [test_stress_initial],
     "merge": [test_merge, test_merge_rules, test_export],
+    "sim": [test_crash_sim],
     "crash": [test_kill, test_kill_random],
     "errors": [test_errors, test_full],
     "rules": [test_locks, test_refusals, test_chains, test_autoclear, test_create],
