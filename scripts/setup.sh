@@ -1,13 +1,14 @@
 #!/bin/bash
 # setup.sh - install from Debian's packages what building, testing and showing vmcp need
 #
-#   scripts/setup.sh [--dry-run] [build] [test] [demo]
+#   scripts/setup.sh [--dry-run] [build] [test] [demo] [bench]
 #
 #   build   compiler, build tools and libraries
 #   test    build, and what the test suites run: Criterion, QEMU, the nested machine
 #   demo    what the Debian guest (examples/debian-guest) and the nested machine (tests/with-kvm) need
+#   bench   what the benchmarks (bench/run.sh) run beside vmcp: QEMU
 #
-# Without a group: all three. Only missing packages are installed; where nothing is missing it
+# Without a group: the first three, which hold all that bench needs. Only missing packages are installed; where nothing is missing it
 # neither needs root nor touches the network. --dry-run says what is missing and installs nothing.
 #
 # Exit status: 0 all there; 1 something is missing and could not be installed; 2 wrong usage.
@@ -23,6 +24,7 @@ readonly NESTED=(qemu-system-x86 busybox-static cpio e2fsprogs xz-utils)
 readonly GUEST=(mmdebstrap debian-archive-keyring e2fsprogs qemu-utils)
 readonly TEST=("${BUILD[@]}" "${NESTED[@]}" "${GUEST[@]}" libcriterion-dev libqcow-dev acpica-tools python3)
 readonly DEMO=("${NESTED[@]}" "${GUEST[@]}" python3)
+readonly BENCH=(qemu-system-x86 qemu-utils python3)
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$1" >&2; [ $# -lt 2 ] || printf 'hint: %s\n' "$2" >&2; exit 1; }
@@ -30,11 +32,11 @@ die() { printf 'setup: %s\n' "$1" >&2; [ $# -lt 2 ] || printf 'hint: %s\n' "$2" 
 dry_run='' wanted=() groups=()
 for arg in "$@"; do
     case $arg in
-        build | test | demo) groups+=("$arg") ;;
+        build | test | demo | bench) groups+=("$arg") ;;
         --dry-run) dry_run=1 ;;
         --help | -h) sed -n '2,/^$/{/^#/!d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
         *)
-            printf "setup: unknown argument '%s'\nhint: the groups are build, test and demo\n" "$arg" >&2
+            printf "setup: unknown argument '%s'\nhint: the groups are build, test, demo and bench\n" "$arg" >&2
             exit 2
             ;;
     esac
@@ -47,6 +49,7 @@ for group in "${groups[@]}"; do
         # The guest and the nested machine get kernels and packages through apt later on, which must know them by then.
         test) wanted+=("${TEST[@]}") lists=needed ;;
         demo) wanted+=("${DEMO[@]}") lists=needed ;;
+        bench) wanted+=("${BENCH[@]}") ;;
     esac
 done
 

@@ -79,6 +79,18 @@ part "whole VMs: the tiny guest" "${near_kvm[@]}" python3 tests/vm/tiny_test.py
 part "whole VMs: bad input and faults" "${near_kvm[@]}" python3 tests/vm/bad_input_test.py
 part "whole VMs under ASan+UBSan" env VMCP_BIN="$PWD/build/debug/cli/vmcp" VMCP_TEST_ROUNDS=10 \
     "${near_kvm[@]}" python3 tests/vm/tiny_test.py revert gone captured raw second powers json cancel
+# One tiny sample of everything that is measured: the figures mean nothing here, but the scripts must not rot.
+bench_smoke() (
+    out=$(mktemp -d)
+    trap 'rm -rf "$out"' EXIT
+    bench/run.sh --smoke --out "$out" >"$out/log" 2>&1 || { cat "$out/log"; return 1; }
+    tail -n 1 "$out/log"
+)
+if [ ${#near_kvm[@]} -eq 0 ]; then
+    part "benchmarks: the scripts work" bench_smoke
+else
+    echo "SKIP: the benchmarks need a KVM of this host's own"
+fi
 
 VMCP_GUEST=$PWD/build/debian-guest
 export VMCP_GUEST

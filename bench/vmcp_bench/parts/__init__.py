@@ -1,0 +1,8 @@
+"""The parts of the report, in the order in which they run. Each is a module with NAME, TITLE, seconds(plan) and run(context).
+
+seconds() says how long the part takes, roughly, on a host whose disk takes plan.disk_bytes_per_s; it decides nothing.
+"""
+
+from . import arming, boot, checkpoint, clones, depth, disk, every, floor, incremental, nth, peers, restore, reverts, small
+
+ALL = (boot, floor, checkpoint, arming, nth, incremental, small, disk, peers, restore, reverts, depth, clones, every)
