@@ -72,6 +72,7 @@ enum ckpt_instant { CKPT_INSTANT_NOW, CKPT_INSTANT_SETTLED };
 struct ckpt_request {
 	bool live;	     /* false: the VM stands still until the checkpoint is durable */
 	bool full;	     /* save all memory, though a parent has most of it */
+	bool periodic;	     /* taken by a timer: marked so, for `keep` */
 	enum ckpt_instant instant;
 	uint64_t max_rate;   /* of writing memory, bytes a second; 0: as fast as it goes */
 	const char *tag;     /* NULL: none. Must be free: -EEXIST, ERR_STATE */

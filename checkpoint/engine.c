@@ -11,6 +11,7 @@
 static void free_engine(struct ckpt_engine *engine)
 {
 	loader_destroy(engine->loader);
+	store_unpin(engine->pin);
 	memcow_destroy(engine->memcow);
 	tracker_destroy(engine->tracker);
 	state_set_free(&engine->captured);
@@ -42,6 +43,9 @@ static int copy_disks(struct ckpt_engine *engine, const struct ckpt_engine_confi
 		to->path = realpath(from->path, NULL);
 		if (!to->path)
 			return err_sys(err, errno, "disk %s: %s", from->name, from->path);
+		int r = store_note_image(engine->store, to->path, err);
+		if (r != 0)
+			return err_prefix(err, "disk %s", from->name);
 	}
 	return 0;
 }
@@ -270,11 +274,23 @@ int engine_map_memory(struct ckpt_engine *engine, const char *checkpoint, struct
 	return loader_start(&config, index, &engine->loader, err);
 }
 
+/* It is held, so that it cannot be removed under the VM. If it is gone already, what was written since cannot be told from it. */
 void engine_set_position(struct ckpt_engine *engine, const char *id)
 {
+	struct store_pin *before = engine->pin;
+	struct err err = ERR_INIT;
+	if (*id && strcmp(engine->position, id) == 0 && before)
+		return;
+	engine->pin = NULL;
+	if (*id && store_pin(engine->store, id, &engine->pin, &err) != 0) {
+		log_warn("%s: %s: the next checkpoint saves all memory", engine->vm_name, err.message);
+		if (engine->tracker)
+			tracker_drop_base(engine->tracker);
+	}
 	pthread_mutex_lock(&engine->lock);
 	snprintf(engine->position, sizeof(engine->position), "%s", id);
 	pthread_mutex_unlock(&engine->lock);
+	store_unpin(before);
 }
 
 void ckpt_position(struct ckpt_engine *engine, char id[STORE_ID_BYTES])

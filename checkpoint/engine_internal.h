@@ -46,6 +46,7 @@ struct ckpt_engine {
 	struct tracker *tracker;      /* its base, if it has one, is the position */
 	struct err live_error;	   /* why memory cannot be protected on this host; number 0 if it can */
 	struct state_set captured; /* the buffers of the pause */
+	struct store_pin *pin;	   /* holds the position's checkpoint; NULL if there is none */
 
 	pthread_mutex_t lock; /* all below; a leaf */
 	pthread_cond_t changed;
@@ -74,7 +75,7 @@ struct take_disk {
 /* One checkpoint in the making. */
 struct take {
 	struct ckpt_engine *engine;
-	bool live, full, settled;
+	bool live, full, settled, periodic;
 	uint64_t max_rate;
 	char *tag, *message;
 	struct store_draft *draft;

@@ -705,7 +705,8 @@ static void test_fault_points(void)
 	unsigned number;
 	const char *meaning, *name;
 	for (unsigned i = 0; (name = fault_name(i, &number, &meaning)) != NULL; i++) {
-		if (number < 200 || number > 399)
+		/* Those from 310 on are of the store alone: its own tests pass them. */
+		if (number < 200 || number > 309)
 			continue;
 		run_child(number, name, "eio");
 		run_child(number, name, "kill");

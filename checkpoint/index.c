@@ -175,9 +175,9 @@ static int decode_extents(const uint8_t *data, struct page_index *out, struct er
 	return next == out->page_count ? 0 : damaged(err, "extents end before the memory does, at page", next);
 }
 
-int page_index_decode(const void *data, size_t length, struct page_index *out, struct err *err)
+/* The header's counts, as far as they fit the length. */
+static int decode_header(const uint8_t *at, size_t length, struct page_index *out, struct err *err)
 {
-	const uint8_t *at = data;
 	*out = (struct page_index){0};
 	if (length < HEADER_BYTES || memcmp(at, MAGIC, 8) != 0)
 		return damaged(err, "no index file", length);
@@ -195,9 +195,19 @@ int page_index_decode(const void *data, size_t length, struct page_index *out, s
 	/* No overflow: both products are below 2^38. */
 	if (length != HEADER_BYTES + (uint64_t)out->layer_count * LAYER_BYTES + out->extent_count * EXTENT_BYTES)
 		return damaged(err, "the length does not fit the header", length);
+	return 0;
+}
+
+int page_index_decode(const void *data, size_t length, struct page_index *out, struct err *err)
+{
+	const uint8_t *at = data;
+	struct err unset = ERR_INIT;
+	int r = decode_header(at, length, out, err ? err : &unset);
+	if (r != 0)
+		return r;
 	out->layers = malloc((size_t)out->layer_count * sizeof(*out->layers) + 1);
 	out->extents = malloc(out->extent_count * sizeof(*out->extents) + 1);
-	int r = out->layers && out->extents ? 0 : err_sys(err, ENOMEM, "index of %zu bytes", length);
+	r = out->layers && out->extents ? 0 : err_sys(err, ENOMEM, "index of %zu bytes", length);
 	if (r == 0)
 		r = decode_layers(at + HEADER_BYTES, out, err);
 	if (r == 0)
@@ -205,6 +215,22 @@ int page_index_decode(const void *data, size_t length, struct page_index *out, s
 	if (r != 0)
 		page_index_free(out);
 	return r;
+}
+
+int page_index_layers(const void *data, size_t length, const char **names, uint32_t *count, struct err *err)
+{
+	const uint8_t *at = data;
+	struct page_index header;
+	struct err unset = ERR_INIT;
+	int r = decode_header(at, length, &header, err ? err : &unset);
+	if (r != 0)
+		return r;
+	*names = (const char *)at + HEADER_BYTES;
+	*count = header.layer_count;
+	for (size_t i = 0; i < (size_t)header.layer_count * LAYER_BYTES; i++)
+		if (!memchr("0123456789abcdef", (*names)[i], 16))
+			return damaged(err, "not the name of a layer", i / LAYER_BYTES + 1);
+	return 0;
 }
 
 static bool same_layer(const struct page_index *a, uint32_t x, const struct page_index *b, uint32_t y)

@@ -44,6 +44,10 @@ int page_index_encode(const struct page_index *index, struct buf *out, struct er
 /* Decodes and validates [data, data + length), which is untrusted: -EINVAL, ERR_DAMAGED. */
 int page_index_decode(const void *data, size_t length, struct page_index *out, struct err *err);
 
+/* The names of the layers of an index file, in place: 32 digits each, without a terminator. Header, length and names are checked, the
+ * extents are not: -EINVAL, ERR_DAMAGED. */
+int page_index_layers(const void *data, size_t length, const char **names, uint32_t *count, struct err *err);
+
 /* Sets in `pages` (bitmap) every page that the two do not take from the same place. Page counts agree. */
 void page_index_diff(const struct page_index *a, const struct page_index *b, uint64_t *pages);
 

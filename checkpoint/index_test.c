@@ -148,3 +148,22 @@ Test(index, random_bytes_never_hurt)
 	page_index_free(&made);
 	buf_free(&file);
 }
+
+Test(index, layers_are_named_without_reading_the_rest)
+{
+	struct page_index index;
+	struct buf file = make_file(&index);
+	const char *names;
+	uint32_t count;
+	struct err err = ERR_INIT;
+	cr_assert_eq(page_index_layers(file.data, file.length, &names, &count, NULL), 0);
+	cr_assert_eq(count, 1);
+	cr_assert_eq(memcmp(names, LAYER, 32), 0);
+	for (size_t length = 0; length < file.length; length++)
+		cr_assert_eq(page_index_layers(file.data, length, &names, &count, NULL), -EINVAL);
+	file.data[48 + 31] = 'g';
+	cr_assert_eq(page_index_layers(file.data, file.length, &names, &count, &err), -EINVAL);
+	cr_assert_eq(err.class, ERR_DAMAGED);
+	page_index_free(&index);
+	buf_free(&file);
+}

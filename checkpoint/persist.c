@@ -115,6 +115,7 @@ static void describe(const struct take *take, uint64_t put_bytes, struct store_c
 		.message = take->message ? xstrdup(take->message) : NULL,
 		.created_wall_ns = result->created_wall_ns,
 		.live = take->live,
+		.periodic = take->periodic,
 		.memory_bytes = mem_size(engine->mem),
 		.saved_pages = result->saved_pages,
 		.zero_pages = result->zero_pages,
@@ -182,8 +183,8 @@ int take_persist(struct take *take, struct err *err)
 	/* It exists: nothing fails from here on. */
 	result->durable = true;
 	result->durable_ns = clock_now_ns() - take->start_ns;
-	engine_set_position(engine, result->id);
 	tracker_set_base(engine->tracker);
+	engine_set_position(engine, result->id);
 	struct err ignored = ERR_INIT;
 	fault_check(FAULT_TAKE_COMMITTED, &ignored);
 	if (!take->live) {

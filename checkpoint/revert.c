@@ -23,6 +23,7 @@
 
 struct revert {
 	struct ckpt_engine *engine;
+	struct store_pin *pin; /* it must not be removed half way */
 	struct store_checkpoint checkpoint;
 	struct page_index index;
 	struct restore_layers layers;
@@ -48,6 +49,7 @@ static void revert_free(struct revert *rv)
 	page_index_free(&rv->index);
 	state_set_free(&rv->states);
 	store_checkpoint_free(&rv->checkpoint);
+	store_unpin(rv->pin);
 }
 
 /* --- check --- */
@@ -139,7 +141,9 @@ static int find_changes(struct revert *rv, struct err *err)
 static int check(struct revert *rv, const char *id, bool fresh, struct err *err)
 {
 	struct ckpt_engine *engine = rv->engine;
-	int r = store_checkpoint_get(engine->store, id, &rv->checkpoint, err);
+	int r = store_pin(engine->store, id, &rv->pin, err);
+	if (r == 0)
+		r = store_checkpoint_get(engine->store, id, &rv->checkpoint, err);
 	if (r != 0)
 		return r;
 	r = check_machine(rv, err);
@@ -393,6 +397,11 @@ int ckpt_make_overlay(struct store *store, const char *id, const char *disk_name
 	int r = store_checkpoint_get(store, id, &checkpoint, err);
 	if (r != 0)
 		return r;
+	r = store_note_image(store, path, err);
+	if (r != 0) {
+		store_checkpoint_free(&checkpoint);
+		return r;
+	}
 	const struct store_disk_layer *layer = find_layer(&checkpoint, disk_name);
 	if (!layer)
 		r = err_set(err, ERR_NOT_FOUND, ENOENT, "checkpoint %.8s holds no disk '%s'", id, disk_name);

@@ -40,6 +40,7 @@ static struct take *take_new(struct ckpt_engine *engine, const struct ckpt_reque
 	take->engine = engine;
 	take->live = request->live;
 	take->full = request->full;
+	take->periodic = request->periodic;
 	take->max_rate = request->max_rate;
 	take->settled = request->instant == CKPT_INSTANT_SETTLED;
 	take->tag = request->tag ? xstrdup(request->tag) : NULL;

@@ -33,6 +33,7 @@ struct process {
 	struct machine_config config;
 	struct store_vm record;
 	char from[STORE_ID_BYTES]; /* "" when booting */
+	struct store_pin *from_pin; /* until the machine's engine and the VM's record hold it */
 	struct console *console;
 	struct control_server *server;
 	struct control_target target;
@@ -151,6 +152,8 @@ static int find_config(struct process *process, struct err *err)
 	if (!options->from)
 		return config_read_file(options->config_path, &process->config, err);
 	rc = store_resolve(process->store, options->from, process->from, err);
+	if (!rc)
+		rc = store_pin(process->store, process->from, &process->from_pin, err);
 	if (!rc)
 		rc = store_checkpoint_get(process->store, process->from, &checkpoint, err);
 	if (rc)
@@ -345,6 +348,8 @@ static int start(struct process *process, struct err *err)
 		rc = attach_terminal(process, err);
 	if (!rc)
 		rc = machine_resume(process->target.machine, err);
+	store_unpin(process->from_pin);
+	process->from_pin = NULL;
 	return rc;
 }
 
@@ -468,6 +473,7 @@ static void process_free(struct process *process)
 		close(process->dir);
 	store_vm_unlock(process->name_lock);
 	config_free(&process->config);
+	store_unpin(process->from_pin);
 	store_close(process->store);
 	pthread_mutex_destroy(&process->target.record_lock);
 	pthread_rwlock_destroy(&process->target.machine_lock);

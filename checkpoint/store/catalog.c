@@ -14,12 +14,12 @@
 #include "checkpoint/store/store_internal.h"
 
 #define BUSY_MS	       10000
-#define SCHEMA_VERSION "1"
+#define SCHEMA_VERSION 2
 #define PREFIX_DIGITS  4
 #define SET_WAL	       "PRAGMA journal_mode = WAL"
 
-static const char schema[] =
-	"BEGIN IMMEDIATE;"
+/* What version 1 had; `refs` has another shape since. */
+static const char tables[] =
 	"CREATE TABLE IF NOT EXISTS vms(name TEXT PRIMARY KEY, uuid TEXT NOT NULL, at TEXT NOT NULL, pid INTEGER NOT "
 	"NULL, state TEXT NOT NULL,"
 	" memory_bytes INTEGER NOT NULL, cpus INTEGER NOT NULL, started_wall_ns INTEGER NOT NULL, config_path TEXT NOT "
@@ -36,12 +36,20 @@ static const char schema[] =
 	" memory_layer TEXT NOT NULL);"
 	"CREATE INDEX IF NOT EXISTS checkpoints_vm ON checkpoints(vm, created_wall_ns);"
 	"CREATE TABLE IF NOT EXISTS tags(tag TEXT PRIMARY KEY, checkpoint TEXT NOT NULL) WITHOUT ROWID;"
-	"CREATE INDEX IF NOT EXISTS tags_checkpoint ON tags(checkpoint);"
-	"CREATE TABLE IF NOT EXISTS refs(layer TEXT NOT NULL, checkpoint TEXT NOT NULL, kind TEXT NOT NULL, PRIMARY "
-	"KEY(layer, checkpoint))"
-	" WITHOUT ROWID;"
-	"PRAGMA user_version = " SCHEMA_VERSION ";"
-	"COMMIT;";
+	"CREATE INDEX IF NOT EXISTS tags_checkpoint ON tags(checkpoint);";
+
+/* Layers have numbers here, as a checkpoint may refer to hundreds. */
+static const char tables_since_2[] =
+	"DROP TABLE IF EXISTS refs;"
+	"ALTER TABLE vms ADD COLUMN note TEXT NOT NULL DEFAULT '';"
+	"ALTER TABLE checkpoints ADD COLUMN periodic INTEGER NOT NULL DEFAULT 0;"
+	"CREATE INDEX checkpoints_parent ON checkpoints(parent);"
+	"CREATE INDEX checkpoints_memory_layer ON checkpoints(memory_layer);"
+	"CREATE TABLE layers(number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL);"
+	"CREATE TABLE refs(layer INTEGER NOT NULL, checkpoint INTEGER NOT NULL, PRIMARY KEY(layer, checkpoint)) "
+	"WITHOUT ROWID;"
+	"CREATE INDEX refs_checkpoint ON refs(checkpoint);"
+	"CREATE TABLE images(path TEXT PRIMARY KEY) WITHOUT ROWID;";
 
 int catalog_error_locked(struct store *store, const char *what, struct err *err)
 {
@@ -98,8 +106,7 @@ static int set_wal(struct store *store, struct err *err)
 	return catalog_run_locked(store, SET_WAL, err);
 }
 
-/* 1 if the tables are there, 0 if not, -errno. */
-static int has_schema(struct store *store, struct err *err)
+static int read_version(struct store *store, int *version, struct err *err)
 {
 	sqlite3_stmt *statement;
 	int rc = catalog_prepare_locked(store, "PRAGMA user_version", &statement, err);
@@ -107,16 +114,48 @@ static int has_schema(struct store *store, struct err *err)
 	if (rc)
 		return rc;
 	rc = catalog_step_locked(store, statement, err);
-	if (rc == 1)
-		rc = sqlite3_column_int(statement, 0) != 0;
+	*version = rc == 1 ? sqlite3_column_int(statement, 0) : 0;
 	sqlite3_finalize(statement);
+	if (rc < 0 || *version <= SCHEMA_VERSION)
+		return rc < 0 ? rc : 0;
+	err_set(err, ERR_FAILED, ENOTSUP, "%s/catalog.db: version %d is newer than this vmcp knows (%d)", store->path, *version,
+		SCHEMA_VERSION);
+	err_hint(err, "use the newer vmcp that wrote it");
+	return -ENOTSUP;
+}
+
+/* Makes the tables what they are today, and fills them from the manifests and indices. Nobody else is in between. */
+static int upgrade(struct store *store, struct err *err)
+{
+	char set_version[64];
+	int version, rc = catalog_run_locked(store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
+
+	if (rc)
+		return rc;
+	rc = read_version(store, &version, err); /* another process may have been faster */
+	if (!rc && version < 1)
+		rc = catalog_run_locked(store, tables, err);
+	if (!rc && version < 2)
+		rc = catalog_run_locked(store, tables_since_2, err);
+	if (!rc && version < 2)
+		rc = catalog_fill_locked(store, err);
+	snprintf(set_version, sizeof(set_version), "PRAGMA user_version = %d", SCHEMA_VERSION);
+	if (!rc)
+		rc = catalog_run_locked(store, set_version, err);
+	if (!rc)
+		rc = fault_check(FAULT_STORE_BEFORE_UPGRADE_COMMIT, err);
+	if (!rc)
+		rc = catalog_run_locked(store, "COMMIT", err);
+	if (rc)
+		catalog_run_locked(store, "ROLLBACK", NULL);
+	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
 	return rc;
 }
 
 int catalog_open(struct store *store, struct err *err)
 {
 	char *path = xasprintf("%s/catalog.db", store->path);
-	int rc = sqlite3_open_v2(path, &store->db, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, NULL);
+	int version, rc = sqlite3_open_v2(path, &store->db, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, NULL);
 
 	free(path);
 	if (rc != SQLITE_OK)
@@ -126,13 +165,8 @@ int catalog_open(struct store *store, struct err *err)
 	if (!rc)
 		rc = catalog_run_locked(store, "PRAGMA synchronous = NORMAL", err);
 	if (!rc)
-		rc = has_schema(store, err);
-	if (rc)
-		return rc < 0 ? rc : 0;
-	rc = catalog_run_locked(store, schema, err);
-	if (rc)
-		catalog_run_locked(store, "ROLLBACK", NULL);
-	return rc;
+		rc = read_version(store, &version, err);
+	return rc || version == SCHEMA_VERSION ? rc : upgrade(store, err);
 }
 
 void catalog_close(struct store *store)
@@ -143,21 +177,6 @@ void catalog_close(struct store *store)
 
 /* --- checkpoints --- */
 
-static int enter_ref(struct store *store, const char *layer, const char *checkpoint, const char *kind, struct err *err)
-{
-	sqlite3_stmt *statement;
-	int rc = catalog_prepare_locked(store, "INSERT OR IGNORE INTO refs VALUES(?, ?, ?)", &statement, err);
-
-	if (rc)
-		return rc;
-	sqlite3_bind_text(statement, 1, layer, -1, SQLITE_STATIC);
-	sqlite3_bind_text(statement, 2, checkpoint, -1, SQLITE_STATIC);
-	sqlite3_bind_text(statement, 3, kind, -1, SQLITE_STATIC);
-	rc = catalog_step_locked(store, statement, err);
-	sqlite3_finalize(statement);
-	return rc;
-}
-
 static int enter_row(struct store *store, const struct store_checkpoint *c, struct err *err)
 {
 	sqlite3_stmt *s;
@@ -165,7 +184,7 @@ static int enter_row(struct store *store, const struct store_checkpoint *c, stru
 		store,
 		"INSERT OR IGNORE INTO checkpoints(id, parent, vm, vm_uuid, message, created_wall_ns, live, cpus,"
 		" memory_bytes, saved_pages, zero_pages, parent_pages, written_bytes, pause_ns, durable_ns,"
-		" size_bytes, memory_layer) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+		" size_bytes, memory_layer, periodic) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
 		&s, err);
 	if (rc)
 		return rc;
@@ -178,6 +197,7 @@ static int enter_row(struct store *store, const struct store_checkpoint *c, stru
 	for (int i = 0; i < (int)ARRAY_LENGTH(numbers); i++)
 		sqlite3_bind_int64(s, 6 + i, (sqlite3_int64)numbers[i]);
 	sqlite3_bind_text(s, 17, c->memory_layer, -1, SQLITE_STATIC);
+	sqlite3_bind_int(s, 18, c->periodic);
 	rc = catalog_step_locked(store, s, err);
 	sqlite3_finalize(s);
 	return rc;
@@ -244,24 +264,30 @@ static int follow_locked(struct store *store, const struct store_checkpoint *c, 
 	return rc;
 }
 
-int catalog_enter_locked(struct store *store, const struct store_checkpoint *c, enum catalog_position position,
-			 struct err *err)
+int catalog_enter_inside_locked(struct store *store, const struct store_checkpoint *c, const struct store_layers *layers,
+				enum catalog_position position, struct err *err)
 {
-	int rc = catalog_run_locked(store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
+	int rc = enter_row(store, c, err);
 
-	if (rc)
-		return rc;
-	rc = enter_row(store, c, err);
 	if (!rc)
-		rc = enter_ref(store, c->memory_layer, c->id, "mem", err);
-	for (uint32_t i = 0; !rc && i < c->disk_count; i++)
-		rc = enter_ref(store, c->disks[i].layer, c->id, c->disks[i].format, err);
+		rc = refs_enter_locked(store, c, layers, err);
 	if (!rc && c->tag[0])
 		rc = enter_tag(store, c->id, c->tag, err);
 	if (!rc && position == CATALOG_VM_MOVES)
 		rc = set_position_locked(store, c->vm, c->id, err);
 	if (!rc && position == CATALOG_VM_MOVES_IF_AT_PARENT)
 		rc = follow_locked(store, c, err);
+	return rc;
+}
+
+int catalog_enter_locked(struct store *store, const struct store_checkpoint *c, const struct store_layers *layers,
+			 enum catalog_position position, struct err *err)
+{
+	int rc = catalog_run_locked(store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
+
+	if (rc)
+		return rc;
+	rc = catalog_enter_inside_locked(store, c, layers, position, err);
 	if (!rc)
 		rc = fault_check(FAULT_STORE_BEFORE_CATALOG_COMMIT, err);
 	if (!rc)
@@ -297,6 +323,7 @@ static void read_row(sqlite3_stmt *s, struct store_checkpoint *c)
 		*numbers[i] = (uint64_t)sqlite3_column_int64(s, 8 + i);
 	catalog_text(s, 16, c->memory_layer, sizeof(c->memory_layer));
 	catalog_text(s, 17, c->tag, sizeof(c->tag));
+	c->periodic = sqlite3_column_int(s, 18);
 }
 
 int store_checkpoint_list(struct store *store, const char *vm, struct store_checkpoint **list, size_t *count,
@@ -312,7 +339,7 @@ int store_checkpoint_list(struct store *store, const char *vm, struct store_chec
 		store,
 		"SELECT id, parent, vm, vm_uuid, message, created_wall_ns, live, cpus, memory_bytes, saved_pages,"
 		" zero_pages, parent_pages, written_bytes, pause_ns, durable_ns, size_bytes, memory_layer,"
-		" (SELECT tag FROM tags WHERE checkpoint = checkpoints.id) FROM checkpoints"
+		" (SELECT tag FROM tags WHERE checkpoint = checkpoints.id), periodic FROM checkpoints"
 		" WHERE ?1 IS NULL OR vm = ?1 ORDER BY created_wall_ns, seq",
 		&s, err);
 	if (rc)
@@ -450,6 +477,28 @@ int store_tag(struct store *store, const char *id, const char *tag, struct err *
 	if (!rc) {
 		rc = enter_tag(store, id, tag, err);
 		catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
+	}
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+int store_count_tags(struct store *store, const char *id, uint64_t *count, char first[STORE_NAME_BYTES], struct err *err)
+{
+	sqlite3_stmt *s;
+
+	*count = 0;
+	first[0] = '\0';
+	pthread_mutex_lock(&store->lock);
+	int rc = catalog_prepare_locked(store, "SELECT COUNT(*), MIN(tag) FROM tags WHERE checkpoint = ?", &s, err);
+	if (!rc) {
+		sqlite3_bind_text(s, 1, id, -1, SQLITE_STATIC);
+		rc = catalog_step_locked(store, s, err);
+		if (rc == 1) {
+			*count = (uint64_t)sqlite3_column_int64(s, 0);
+			catalog_text(s, 1, first, STORE_NAME_BYTES);
+			rc = 0;
+		}
+		sqlite3_finalize(s);
 	}
 	pthread_mutex_unlock(&store->lock);
 	return rc;

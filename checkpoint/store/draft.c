@@ -4,11 +4,11 @@
  *     staging/<id>.lock           exists from first to last, OFD-locked by its maker
  *     staging/<id>/               becomes checkpoints/<id> by the commit's rename
  *     staging/<id>/mem-<layer>    a memory layer that dies with the draft; written before the layer's files are made, removed after the rename
+ *     staging/<id>/disk-<layer>   a disk layer that gc leaves alone meanwhile
  *
- * A maker that died leaves its lock free: the next store_open finishes its work. Renamed already: the checkpoint exists and is entered into the
- * catalogue. Not renamed: folder and memory layers are removed. Disk layers are left: a VM's chain may stand on them.
+ * A maker that died leaves its lock free: the next store_open finishes its work (recover.c). Renamed already: the checkpoint exists and is
+ * entered into the catalogue. Not renamed: folder and memory layers are removed. Disk layers are left: a VM's chain may stand on them.
  */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -24,21 +24,24 @@
 #include "base/log.h"
 #include "checkpoint/store/store_internal.h"
 
-#define MAX_DISK_LAYERS 26
+#define MAX_DISK_LAYERS	  26
+#define MAX_MEMORY_LAYERS 4 /* its own, and adopted ones */
 
 struct store_draft {
 	struct store *store;
 	char id[STORE_ID_BYTES];
 	char lock_name[STORE_ID_BYTES + 8];
 	int lock_fd, dir;
-	char memory_layer[STORE_ID_BYTES];		       /* "" while there is none */
+	char memory_layers[MAX_MEMORY_LAYERS][STORE_ID_BYTES];
+	unsigned memory_count;
 	char disk_layers[MAX_DISK_LAYERS][STORE_ID_BYTES + 8]; /* file names in layers/ */
 	unsigned disk_count;
+	struct store_layers index_layers;
 	bool switched;
 	uint64_t state_bytes, state_xxh3, index_bytes, index_xxh3;
 };
 
-static void remove_memory_layer(struct store *store, const char *layer)
+void store_unlink_memory_layer(struct store *store, const char *layer)
 {
 	char name[STORE_ID_BYTES + 8];
 
@@ -56,6 +59,7 @@ static void draft_free(struct store_draft *draft)
 		unlinkat(draft->store->staging_dir, draft->lock_name, 0);
 		close(draft->lock_fd);
 	}
+	layers_free(&draft->index_layers);
 	free(draft);
 }
 
@@ -118,27 +122,64 @@ static int create_layer_file(struct store *store, const char *layer, const char 
 	return fd;
 }
 
-int store_draft_memory_layer(struct store_draft *draft, uint64_t size_bytes, char layer[STORE_ID_BYTES], int *fd,
-			     int *sums_fd, struct err *err)
+static void marker_name(char out[STORE_ID_BYTES + 8], const char *kind, const char *layer)
+{
+	snprintf(out, STORE_ID_BYTES + 8, "%s-%.32s", kind, layer);
+}
+
+static int make_marker(struct store_draft *draft, const char *kind, const char *layer, struct err *err)
 {
 	char marker[STORE_ID_BYTES + 8];
 
-	store_new_id(layer);
-	snprintf(marker, sizeof(marker), "mem-%s", layer);
+	marker_name(marker, kind, layer);
 	CLEANUP_CLOSE int mark = openat(draft->dir, marker, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-	if (mark < 0)
-		return err_sys(err, errno, "%s/staging/%s", draft->store->path, draft->id);
-	snprintf(draft->memory_layer, sizeof(draft->memory_layer), "%s", layer);
+	return mark >= 0 ? 0 : err_sys(err, errno, "%s/staging/%s", draft->store->path, draft->id);
+}
+
+static int too_many_layers(struct err *err)
+{
+	return err_set(err, ERR_FAILED, E2BIG, "more than %d new memory layers in one checkpoint", MAX_MEMORY_LAYERS);
+}
+
+int store_draft_memory_layer(struct store_draft *draft, uint64_t size_bytes, char layer[STORE_ID_BYTES], int *fd,
+			     int *sums_fd, struct err *err)
+{
+	store_new_id(layer);
+	int rc = draft->memory_count == MAX_MEMORY_LAYERS ? too_many_layers(err) : make_marker(draft, "mem", layer, err);
+	if (rc)
+		return rc;
+	memcpy(draft->memory_layers[draft->memory_count++], layer, STORE_ID_BYTES);
 	*fd = create_layer_file(draft->store, layer, ".mem", size_bytes, err);
 	if (*fd < 0)
 		return *fd;
 	*sums_fd = create_layer_file(draft->store, layer, ".sums", 0, err);
-	int rc = *sums_fd < 0 ? *sums_fd : fault_check(FAULT_STORE_MEMORY_LAYER_MADE, err);
+	rc = *sums_fd < 0 ? *sums_fd : fault_check(FAULT_STORE_MEMORY_LAYER_MADE, err);
 	if (rc) {
 		close(*fd);
 		if (*sums_fd >= 0)
 			close(*sums_fd);
 	}
+	return rc;
+}
+
+/* The marker's rename is what counts: before it the layer dies with `made`, after it with `draft`. */
+int store_draft_adopt(struct store_draft *draft, struct store_draft *made, struct err *err)
+{
+	char marker[STORE_ID_BYTES + 8];
+	const char *layer = made->memory_layers[0];
+	int rc = draft->memory_count == MAX_MEMORY_LAYERS ? too_many_layers(err) : 0;
+
+	if (!rc && made->memory_count != 1)
+		rc = err_set(err, ERR_FAILED, EINVAL, "%u memory layers instead of one", made->memory_count);
+	marker_name(marker, "mem", layer);
+	if (!rc && renameat(made->dir, marker, draft->dir, marker))
+		rc = err_sys(err, errno, "%s/staging/%s", draft->store->path, draft->id);
+	if (!rc) {
+		memcpy(draft->memory_layers[draft->memory_count++], layer, STORE_ID_BYTES);
+		made->memory_count = 0;
+		rc = fault_check(FAULT_STORE_LAYER_ADOPTED, err);
+	}
+	store_draft_abort(made);
 	return rc;
 }
 
@@ -156,6 +197,11 @@ int store_draft_disk_layer(struct store_draft *draft, const char *disk, const ch
 	store_new_id(layer);
 	snprintf(suffix, sizeof(suffix), ".%s", format);
 	store_file_name(name, layer, suffix);
+	int rc = make_marker(draft, "disk", layer, err);
+	if (!rc)
+		rc = fault_check(FAULT_STORE_DISK_LAYER_MARKED, err);
+	if (rc)
+		return rc;
 	/* Follows: the layer is to be the image, where the user's path is a symbolic link to it. */
 	if (linkat(AT_FDCWD, path, store->layers_dir, name, AT_SYMLINK_FOLLOW)) {
 		int number = errno;
@@ -170,7 +216,7 @@ int store_draft_disk_layer(struct store_draft *draft, const char *disk, const ch
 		return err_sys(err, number, "disk %s: link of %s into %s/layers", disk, path, store->path);
 	}
 	draft->disk_count++;
-	int rc = file_sync_dir(store->layers_dir, err);
+	rc = file_sync_dir(store->layers_dir, err);
 	if (!rc)
 		rc = fault_check(FAULT_STORE_DISK_LAYER_LINKED, err);
 	if (!rc)
@@ -184,8 +230,14 @@ int store_draft_put(struct store_draft *draft, const char *name, const void *dat
 {
 	bool is_state = !strcmp(name, "state");
 	uint64_t sum = XXH3_64bits(data, length);
-	int rc = file_write_atomic(draft->dir, name, data, length, 0600, err);
+	int rc = 0;
 
+	if (!is_state) {
+		layers_free(&draft->index_layers);
+		rc = layers_of_index(data, length, &draft->index_layers, err);
+	}
+	if (!rc)
+		rc = file_write_atomic(draft->dir, name, data, length, 0600, err);
 	if (rc)
 		return rc;
 	*(is_state ? &draft->state_bytes : &draft->index_bytes) = length;
@@ -239,30 +291,34 @@ static int prepare_commit(struct store_draft *draft, struct store_checkpoint *ch
 }
 
 /* Its tag may have been taken since it was looked for: the checkpoint matters more. */
-static int enter_with_or_without_tag(struct store *store, struct store_checkpoint *checkpoint,
-				     enum catalog_position position, struct err *err)
+int draft_enter(struct store *store, struct store_checkpoint *checkpoint, const struct store_layers *layers,
+		enum catalog_position position, struct err *err)
 {
 	pthread_mutex_lock(&store->lock);
-	int rc = catalog_enter_locked(store, checkpoint, position, err);
+	int rc = catalog_enter_locked(store, checkpoint, layers, position, err);
 	if (rc == -EEXIST) {
 		log_warn("checkpoint %.8s: it is saved without its tag '%s', which another one took meanwhile",
 			 checkpoint->id, checkpoint->tag);
 		checkpoint->tag[0] = '\0';
-		rc = catalog_enter_locked(store, checkpoint, position, err);
+		rc = catalog_enter_locked(store, checkpoint, layers, position, err);
 	}
 	pthread_mutex_unlock(&store->lock);
 	return rc;
 }
 
-/* A committed checkpoint's layer dies with no draft any more. */
-static void remove_marker(struct store_draft *draft)
+/* A committed checkpoint's layers die with no draft any more. */
+static void remove_markers(struct store_draft *draft)
 {
 	char marker[STORE_ID_BYTES + 8];
 
-	if (!draft->memory_layer[0])
-		return;
-	snprintf(marker, sizeof(marker), "mem-%s", draft->memory_layer);
-	unlinkat(draft->dir, marker, 0);
+	for (unsigned i = 0; i < draft->memory_count; i++) {
+		marker_name(marker, "mem", draft->memory_layers[i]);
+		unlinkat(draft->dir, marker, 0);
+	}
+	for (unsigned i = 0; i < draft->disk_count; i++) {
+		marker_name(marker, "disk", draft->disk_layers[i]);
+		unlinkat(draft->dir, marker, 0);
+	}
 }
 
 int store_draft_commit(struct store_draft *draft, struct store_checkpoint *checkpoint, struct err *err)
@@ -280,11 +336,11 @@ int store_draft_commit(struct store_draft *draft, struct store_checkpoint *check
 	struct err later = ERR_INIT;
 	rc = fault_check(FAULT_STORE_AFTER_RENAME, &later);
 	if (!rc) {
-		remove_marker(draft);
+		remove_markers(draft);
 		rc = file_sync_dir(store->checkpoints_dir, &later);
 	}
 	if (!rc)
-		rc = enter_with_or_without_tag(store, checkpoint, CATALOG_VM_MOVES, &later);
+		rc = draft_enter(store, checkpoint, &draft->index_layers, CATALOG_VM_MOVES, &later);
 	if (rc) {
 		log_warn("checkpoint %.8s: it is saved, but its entry in the catalogue waits for the next start of a "
 			 "command: %s",
@@ -300,114 +356,11 @@ void store_draft_abort(struct store_draft *draft)
 {
 	if (!draft)
 		return;
-	if (draft->memory_layer[0])
-		remove_memory_layer(draft->store, draft->memory_layer);
+	for (unsigned i = 0; i < draft->memory_count; i++)
+		store_unlink_memory_layer(draft->store, draft->memory_layers[i]);
 	if (!draft->switched)
 		for (unsigned i = 0; i < draft->disk_count; i++)
 			unlinkat(draft->store->layers_dir, draft->disk_layers[i], 0);
 	file_remove_tree(draft->store->staging_dir, draft->id, NULL);
 	draft_free(draft);
-}
-
-/* --- makers that died --- */
-
-/* Removes the markers in the folder `id` of `parent`, and with `layers` the memory layers that they name before them. */
-static void remove_markers(struct store *store, int parent, const char *id, bool layers)
-{
-	int fd = openat(parent, id, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-	DIR *stream = fd >= 0 ? fdopendir(fd) : NULL;
-	struct dirent *entry;
-
-	if (!stream)
-		return;
-	while ((entry = readdir(stream))) {
-		if (strncmp(entry->d_name, "mem-", 4) || !store_is_id(entry->d_name + 4))
-			continue;
-		if (layers)
-			remove_memory_layer(store, entry->d_name + 4);
-		unlinkat(fd, entry->d_name, 0);
-	}
-	closedir(stream);
-}
-
-static int enter_committed(struct store *store, const char *id, struct err *err)
-{
-	struct store_checkpoint checkpoint;
-	char path[STORE_ID_BYTES + 16];
-	CLEANUP_BUF struct buf text = BUF_INIT;
-
-	snprintf(path, sizeof(path), "%s/manifest", id);
-	int rc = file_read_all(store->checkpoints_dir, path, MANIFEST_MAX_BYTES, &text, err);
-	if (!rc)
-		rc = manifest_decode(path, text.data, text.length, &checkpoint, err);
-	if (rc)
-		return rc;
-	remove_markers(store, store->checkpoints_dir, id, false);
-	rc = enter_with_or_without_tag(store, &checkpoint, CATALOG_VM_MOVES_IF_AT_PARENT, err);
-	store_checkpoint_free(&checkpoint);
-	return rc;
-}
-
-static void remove_remains(struct store *store, const char *id)
-{
-	struct err error = ERR_INIT;
-
-	remove_markers(store, store->staging_dir, id, true);
-	if (file_remove_tree(store->staging_dir, id, &error))
-		log_warn("%s", error.message);
-}
-
-static void recover_one(struct store *store, const char *lock_name)
-{
-	char id[STORE_ID_BYTES];
-	struct err error = ERR_INIT;
-	struct stat st;
-
-	memcpy(id, lock_name, STORE_ID_BYTES - 1);
-	id[STORE_ID_BYTES - 1] = '\0';
-	CLEANUP_CLOSE int fd = openat(store->staging_dir, lock_name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-	if (fd < 0 || !store_is_id(id) || store_try_lock(fd) || fstat(fd, &st) || st.st_nlink == 0)
-		return; /* its maker lives, or another process mends it */
-	if (faccessat(store->checkpoints_dir, id, F_OK, 0) == 0) {
-		if (enter_committed(store, id, &error)) {
-			log_warn("checkpoint %.8s: %s", id, error.message);
-			return;
-		}
-	} else {
-		remove_remains(store, id);
-		if (faccessat(store->staging_dir, id, F_OK, AT_SYMLINK_NOFOLLOW) == 0)
-			return;
-	}
-	unlinkat(store->staging_dir, lock_name, 0);
-}
-
-/*
- * A folder without a lock: the host crashed, and only the lock's removal had reached the disk. A maker makes its lock before the folder
- * and removes it after the folder went, so a lock that is missing now says that nobody works in a folder seen before.
- */
-static void recover_orphan(struct store *store, const char *id)
-{
-	char lock_name[STORE_ID_BYTES + 8];
-
-	store_file_name(lock_name, id, ".lock");
-	if (faccessat(store->staging_dir, lock_name, F_OK, AT_SYMLINK_NOFOLLOW) && errno == ENOENT)
-		remove_remains(store, id);
-}
-
-int draft_recover(struct store *store, struct err *err)
-{
-	int copy = openat(store->staging_dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
-	struct dirent *entry;
-
-	if (!stream)
-		return err_sys(err, errno, "%s/staging", store->path);
-	while ((entry = readdir(stream)))
-		if (strlen(entry->d_name) == STORE_ID_BYTES - 1 + 5 &&
-		    !strcmp(entry->d_name + STORE_ID_BYTES - 1, ".lock"))
-			recover_one(store, entry->d_name);
-		else if (store_is_id(entry->d_name))
-			recover_orphan(store, entry->d_name);
-	closedir(stream);
-	return 0;
 }

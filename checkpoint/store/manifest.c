@@ -72,6 +72,8 @@ int manifest_encode(const struct store_checkpoint *c, struct buf *out, struct er
 		"durable_ns", integer(c->durable_ns), "size_bytes", integer(c->size_bytes), "memory", memory, "disks",
 		disks, "state", file_to_json(c->state_bytes, c->state_xxh3), "index",
 		file_to_json(c->index_bytes, c->index_xxh3), "config", c->config_text ? c->config_text : "");
+	if (c->periodic)
+		json_object_set_new(manifest, "periodic", json_true());
 	if (!manifest) /* a text that is no UTF-8 */
 		return err_set(err, ERR_USAGE, EILSEQ, "manifest: a name, message or configuration is no valid UTF-8");
 	char *text = NULL;
@@ -217,6 +219,7 @@ static void get_fields(struct decoding *d, const json_t *manifest, struct store_
 	out->config_text = get_long_text(d, manifest, "config");
 	out->created_wall_ns = get_integer(d, manifest, "created_wall_ns", INT64_MAX);
 	out->live = live && json_is_true(live);
+	out->periodic = json_object_get(manifest, "periodic") && json_is_true(field(d, manifest, "periodic", JSON_TRUE));
 	out->cpus = (uint32_t)get_integer(d, manifest, "cpus", 4096);
 	out->pause_ns = get_integer(d, manifest, "pause_ns", INT64_MAX);
 	out->durable_ns = get_integer(d, manifest, "durable_ns", INT64_MAX);

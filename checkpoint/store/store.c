@@ -232,14 +232,18 @@ int store_checkpoint_get(struct store *store, const char *id, struct store_check
 		store_checkpoint_free(out);
 		return rc;
 	}
-	/* The catalogue knows the present tag. */
+	/* The catalogue knows the present tag, and what became of the parent. */
 	pthread_mutex_lock(&store->lock);
 	out->tag[0] = '\0';
-	rc = catalog_prepare_locked(store, "SELECT tag FROM tags WHERE checkpoint = ?", &statement, err);
+	rc = catalog_prepare_locked(store,
+				    "SELECT parent, (SELECT tag FROM tags WHERE checkpoint = checkpoints.id) FROM checkpoints WHERE id = ?",
+				    &statement, err);
 	if (!rc) {
 		sqlite3_bind_text(statement, 1, id, -1, SQLITE_STATIC);
-		if (catalog_step_locked(store, statement, NULL) == 1)
-			catalog_text(statement, 0, out->tag, sizeof(out->tag));
+		if (catalog_step_locked(store, statement, NULL) == 1) {
+			catalog_text(statement, 0, out->parent, sizeof(out->parent));
+			catalog_text(statement, 1, out->tag, sizeof(out->tag));
+		}
 		sqlite3_finalize(statement);
 	}
 	pthread_mutex_unlock(&store->lock);

@@ -9,6 +9,7 @@
  *     layers/<id>.sums               page checksums of a memory layer: lives and dies with it
  *     vms/<name>/                    record, control socket, console log of a VM
  *     staging/<id>/                  what is not committed; removed when its maker is gone
+ *     staging/rm-<id>/               a checkpoint that is being removed
  *
  * Several processes use one store at once: SQLite locks the catalogue, a staging folder carries an OFD lock of its maker.
  * Everything read from a store is untrusted. A handle may be used by several threads (it locks itself).
@@ -52,6 +53,7 @@ struct store_vm {
 	uint32_t cpus;
 	uint64_t started_wall_ns;
 	char config_path[4096]; /* guest.cfg it was started with, "" if none */
+	char note[512];		/* what is wrong with it, such as why its periodic checkpoints fail; "" if nothing */
 	char *config_text;	/* malloc; freed by store_vm_free */
 };
 void store_vm_free(struct store_vm *vm);
@@ -64,6 +66,8 @@ void store_vm_unlock(struct store_vm_lock *lock);
 int store_vm_dir(struct store *store, const char *name, struct err *err);
 int store_vm_put(struct store *store, const struct store_vm *vm, struct err *err); /* inserts or replaces the record */
 int store_vm_set_state(struct store *store, const char *name, const char *state, struct err *err);
+/* One line, "" for none. store_vm_put clears it. */
+int store_vm_set_note(struct store *store, const char *name, const char *note, struct err *err);
 int store_vm_set_position(struct store *store, const char *name, const char *checkpoint_id, struct err *err);
 /* -ENOENT, ERR_NOT_FOUND with the known names as hint. */
 int store_vm_get(struct store *store, const char *name, struct store_vm *out, struct err *err);
@@ -84,13 +88,14 @@ struct store_disk_layer {
 
 struct store_checkpoint {
 	char id[STORE_ID_BYTES];
-	char parent[STORE_ID_BYTES]; /* "" for a root */
+	char parent[STORE_ID_BYTES]; /* "" for a root. Where the catalogue is asked: the nearest ancestor that was not removed */
 	char vm[STORE_NAME_BYTES];
 	char vm_uuid[37];
 	char tag[STORE_NAME_BYTES]; /* "" if none. In the catalogue only: a tag may move */
 	char *message;		    /* malloc or NULL */
 	uint64_t created_wall_ns;
 	bool live;
+	bool periodic; /* taken by a timer: `keep` may remove it */
 	uint64_t memory_bytes, saved_pages, zero_pages, parent_pages, written_bytes;
 	uint64_t pause_ns, durable_ns;
 	uint32_t cpus;
@@ -123,7 +128,11 @@ int store_draft_disk_layer(struct store_draft *draft, const char *disk, const ch
 			   char layer[STORE_ID_BYTES], char **layer_path, struct err *err);
 /* The VM has switched to its overlays: from here on abort keeps the disk layers (the VM's chain needs them), as layers of the VM. */
 void store_draft_switched(struct store_draft *draft);
-/* Writes `state` and `index` (bytes as given) into the staging folder, durable, and notes their checksums. */
+/* From here on the memory layer that `made` owns, written and synced, belongs to `draft`, and lives and dies with it. `made` is freed in
+ * every case. */
+int store_draft_adopt(struct store_draft *draft, struct store_draft *made, struct err *err);
+/* Writes `state` and `index` (bytes as given) into the staging folder, durable, and notes their checksums. An index is looked at: every
+ * memory layer that it names is kept as long as the checkpoint is. */
 int store_draft_put(struct store_draft *draft, const char *name, const void *data, size_t length, struct err *err);
 /*
  * The commit: checksums of layers' files are in `checkpoint` (the rest of its fields filled in by the caller, state/index by store_draft_put); manifest written,
@@ -160,8 +169,61 @@ int store_disk_layer_path(struct store *store, const char *layer, const char *fo
 int store_hint_put(struct store *store, const char *id, const char *name, const void *data, size_t length, struct err *err);
 int store_hint_get(struct store *store, const char *id, const char *name, size_t limit, struct buf *out, struct err *err);
 
+/* --- removing --- */
+
+struct store_pin;
+/*
+ * Holds a checkpoint: it cannot be removed until it is let go or this process ends. A VM's process holds the one that it stands at, and the
+ * one that it goes back to or starts from; who makes a checkpoint holds its parent from before it reads the index until it has committed.
+ * Any number of holders. -ENOENT: there is none (any more).
+ */
+int store_pin(struct store *store, const char *id, struct store_pin **out, struct err *err);
+void store_unpin(struct store_pin *pin); /* NULL is allowed */
+
+/* What a removal gave back. Adds up over calls. */
+struct store_freed {
+	uint64_t checkpoints, memory_layers, bytes;
+	uint64_t disk_layers; /* that no checkpoint names any more: store_gc removes those of them that no disk stands on */
+};
+/*
+ * Removes a checkpoint. Its children stay whole, as their indices name all layers that they need, and become its parent's; so do VMs that do
+ * not run and stood at it. Memory layers that no other checkpoint names are unlinked; whoever has them mapped or open keeps them.
+ * The commit point is the rename of its folder into staging/. Refused, without effect: -EBUSY, ERR_STATE while a living process holds it or a
+ * living VM stands at it; -EEXIST, ERR_STATE if it has a tag, unless `tagged`.
+ */
+int store_checkpoint_remove(struct store *store, const char *id, bool tagged, struct store_freed *freed, struct err *err);
+/*
+ * The checkpoints of a VM that `keep` lets go: periodic ones beyond its newest `keep` periodic ones that have no tag, at which no VM
+ * stands, and from which no more than one checkpoint, of the same VM, comes. Oldest first, at most `most`. *ids is malloc'ed.
+ */
+int store_surplus(struct store *store, const char *vm, uint64_t keep, size_t most, char (**ids)[STORE_ID_BYTES], size_t *count,
+		  struct err *err);
+
+struct store_gc_result {
+	uint64_t memory_layers, disk_layers, bytes; /* removed */
+	uint64_t kept_disk_layers;		    /* that no checkpoint names, but a disk or another layer stands on */
+	uint64_t forgotten;			    /* entries of the catalogue whose checkpoint is gone */
+};
+/*
+ * Removes layers that nothing needs: no checkpoint, no checkpoint in the making, no disk of a VM. Safe while VMs run and other processes take
+ * checkpoints. Refuses (ERR_DAMAGED, ERR_FAILED) to remove what it cannot judge: while a checkpoint's manifest, or the header of a
+ * disk that may stand on layers, cannot be read.
+ */
+int store_gc(struct store *store, struct store_gc_result *out, struct err *err);
+/* Remembers that the image at `path` may stand on layers of this store. Before it does. */
+int store_note_image(struct store *store, const char *path, struct err *err);
+
+/*
+ * The memory layers that a consolidation may merge: of those in `layers` the ones that are no checkpoint's own layer, and that no checkpoint
+ * names but periodic ones of `vm` without a tag: others keep them in any case. Sets may[i].
+ */
+int store_mergeable(struct store *store, const char *vm, const char (*layers)[STORE_ID_BYTES], uint32_t count, bool *may,
+		    struct err *err);
+
 /* --- naming --- */
 int store_tag(struct store *store, const char *id, const char *tag,
 	      struct err *err); /* moves nothing: -EEXIST if the tag names another */
+/* How many tags a checkpoint has, and the first of them ("" if none). */
+int store_count_tags(struct store *store, const char *id, uint64_t *count, char first[STORE_NAME_BYTES], struct err *err);
 
 #endif

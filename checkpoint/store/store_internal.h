@@ -1,4 +1,7 @@
-/* What the store's files share. Lock order: store.lock is the only lock. */
+/*
+ * What the store's files share. Lock order: a checkpoint's pin or removal lock (an OFD lock on its manifest) > a draft's lock file >
+ * store.lock > the catalogue's write lock (BEGIN IMMEDIATE).
+ */
 #ifndef VMCP_CHECKPOINT_STORE_STORE_INTERNAL_H
 #define VMCP_CHECKPOINT_STORE_STORE_INTERNAL_H
 
@@ -34,16 +37,70 @@ enum catalog_position {
 	CATALOG_VM_MOVES,
 	CATALOG_VM_MOVES_IF_AT_PARENT, /* entered late: only if the VM has gone nowhere else since */
 };
+/* The memory layers that an index names. */
+struct store_layers {
+	char (*names)[STORE_ID_BYTES]; /* malloc */
+	uint32_t count;
+};
+void layers_free(struct store_layers *layers);
+/* From the bytes of an index file. -EINVAL, ERR_DAMAGED: it is none. */
+int layers_of_index(const void *index, size_t length, struct store_layers *out, struct err *err);
+
 /* Enters a checkpoint (by its manifest), its references and tag; an entry that is there already stays. */
-int catalog_enter_locked(struct store *store, const struct store_checkpoint *checkpoint, enum catalog_position position,
+int catalog_enter_locked(struct store *store, const struct store_checkpoint *checkpoint, const struct store_layers *layers,
+			 enum catalog_position position, struct err *err);
+/* The same inside the caller's transaction. */
+int catalog_enter_inside_locked(struct store *store, const struct store_checkpoint *checkpoint, const struct store_layers *layers,
+				enum catalog_position position, struct err *err);
+
+/* refs.c: which checkpoint needs which layers. Inside the caller's transaction. */
+/* The layers of the manifest and of the index. */
+int refs_enter_locked(struct store *store, const struct store_checkpoint *checkpoint, const struct store_layers *layers,
+		      struct err *err);
+/* Layers that nobody names any more. */
+struct dead_layers {
+	struct dead_layer {
+		char id[STORE_ID_BYTES];
+		char kind[8]; /* "mem", "qcow2", "raw" */
+	} *list;	      /* malloc */
+	size_t count;
+};
+/* Takes a checkpoint out of all tables: its children, and VMs that stood at it, are its parent's from then on. What is not there is no
+ * error. Adds to *dead. */
+int refs_forget_locked(struct store *store, const char *id, struct dead_layers *dead, struct err *err);
+/* 1 if some checkpoint names the layer, 0, -errno. */
+int refs_has_layer_locked(struct store *store, const char *layer, struct err *err);
+
+/* fill.c */
+/* Reads a committed checkpoint's manifest, and the layer table of its index: empty if that is damaged, which is told. */
+int store_read_committed(struct store *store, const char *id, struct store_checkpoint *out, struct store_layers *layers,
 			 struct err *err);
+/* Enters all checkpoints whose manifest can be read, inside the caller's transaction. */
+int catalog_fill_locked(struct store *store, struct err *err);
+
+/* remove.c: completes the removal whose folder in staging/ has this name ("rm-<id>"), if its maker died. */
+#define REMOVED_PREFIX "rm-"
+void remove_recover(struct store *store, const char *name);
 
 /* manifest.c */
 int manifest_encode(const struct store_checkpoint *checkpoint, struct buf *out, struct err *err);
 int manifest_decode(const char *what, const void *data, size_t length, struct store_checkpoint *out, struct err *err);
 
-/* draft.c: removes what makers left that are dead, and enters what they had committed. */
+/* draft.c: enters a committed checkpoint, without its tag if that is taken. */
+int draft_enter(struct store *store, struct store_checkpoint *checkpoint, const struct store_layers *layers,
+		enum catalog_position position, struct err *err);
+
+/* recover.c: removes what makers left that are dead, and enters what they had committed. */
 int draft_recover(struct store *store, struct err *err);
+/* The same, and waits for living makers between their rename and their entry: every checkpoint that was there at the call is in the
+ * catalogue on return. -EBUSY, ERR_STATE if one does not get there. */
+int draft_settle(struct store *store, struct err *err);
+/* The layers that drafts in the making own: appends their ids, STORE_ID_BYTES each. */
+int draft_owned_layers(struct store *store, struct buf *ids, struct err *err);
+void store_unlink_memory_layer(struct store *store, const char *layer);
+
+/* vm_record.c: true if some process holds the VM's lock. */
+bool store_vm_is_alive(struct store *store, const char *name);
 
 bool store_is_id(const char *text);
 /* "<id><suffix>" */

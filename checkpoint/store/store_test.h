@@ -26,10 +26,15 @@ unsigned store_test_count_in(const char *folder, const char *suffix);
 
 struct store_test_plan {
 	const char *vm, *parent, *tag; /* NULL: "web", none, none */
-	bool disk, live;
+	bool disk, live, periodic;
+	struct store *store; /* set by store_test_take */
 };
 int store_test_take(struct store *in, const struct store_test_plan *plan, char id[STORE_ID_BYTES], struct err *err);
 void store_test_must_take(const struct store_test_plan *plan, char id[STORE_ID_BYTES]);
+/* An index of MEMORY_BYTES: page 7 in layer `own`, and one page in each layer that the parent's ("" or NULL: none) has. */
+int store_test_put_index(struct store *in, struct store_draft *draft, const char *parent, const char *own, struct err *err);
+/* Every checkpoint is whole and its parent there; the memory layers that are there are those that they need; nothing is staged. */
+void store_test_expect_exact(struct store *in, const char *what);
 int store_test_put_vm(struct store *in, const char *name);
 /* True if every byte that the checkpoint needs is there. */
 bool store_test_is_whole(struct store *in, const char *id, struct err *err);

@@ -13,6 +13,7 @@
 #include "base/fault.h"
 #include "base/file.h"
 #include "base/log.h"
+#include "checkpoint/index.h"
 #include "checkpoint/store/store_test.h"
 
 char store_test_work[] = "/tmp/vmcp-store-test-XXXXXX";
@@ -108,6 +109,44 @@ unsigned store_test_count_in(const char *folder, const char *suffix)
 
 /* --- taking --- */
 
+/* An index of 64 pages: page 7 in its own layer, and one in each layer of the parent's index, as far as there is room; the rest zero. */
+static int make_index(struct store *in, const char *parent, const char *own, struct buf *out, struct err *err)
+{
+	struct page_index index = {.page_count = MEMORY_BYTES / PAGE_BYTES};
+	char layers[48][STORE_ID_BYTES];
+	struct index_extent extents[64];
+	struct store_checkpoint c;
+	CLEANUP_BUF struct buf old = BUF_INIT;
+	const char *names;
+	uint32_t count = 0;
+
+	if (parent && *parent && store_checkpoint_get(in, parent, &c, NULL) == 0) {
+		if (store_checkpoint_read(in, &c, "index", &old, NULL) == 0)
+			page_index_layers(old.data, old.length, &names, &count, NULL);
+		store_checkpoint_free(&c);
+	}
+	memcpy(layers[index.layer_count++], own, STORE_ID_BYTES);
+	for (uint32_t i = 0; i < count && i < 40; i++) {
+		memcpy(layers[index.layer_count], names + i * 32, 32);
+		layers[index.layer_count++][32] = '\0';
+	}
+	for (uint64_t page = 0; page < index.page_count; page++) {
+		uint32_t layer = page == 7 ? 1 : page > 10 && page - 10 < index.layer_count ? (uint32_t)(page - 9) : 0;
+		extents[index.extent_count++] = (struct index_extent){.first = page, .count = 1, .layer = layer};
+	}
+	index.layers = layers;
+	index.extents = extents;
+	return page_index_encode(&index, out, err);
+}
+
+int store_test_put_index(struct store *in, struct store_draft *draft, const char *parent, const char *own, struct err *err)
+{
+	CLEANUP_BUF struct buf file = BUF_INIT;
+	int rc = make_index(in, parent, own, &file, err);
+
+	return rc ? rc : store_draft_put(draft, "index", file.data, file.length, err);
+}
+
 static int fill_draft(struct store_draft *draft, const struct store_test_plan *plan, struct store_checkpoint *c,
 		      struct err *err)
 {
@@ -139,17 +178,25 @@ static int fill_draft(struct store_draft *draft, const struct store_test_plan *p
 	}
 	if (!rc)
 		rc = store_draft_put(draft, "state", "the state", 9, err);
-	return rc ? rc : store_draft_put(draft, "index", "the index", 9, err);
+	return rc ? rc : store_test_put_index(plan->store, draft, plan->parent, c->memory_layer, err);
 }
 
 int store_test_take(struct store *in, const struct store_test_plan *plan, char id[STORE_ID_BYTES], struct err *err)
 {
 	struct store_checkpoint c = {.live = plan->live, .cpus = 2, .memory_bytes = MEMORY_BYTES, .saved_pages = 1};
 	struct store_draft *draft;
+	struct store_test_plan filled = *plan;
+	struct store_pin *pin = NULL;
 	int rc = store_draft_begin(in, &draft, err);
 
 	if (rc)
 		return rc;
+	filled.store = in;
+	c.periodic = plan->periodic;
+	/* As the engine does; a parent that was removed meanwhile has no index to take from. */
+	if (plan->parent && *plan->parent && store_pin(in, plan->parent, &pin, NULL))
+		filled.parent = NULL;
+	plan = &filled;
 	snprintf(c.vm, sizeof(c.vm), "%s", plan->vm ? plan->vm : "web");
 	snprintf(c.vm_uuid, sizeof(c.vm_uuid), VM_UUID);
 	snprintf(c.parent, sizeof(c.parent), "%s", plan->parent ? plan->parent : "");
@@ -162,6 +209,7 @@ int store_test_take(struct store *in, const struct store_test_plan *plan, char i
 		store_draft_abort(draft);
 	else
 		rc = store_draft_commit(draft, &c, err);
+	store_unpin(pin);
 	if (id)
 		snprintf(id, STORE_ID_BYTES, "%s", rc ? "" : c.id);
 	store_checkpoint_free(&c);
@@ -187,6 +235,21 @@ int store_test_put_vm(struct store *in, const char *name)
 	return store_vm_put(in, &vm, NULL);
 }
 
+static bool has_all_layers(struct store *in, const struct buf *index, struct err *err)
+{
+	struct page_index read;
+	bool good = page_index_decode(index->data, index->length, &read, err) == 0;
+
+	for (uint32_t i = 0; good && i < read.layer_count; i++) {
+		CLEANUP_CLOSE int mem = store_memory_layer_open(in, read.layers[i], err);
+		CLEANUP_CLOSE int sums = store_memory_sums_open(in, read.layers[i], err);
+
+		good = mem >= 0 && sums >= 0;
+	}
+	page_index_free(&read);
+	return good;
+}
+
 /* True if every byte that the checkpoint needs is there. */
 bool store_test_is_whole(struct store *in, const char *id, struct err *err)
 {
@@ -201,7 +264,7 @@ bool store_test_is_whole(struct store *in, const char *id, struct err *err)
 	CLEANUP_CLOSE int sums = store_memory_sums_open(in, c.memory_layer, err);
 	bool whole = mem >= 0 && sums >= 0 && store_checkpoint_read(in, &c, "state", &state, err) == 0 &&
 		     store_checkpoint_read(in, &c, "index", &table, err) == 0 && state.length == 9 &&
-		     memcmp(table.data, "the index", 9) == 0 &&
+		     has_all_layers(in, &table, err) &&
 		     file_pread_full(mem, bytes, 8, 7 * PAGE_BYTES, err) == 0 && bytes[0] == 0x5a &&
 		     file_pread_full(sums, bytes, 8, 7 * 8, err) == 0 && bytes[0] == 'c';
 	for (uint32_t i = 0; whole && i < c.disk_count; i++) {
@@ -232,4 +295,85 @@ void store_test_position_of(struct store *in, const char *name, char at[STORE_ID
 	cr_assert_eq(store_vm_get(in, name, &vm, NULL), 0);
 	snprintf(at, STORE_ID_BYTES, "%s", vm.at);
 	store_vm_free(&vm);
+}
+
+static void add_line(struct buf *text, const char *line)
+{
+	cr_assert_eq(buf_append(text, line, STORE_ID_BYTES, NULL), 0);
+}
+
+static int by_text(const void *a, const void *b) { return memcmp(a, b, STORE_ID_BYTES); }
+
+/* Sorted, each once. */
+static size_t sort_ids(struct buf *ids)
+{
+	size_t count = ids->length / STORE_ID_BYTES, kept = 0;
+	if (count)
+		qsort(ids->data, count, STORE_ID_BYTES, by_text);
+	for (size_t i = 0; i < count; i++)
+		if (kept == 0 || memcmp(ids->data + (kept - 1) * STORE_ID_BYTES, ids->data + i * STORE_ID_BYTES, STORE_ID_BYTES))
+			memmove(ids->data + kept++ * STORE_ID_BYTES, ids->data + i * STORE_ID_BYTES, STORE_ID_BYTES);
+	return kept;
+}
+
+static void add_needed(struct store *in, const char *id, struct buf *needed)
+{
+	struct store_checkpoint c;
+	CLEANUP_BUF struct buf index = BUF_INIT;
+	struct err err = ERR_INIT;
+	const char *names;
+	uint32_t count;
+
+	cr_assert_eq(store_checkpoint_get(in, id, &c, &err), 0, "%s", err.message);
+	cr_assert_eq(store_checkpoint_read(in, &c, "index", &index, &err), 0, "%s", err.message);
+	cr_assert_eq(page_index_layers(index.data, index.length, &names, &count, &err), 0, "%s", err.message);
+	add_line(needed, c.memory_layer);
+	for (uint32_t i = 0; i < count; i++) {
+		char name[STORE_ID_BYTES] = "";
+		memcpy(name, names + i * 32, 32);
+		add_line(needed, name);
+	}
+	store_checkpoint_free(&c);
+}
+
+void store_test_expect_exact(struct store *in, const char *what)
+{
+	struct store_checkpoint *list;
+	struct buf needed = BUF_INIT, there = BUF_INIT;
+	struct err err = ERR_INIT;
+	size_t count;
+	char path[128];
+
+	cr_assert_eq(store_checkpoint_list(in, NULL, &list, &count, NULL), 0);
+	for (size_t i = 0; i < count; i++) {
+		cr_expect(store_test_is_whole(in, list[i].id, &err), "%s: %s", what, err.message);
+		bool has_parent = !*list[i].parent;
+		for (size_t j = 0; j < count; j++)
+			has_parent |= !strcmp(list[j].id, list[i].parent);
+		cr_expect(has_parent, "%s: a parent that is not there", what);
+		add_needed(in, list[i].id, &needed);
+	}
+	for (size_t i = 0; i < count; i++)
+		store_checkpoint_free(&list[i]);
+	free(list);
+	cr_expect_eq(store_test_count_in("checkpoints", ""), count, "%s", what);
+	cr_expect_eq(store_test_count_in("staging", ""), 0, "%s", what);
+	snprintf(path, sizeof(path), "%s/layers", store_test_folder);
+	DIR *dir = opendir(path);
+	cr_assert_not_null(dir);
+	for (struct dirent *entry; (entry = readdir(dir)) != NULL;) {
+		char name[STORE_ID_BYTES] = "";
+		if (strlen(entry->d_name) < 36 || (strcmp(entry->d_name + 32, ".mem") && strcmp(entry->d_name + 32, ".sums")))
+			continue;
+		memcpy(name, entry->d_name, 32);
+		add_line(&there, name);
+	}
+	closedir(dir);
+	size_t files = there.length / STORE_ID_BYTES, layers = sort_ids(&there);
+	cr_expect_eq(files, 2 * layers, "%s: .mem and .sums", what);
+	size_t wanted = sort_ids(&needed);
+	cr_expect_eq(layers, wanted, "%s: %zu memory layers are there, %zu are needed", what, layers, wanted);
+	cr_expect(layers != wanted || layers == 0 || memcmp(there.data, needed.data, layers * STORE_ID_BYTES) == 0, "%s", what);
+	buf_free(&needed);
+	buf_free(&there);
 }

@@ -9,6 +9,8 @@
 #include "base/file.h"
 #include "checkpoint/store/store_internal.h"
 
+#define VM_COLUMNS "name, uuid, at, pid, state, memory_bytes, cpus, started_wall_ns, config_path, config_text"
+
 struct store_vm_lock {
 	int fd;
 };
@@ -68,8 +70,7 @@ void store_vm_unlock(struct store_vm_lock *lock)
 	free(lock);
 }
 
-/* True if some process holds the VM's lock. */
-static bool is_alive(struct store *store, const char *name)
+bool store_vm_is_alive(struct store *store, const char *name)
 {
 	struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
 	char path[STORE_NAME_BYTES + 8];
@@ -84,7 +85,7 @@ int store_vm_put(struct store *store, const struct store_vm *vm, struct err *err
 	sqlite3_stmt *s;
 
 	pthread_mutex_lock(&store->lock);
-	int rc = catalog_prepare_locked(store, "INSERT OR REPLACE INTO vms VALUES(?,?,?,?,?,?,?,?,?,?)", &s, err);
+	int rc = catalog_prepare_locked(store, "INSERT OR REPLACE INTO vms(" VM_COLUMNS ") VALUES(?,?,?,?,?,?,?,?,?,?)", &s, err);
 	if (!rc) {
 		sqlite3_bind_text(s, 1, vm->name, -1, SQLITE_STATIC);
 		sqlite3_bind_text(s, 2, vm->uuid, -1, SQLITE_STATIC);
@@ -103,20 +104,30 @@ int store_vm_put(struct store *store, const struct store_vm *vm, struct err *err
 	return rc;
 }
 
-int store_vm_set_state(struct store *store, const char *name, const char *state, struct err *err)
+static int set_column(struct store *store, const char *sql, const char *name, const char *value, struct err *err)
 {
 	sqlite3_stmt *s;
 
 	pthread_mutex_lock(&store->lock);
-	int rc = catalog_prepare_locked(store, "UPDATE vms SET state = ? WHERE name = ?", &s, err);
+	int rc = catalog_prepare_locked(store, sql, &s, err);
 	if (!rc) {
-		sqlite3_bind_text(s, 1, state, -1, SQLITE_STATIC);
+		sqlite3_bind_text(s, 1, value, -1, SQLITE_STATIC);
 		sqlite3_bind_text(s, 2, name, -1, SQLITE_STATIC);
 		rc = catalog_step_locked(store, s, err);
 		sqlite3_finalize(s);
 	}
 	pthread_mutex_unlock(&store->lock);
 	return rc;
+}
+
+int store_vm_set_state(struct store *store, const char *name, const char *state, struct err *err)
+{
+	return set_column(store, "UPDATE vms SET state = ? WHERE name = ?", name, state, err);
+}
+
+int store_vm_set_note(struct store *store, const char *name, const char *note, struct err *err)
+{
+	return set_column(store, "UPDATE vms SET note = ? WHERE name = ?", name, note, err);
 }
 
 static void read_row(struct store *store, sqlite3_stmt *s, struct store_vm *vm)
@@ -133,18 +144,17 @@ static void read_row(struct store *store, sqlite3_stmt *s, struct store_vm *vm)
 	catalog_text(s, 8, vm->config_path, sizeof(vm->config_path));
 	const unsigned char *text = sqlite3_column_text(s, 9);
 	vm->config_text = xstrdup(text ? (const char *)text : "");
-	vm->alive = is_alive(store, vm->name);
+	catalog_text(s, 10, vm->note, sizeof(vm->note));
+	vm->alive = store_vm_is_alive(store, vm->name);
 	if (!vm->alive && strcmp(vm->state, "stopped"))
 		snprintf(vm->state, sizeof(vm->state), "crashed");
 }
-
-#define VM_COLUMNS "name, uuid, at, pid, state, memory_bytes, cpus, started_wall_ns, config_path, config_text"
 
 static int list_locked(struct store *store, struct store_vm **list, size_t *count, struct err *err)
 {
 	size_t capacity = 0;
 	sqlite3_stmt *s;
-	int rc = catalog_prepare_locked(store, "SELECT " VM_COLUMNS " FROM vms ORDER BY name", &s, err);
+	int rc = catalog_prepare_locked(store, "SELECT " VM_COLUMNS ", note FROM vms ORDER BY name", &s, err);
 
 	if (rc)
 		return rc;
@@ -209,7 +219,7 @@ int store_vm_get(struct store *store, const char *name, struct store_vm *out, st
 	sqlite3_stmt *s;
 
 	pthread_mutex_lock(&store->lock);
-	int rc = catalog_prepare_locked(store, "SELECT " VM_COLUMNS " FROM vms WHERE name = ?", &s, err);
+	int rc = catalog_prepare_locked(store, "SELECT " VM_COLUMNS ", note FROM vms WHERE name = ?", &s, err);
 	if (!rc) {
 		sqlite3_bind_text(s, 1, name, -1, SQLITE_STATIC);
 		rc = catalog_step_locked(store, s, err);

@@ -18,6 +18,7 @@ class Memory:
         at = 48 + 32 * layers
         assert len(index) == at + 16 * extents, "length of the index"
         self.extents = [struct.unpack_from("<QII", index, at + 16 * i) for i in range(extents)]
+        self.layers = names
         self.files = [open(os.path.join(store, "layers", f"{name}.mem"), "rb") for name in names]
 
     def runs(self):
@@ -36,6 +37,13 @@ class Memory:
     def close(self):
         for file in self.files:
             file.close()
+
+
+def layers(store, checkpoint):
+    """Names of the layers that a checkpoint's index names."""
+    memory = Memory(store, checkpoint)
+    memory.close()
+    return memory.layers
 
 
 def differences(store, a, b):

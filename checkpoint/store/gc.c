@@ -1,0 +1,436 @@
+/*
+ * Reclaiming layers that nothing needs.
+ *
+ *     1 the layers that are there
+ *     2 those that drafts own, by their markers
+ *     3 settle: what was committed up to here is in the catalogue
+ *     4 those that checkpoints name
+ *     5 for disk layers: those on which something stands that stays, by the backing files that headers name
+ *
+ * In this order, because a layer of 1 had its marker before it was there: at 2 its draft is still seen, or is committed, and then the catalogue
+ * knows it at 4, or it has been given up. A disk stands on a layer without a name only if it has stood on it before: overlays are made on layers of
+ * checkpoints that are held, and on images that a draft has just linked. So what nobody needs at 5 nobody will need.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "base/bytes.h"
+#include "base/fault.h"
+#include "base/log.h"
+#include "checkpoint/store/store_internal.h"
+#include "cowdisk/check.h"
+
+#define MAX_CHAIN 1024u
+
+struct layer {
+	char name[STORE_ID_BYTES + 8]; /* of the file */
+	char id[STORE_ID_BYTES];
+	dev_t device;
+	ino_t inode;
+	bool disk, needed, named;
+};
+
+struct collection {
+	struct store *store;
+	struct layer *list; /* sorted by id */
+	size_t count;
+	struct store_gc_result *out;
+};
+
+/* --- 1: what is there --- */
+
+static int add_layer(struct collection *g, const char *name, struct err *err)
+{
+	const char *dot = name + STORE_ID_BYTES - 1;
+	struct stat st;
+
+	if (strlen(name) < STORE_ID_BYTES || strspn(name, "0123456789abcdef") != STORE_ID_BYTES - 1)
+		return 0;
+	bool disk = !strcmp(dot, ".qcow2") || !strcmp(dot, ".raw");
+	if (!disk && strcmp(dot, ".mem") && strcmp(dot, ".sums"))
+		return 0;
+	if (fstatat(g->store->layers_dir, name, &st, AT_SYMLINK_NOFOLLOW))
+		return errno == ENOENT ? 0 : err_sys(err, errno, "layers/%s", name);
+	struct layer *grown = realloc(g->list, (g->count + 1) * sizeof(*grown));
+	if (!grown)
+		return err_sys(err, ENOMEM, "list of layers");
+	g->list = grown;
+	grown[g->count] = (struct layer){.device = st.st_dev, .inode = st.st_ino, .disk = disk};
+	snprintf(grown[g->count].name, sizeof(grown->name), "%.40s", name);
+	memcpy(grown[g->count].id, name, STORE_ID_BYTES - 1);
+	g->count++;
+	return 0;
+}
+
+static int by_name(const void *a, const void *b) { return strcmp(((const struct layer *)a)->name, ((const struct layer *)b)->name); }
+
+static int list_layers(struct collection *g, struct err *err)
+{
+	int copy = openat(g->store->layers_dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), rc = 0;
+	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
+	struct dirent *entry;
+
+	if (!stream)
+		return err_sys(err, errno, "%s/layers", g->store->path);
+	while (!rc && (entry = readdir(stream)))
+		rc = add_layer(g, entry->d_name, err);
+	closedir(stream);
+	if (g->count)
+		qsort(g->list, g->count, sizeof(*g->list), by_name);
+	return rc;
+}
+
+/* --- 2 and 4: who names them --- */
+
+static void need(struct collection *g, const char *id, bool named)
+{
+	size_t low = 0, high = g->count;
+
+	while (low < high) {
+		size_t middle = (low + high) / 2;
+
+		if (strcmp(g->list[middle].id, id) < 0)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	for (; low < g->count && !strcmp(g->list[low].id, id); low++) {
+		g->list[low].needed = true;
+		g->list[low].named |= named;
+	}
+}
+
+static int need_owned(struct collection *g, struct err *err)
+{
+	CLEANUP_BUF struct buf ids = BUF_INIT;
+	int rc = draft_owned_layers(g->store, &ids, err);
+
+	for (size_t at = 0; !rc && at < ids.length; at += STORE_ID_BYTES)
+		need(g, (const char *)ids.data + at, true);
+	return rc;
+}
+
+static int need_named_locked(struct collection *g, struct err *err)
+{
+	char id[STORE_ID_BYTES];
+	sqlite3_stmt *s;
+	int rc = catalog_prepare_locked(g->store, "SELECT id FROM layers", &s, err);
+
+	if (rc)
+		return rc;
+	while ((rc = catalog_step_locked(g->store, s, err)) == 1) {
+		catalog_text(s, 0, id, sizeof(id));
+		need(g, id, true);
+	}
+	sqlite3_finalize(s);
+	return rc;
+}
+
+/* --- checkpoints and the catalogue --- */
+
+static bool is_there(int dir, const char *prefix, const char *id, const char *suffix)
+{
+	char name[STORE_ID_BYTES + 16];
+
+	snprintf(name, sizeof(name), "%.3s%.32s%.8s", prefix, id, suffix);
+	return faccessat(dir, name, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
+}
+
+/* A checkpoint that the catalogue does not know: it is entered, or it is damaged, and then nobody can say which layers are its. */
+static int enter_unknown(struct store *store, const char *id, struct err *err)
+{
+	struct store_checkpoint checkpoint;
+	struct store_layers layers;
+	char found[STORE_ID_BYTES];
+
+	if (is_there(store->staging_dir, "", id, ".lock"))
+		return 0; /* committed since; its layers are marked */
+	int rc = store_resolve(store, id, found, NULL);
+	if (rc == 0)
+		return 0;
+	rc = store_read_committed(store, id, &checkpoint, &layers, err);
+	if (rc == -ENOENT && !is_there(store->checkpoints_dir, "", id, ""))
+		return 0; /* removed meanwhile */
+	if (rc) {
+		err_prefix(err, "checkpoint %.8s", id);
+		return err_hint(err, "which layers it needs cannot be known, so none is removed: `vmcp rm %.8s` it first, or mend it", id);
+	}
+	rc = draft_enter(store, &checkpoint, &layers, CATALOG_VM_STAYS, err);
+	store_checkpoint_free(&checkpoint);
+	layers_free(&layers);
+	return rc;
+}
+
+static int enter_all_unknown(struct store *store, struct err *err)
+{
+	int copy = openat(store->checkpoints_dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), rc = 0;
+	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
+	struct dirent *entry;
+
+	if (!stream)
+		return err_sys(err, errno, "%s/checkpoints", store->path);
+	while (!rc && (entry = readdir(stream)))
+		if (store_is_id(entry->d_name))
+			rc = enter_unknown(store, entry->d_name, err);
+	closedir(stream);
+	return rc;
+}
+
+/* Entries whose checkpoint somebody removed by hand. */
+static int forget_missing(struct collection *g, struct err *err)
+{
+	struct store *store = g->store;
+	struct dead_layers dead = {0};
+	struct store_checkpoint *list;
+	size_t count;
+	int rc = store_checkpoint_list(store, NULL, &list, &count, err);
+
+	if (rc)
+		return rc;
+	for (size_t i = 0; i < count; i++) {
+		/* Asked again in the transaction, as a removal moves the folder in one. */
+		if (!rc && !is_there(store->checkpoints_dir, "", list[i].id, "")) {
+			pthread_mutex_lock(&store->lock);
+			rc = catalog_run_locked(store, "BEGIN IMMEDIATE", err);
+			if (!rc && !is_there(store->checkpoints_dir, "", list[i].id, "") &&
+			    !is_there(store->staging_dir, REMOVED_PREFIX, list[i].id, "")) {
+				rc = refs_forget_locked(store, list[i].id, &dead, err);
+				g->out->forgotten++;
+			}
+			if (!rc)
+				rc = catalog_run_locked(store, "COMMIT", err);
+			if (rc)
+				catalog_run_locked(store, "ROLLBACK", NULL);
+			pthread_mutex_unlock(&store->lock);
+		}
+		store_checkpoint_free(&list[i]);
+	}
+	free(list);
+	free(dead.list);
+	return rc;
+}
+
+/* --- 5: on what disks stand --- */
+
+static struct layer *layer_at(struct collection *g, const struct stat *st)
+{
+	for (size_t i = 0; i < g->count; i++)
+		if (g->list[i].disk && g->list[i].inode == st->st_ino && g->list[i].device == st->st_dev)
+			return &g->list[i];
+	return NULL;
+}
+
+/* The image at `path` (freed) and all below it are needed. */
+static int need_chain(struct collection *g, char *path, struct err *err)
+{
+	int rc = 0;
+
+	for (unsigned depth = 0; path && depth < MAX_CHAIN && !rc; depth++) {
+		struct layer *layer;
+		struct stat st;
+		char *next = NULL;
+
+		if (stat(path, &st)) {
+			/* Missing below a disk: damage that is not ours to mend, and nothing to keep there. */
+			rc = errno == ENOENT || errno == ENOTDIR ? 0 : err_sys(err, errno, "%s", path);
+			break;
+		}
+		layer = layer_at(g, &st);
+		if (layer && layer->needed && depth > 0)
+			break; /* been here, or will be */
+		if (layer)
+			layer->needed = true;
+		if (S_ISREG(st.st_mode) || S_ISBLK(st.st_mode))
+			rc = cow_backing(path, &next, err);
+		if (rc == -ENOTSUP) { /* a backing that is no file is no layer */
+			rc = 0;
+			if (err)
+				*err = ERR_INIT;
+		}
+		free(path);
+		path = next;
+	}
+	free(path);
+	return rc;
+}
+
+/* Below each layer that is needed for itself. */
+static int need_backings(struct collection *g, struct err *err)
+{
+	int rc = 0;
+
+	for (size_t i = 0; !rc && i < g->count; i++)
+		if (g->list[i].disk && g->list[i].named)
+			rc = need_chain(g, xasprintf("%s/layers/%s", g->store->path, g->list[i].name), err);
+	return rc;
+}
+
+/* Images of VMs that live in the store: vms/<name>/<disk>.qcow2. */
+static int need_vm_images(struct collection *g, const char *vm, struct err *err)
+{
+	int fd = openat(g->store->vms_dir, vm, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW), rc = 0;
+	DIR *stream = fd >= 0 ? fdopendir(fd) : NULL;
+	struct dirent *entry;
+
+	if (!stream)
+		return 0; /* no folder */
+	while (!rc && (entry = readdir(stream))) {
+		const char *dot = strrchr(entry->d_name, '.');
+
+		if (dot && !strcmp(dot, ".qcow2"))
+			rc = need_chain(g, xasprintf("%s/vms/%s/%s", g->store->path, vm, entry->d_name), err);
+	}
+	closedir(stream);
+	return rc;
+}
+
+static int need_all_vm_images(struct collection *g, struct err *err)
+{
+	int copy = openat(g->store->vms_dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), rc = 0;
+	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
+	struct dirent *entry;
+
+	if (!stream)
+		return err_sys(err, errno, "%s/vms", g->store->path);
+	while (!rc && (entry = readdir(stream)))
+		if (entry->d_name[0] != '.')
+			rc = need_vm_images(g, entry->d_name, err);
+	closedir(stream);
+	return rc;
+}
+
+static int need_noted_images(struct collection *g, struct err *err)
+{
+	CLEANUP_BUF struct buf paths = BUF_INIT;
+	sqlite3_stmt *s;
+
+	pthread_mutex_lock(&g->store->lock);
+	int rc = catalog_prepare_locked(g->store, "SELECT path FROM images", &s, err);
+	while (!rc && (rc = catalog_step_locked(g->store, s, err)) == 1) {
+		const char *path = (const char *)sqlite3_column_text(s, 0);
+
+		rc = buf_append(&paths, path ? path : "", strlen(path ? path : "") + 1, err);
+	}
+	sqlite3_finalize(s);
+	pthread_mutex_unlock(&g->store->lock);
+	for (size_t at = 0; !rc && at < paths.length; at += strlen((char *)paths.data + at) + 1)
+		rc = need_chain(g, xstrdup((char *)paths.data + at), err);
+	return rc;
+}
+
+static bool has_unnamed_disk_layer(const struct collection *g)
+{
+	for (size_t i = 0; i < g->count; i++)
+		if (g->list[i].disk && !g->list[i].needed)
+			return true;
+	return false;
+}
+
+/* What cannot be judged stays: of the disk layers all, if a header cannot be read. */
+static int need_disks(struct collection *g, struct err *err)
+{
+	if (!has_unnamed_disk_layer(g))
+		return 0;
+	int rc = need_backings(g, err);
+	if (!rc)
+		rc = need_noted_images(g, err);
+	if (!rc)
+		rc = need_all_vm_images(g, err);
+	if (!rc)
+		return 0;
+	for (size_t i = 0; i < g->count; i++)
+		g->list[i].needed |= g->list[i].disk;
+	return err_hint(err, "no disk layer is removed, as this one may stand on any of them");
+}
+
+/* --- the end --- */
+
+static int unlink_rest(struct collection *g, struct err *err)
+{
+	struct store_gc_result *out = g->out;
+
+	for (size_t i = 0; i < g->count; i++) {
+		const struct layer *layer = &g->list[i];
+		struct stat st;
+
+		out->kept_disk_layers += layer->disk && layer->needed && !layer->named;
+		if (layer->needed)
+			continue;
+		int rc = fault_check(FAULT_STORE_GC_UNLINKING, err);
+		if (rc)
+			return rc;
+		if (fstatat(g->store->layers_dir, layer->name, &st, AT_SYMLINK_NOFOLLOW) ||
+		    unlinkat(g->store->layers_dir, layer->name, 0))
+			continue; /* another process was faster */
+		out->bytes += st.st_nlink > 1 ? 0 : (uint64_t)st.st_blocks * 512;
+		out->disk_layers += layer->disk;
+		out->memory_layers += !strcmp(layer->name + STORE_ID_BYTES - 1, ".mem");
+	}
+	return 0;
+}
+
+static int judge(struct collection *g, struct err *err)
+{
+	struct store *store = g->store;
+	int rc = list_layers(g, err);
+
+	if (!rc)
+		rc = need_owned(g, err);
+	if (!rc)
+		rc = draft_settle(store, err);
+	if (!rc)
+		rc = enter_all_unknown(store, err);
+	if (!rc)
+		rc = forget_missing(g, err);
+	if (rc)
+		return rc;
+	pthread_mutex_lock(&store->lock);
+	rc = need_named_locked(g, err);
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+int store_gc(struct store *store, struct store_gc_result *out, struct err *err)
+{
+	struct collection g = {.store = store, .out = out};
+	struct err first = ERR_INIT;
+
+	*out = (struct store_gc_result){0};
+	int rc = judge(&g, err);
+	if (!rc) {
+		/* Memory layers go even where disks cannot be judged. */
+		int disks = need_disks(&g, &first);
+
+		rc = unlink_rest(&g, err);
+		if (!rc && disks) {
+			rc = disks;
+			if (err)
+				*err = first;
+		}
+	}
+	free(g.list);
+	return rc;
+}
+
+int store_note_image(struct store *store, const char *path, struct err *err)
+{
+	sqlite3_stmt *s;
+
+	pthread_mutex_lock(&store->lock);
+	int rc = catalog_run_locked(store, "PRAGMA synchronous = FULL", err);
+	if (!rc)
+		rc = catalog_prepare_locked(store, "INSERT OR IGNORE INTO images VALUES(?)", &s, err);
+	if (!rc) {
+		sqlite3_bind_text(s, 1, path, -1, SQLITE_STATIC);
+		rc = catalog_step_locked(store, s, err);
+		sqlite3_finalize(s);
+	}
+	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}

@@ -1,0 +1,159 @@
+/* rm and gc. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/buf.h"
+#include "cli/cli.h"
+
+/* --- rm --- */
+
+/* True if the checkpoint was called by its only tag: then that may go with it. */
+static bool named_by_tag(struct store *store, const char *reference, const char *id)
+{
+	char tag[STORE_NAME_BYTES];
+	uint64_t count;
+
+	return store_count_tags(store, id, &count, tag, NULL) == 0 && count == 1 && !strcmp(tag, reference);
+}
+
+/* A checkpoint that the command line names. */
+struct wanted {
+	char id[STORE_ID_BYTES];
+	bool tagged; /* its tags may go with it */
+};
+
+static int find_one(struct cli *cli, struct store *store, const char *reference, struct wanted *wanted, struct err *err)
+{
+	struct err unknown = ERR_INIT;
+	int rc = store_resolve(store, reference, wanted->id, &unknown);
+
+	wanted->tagged = cli_given(cli, "force") || (!rc && named_by_tag(store, reference, wanted->id));
+	/* One whose manifest is damaged may be unknown to the catalogue; it goes by its whole id. */
+	if (rc == -ENOENT && strlen(reference) == STORE_ID_BYTES - 1) {
+		snprintf(wanted->id, sizeof(wanted->id), "%s", reference);
+		return 0;
+	}
+	if (rc && err)
+		*err = unknown;
+	return rc;
+}
+
+/* All are found before the first goes, as web~2 means another one afterwards. */
+static int remove_all(struct cli *cli, struct store *store, struct store_freed *freed, json_t *removed, struct err *err)
+{
+	struct wanted *list = xcalloc((size_t)cli->argument_count, sizeof(*list));
+	int rc = 0;
+
+	for (int i = 0; !rc && i < cli->argument_count; i++)
+		rc = find_one(cli, store, cli->arguments[i], &list[i], err);
+	for (int i = 0; !rc && i < cli->argument_count; i++) {
+		rc = store_checkpoint_remove(store, list[i].id, list[i].tagged, freed, err);
+		if (!rc)
+			json_array_append_new(removed, json_string(list[i].id));
+	}
+	free(list);
+	return rc;
+}
+
+static void print_removed(const struct cli *cli, const json_t *removed, uint64_t bytes)
+{
+	char size[16];
+	size_t index;
+	json_t *id;
+
+	json_array_foreach(removed, index, id) printf("%s\n", json_string_value(id));
+	fflush(stdout);
+	cli_format_size(size, bytes);
+	if (!cli->quiet && json_array_size(removed))
+		fprintf(stderr, "vmcp: %s given back\n", size);
+}
+
+static int run_rm(struct cli *cli, struct err *err)
+{
+	struct store_freed freed = {0};
+	struct store_gc_result collected = {0};
+	struct err later = ERR_INIT;
+	struct store *store;
+	int rc = cli_open_store(cli, &store, err);
+
+	if (rc)
+		return rc;
+	json_t *removed = json_array();
+	rc = remove_all(cli, store, &freed, removed, err);
+	/* Disk layers go with the rest, where nothing stands on them. That this fails is no failure of the removal. */
+	if (freed.disk_layers && store_gc(store, &collected, &later) && !cli->quiet)
+		fprintf(stderr, "vmcp: %s\n", later.message);
+	store_close(store);
+	freed.bytes += collected.bytes;
+	if (!cli->json)
+		print_removed(cli, removed, freed.bytes);
+	else if (!rc)
+		cli_print_json(json_pack("{s:O, s:I, s:I, s:I}", "removed", removed, "freed_bytes", (json_int_t)freed.bytes,
+					 "memory_layers", (json_int_t)(freed.memory_layers + collected.memory_layers),
+					 "disk_layers", (json_int_t)collected.disk_layers));
+	json_decref(removed);
+	return rc;
+}
+
+/* --- gc --- */
+
+static int run_gc(struct cli *cli, struct err *err)
+{
+	struct store_gc_result result;
+	struct store *store;
+	char size[16];
+	int rc = cli_open_store(cli, &store, err);
+
+	if (rc)
+		return rc;
+	rc = store_gc(store, &result, err);
+	store_close(store);
+	if (rc)
+		return rc;
+	if (cli->json) {
+		cli_print_json(json_pack("{s:I, s:I, s:I, s:I, s:I}", "freed_bytes", (json_int_t)result.bytes, "memory_layers",
+					 (json_int_t)result.memory_layers, "disk_layers", (json_int_t)result.disk_layers,
+					 "kept_disk_layers", (json_int_t)result.kept_disk_layers, "forgotten",
+					 (json_int_t)result.forgotten));
+		return 0;
+	}
+	cli_format_size(size, result.bytes);
+	printf("%s given back: %llu memory layers, %llu disk layers\n", size, (unsigned long long)result.memory_layers,
+	       (unsigned long long)result.disk_layers);
+	if (result.kept_disk_layers)
+		printf("%llu disk layers belong to no checkpoint, but disks stand on them\n", (unsigned long long)result.kept_disk_layers);
+	return 0;
+}
+
+static const struct cli_option rm_options[] = {
+	{"force", 'f', NULL, "remove checkpoints with their tags"},
+	{0},
+};
+static const struct cli_option none[] = {{0}};
+
+const struct cli_command cli_rm = {
+	.name = "rm",
+	.synopsis = "CKPT... [--force]",
+	.summary = "remove checkpoints; those that come from them stay whole",
+	.help = "Prints the ids of those that are gone. Memory and disk layers go when no other checkpoint, and no disk, needs\n"
+		"them. One with a tag is removed if it is called by that tag, its only one, or with --force. One at which a\n"
+		"running VM stands is not.\n\n"
+		"Examples:\n"
+		"    vmcp rm before-upgrade\n"
+		"    vmcp rm web~7 web~8 web~9",
+	.options = rm_options,
+	.min_arguments = 1,
+	.max_arguments = CLI_MAX_ARGUMENTS,
+	.run = run_rm,
+};
+const struct cli_command cli_gc = {
+	.name = "gc",
+	.synopsis = "",
+	.summary = "give back the space of what nothing needs",
+	.help = "Removes memory and disk layers that no checkpoint needs and no disk of a VM stands on: what commands that were\n"
+		"killed left, and disk layers of removed checkpoints. Safe at any time.",
+	.options = none,
+	.run = run_gc,
+};
