@@ -156,10 +156,10 @@ static void set_scope(struct memcow *cow, const uint64_t *scope)
 }
 
 /* At the instant or before: pages of `written` join the scope. note_dirty: those that were not in it are yet to be settled. */
-static void widen_scope(struct memcow *cow, const uint64_t *written, bool note_dirty)
+static void widen_scope(struct memcow *cow, const struct page_words *written, bool note_dirty)
 {
-	for (uint64_t w = 0; w < cow->blocks && written && !cow->whole; w++) {
-		uint64_t joins = written[w] & ~cow->scope[w];
+	for (uint64_t i = 0; written && i < written->count && !cow->whole; i++) {
+		uint64_t w = written->list[i], joins = written->words[w] & ~cow->scope[w];
 		if (joins == 0)
 			continue;
 		cow->scope[w] |= joins;
@@ -410,27 +410,35 @@ int memcow_arm_stopped(struct memcow *cow, const struct memcow_target *target, s
 	return r;
 }
 
-/* Copies the pages of `words`, behind all copies made so far; *copied: how many. */
-static int stage_pages(struct memcow *cow, const uint64_t *words, bool politely, uint64_t *copied, struct err *err)
+static int stage_page(struct memcow *cow, uint64_t page, struct err *err)
+{
+	struct segment *segment = cow->staged;
+	if (!segment || segment->count == SEGMENT_PAGES) {
+		segment = pool_try_get(cow->pool);
+		if (!segment) {
+			err_set(err, ERR_FAILED, ENOBUFS, "the guest writes its memory faster than it is copied");
+			err_hint(err, "use --instant now if this host can (vmcp doctor), or leave out --live");
+			return -ENOBUFS;
+		}
+		segment->next = cow->staged;
+		cow->staged = segment;
+	}
+	segment->entries[segment->count] = (struct segment_entry){.page = page, .slot = segment->count};
+	page_copy(segment->data + (size_t)segment->count * PAGE_BYTES, cow->base + page * PAGE_BYTES);
+	segment->count++;
+	return 0;
+}
+
+/* Copies the pages, behind all copies made so far; *copied: how many. */
+static int stage_pages(struct memcow *cow, const struct page_words *pages, bool politely, uint64_t *copied, struct err *err)
 {
 	*copied = 0;
-	for (uint64_t w = 0; w < cow->blocks; w++) {
-		for (uint64_t bits = words[w]; bits; bits &= bits - 1) {
-			uint64_t page = w * 64 + (unsigned)__builtin_ctzll(bits);
-			struct segment *segment = cow->staged;
-			if (!segment || segment->count == SEGMENT_PAGES) {
-				segment = pool_try_get(cow->pool);
-				if (!segment) {
-					err_set(err, ERR_FAILED, ENOBUFS, "the guest writes its memory faster than it is copied");
-					err_hint(err, "use --instant now if this host can (vmcp doctor), or leave out --live");
-					return -ENOBUFS;
-				}
-				segment->next = cow->staged;
-				cow->staged = segment;
-			}
-			segment->entries[segment->count] = (struct segment_entry){.page = page, .slot = segment->count};
-			page_copy(segment->data + (size_t)segment->count * PAGE_BYTES, cow->base + page * PAGE_BYTES);
-			segment->count++;
+	for (uint64_t i = 0; i < pages->count; i++) {
+		uint64_t w = pages->list[i];
+		for (uint64_t bits = pages->words[w]; bits; bits &= bits - 1) {
+			int r = stage_page(cow, w * 64 + (unsigned)__builtin_ctzll(bits), err);
+			if (r != 0)
+				return r;
 			if (++*copied % STAGE_CHUNK_PAGES == 0 && politely)
 				priority_give_way_each(cow->room_each_ns, &cow->made_room_ns);
 		}
@@ -456,13 +464,14 @@ static void settle_page(struct memcow *cow, uint64_t page, bool populated, struc
 
 /* Through the buffers to the file. Waits for the writer where these run out, and for the end of it: a later pass may write the
  * same pages. */
-static int settle_pages(struct memcow *cow, const uint64_t *words, struct err *err)
+static int settle_pages(struct memcow *cow, const struct page_words *pages, struct err *err)
 {
 	struct segment *segment = NULL;
 	struct populated at = {.first = 0};
 	int r = 0;
-	for (uint64_t w = 0; w < cow->blocks && r == 0; w++) {
-		for (uint64_t bits = words[w]; bits && r == 0; bits &= bits - 1) {
+	for (uint64_t i = 0; i < pages->count && r == 0; i++) {
+		uint64_t w = pages->list[i];
+		for (uint64_t bits = pages->words[w]; bits && r == 0; bits &= bits - 1) {
 			uint64_t page = w * 64 + (unsigned)__builtin_ctzll(bits);
 			if (!segment)
 				segment = pool_get(cow->pool, true, NULL);
@@ -490,13 +499,24 @@ static int settle_pages(struct memcow *cow, const uint64_t *words, struct err *e
 	return pool_drain(cow->pool) ? 0 : first_error(cow, EIO, "saving memory", err);
 }
 
-static int copy_pages(struct memcow *cow, const uint64_t *words, bool stage, struct err *err)
+static int copy_pages(struct memcow *cow, const struct page_words *pages, bool stage, struct err *err)
 {
 	uint64_t start_ns = clock_now_ns(), copied;
-	int r = stage ? stage_pages(cow, words, true, &copied, err) : settle_pages(cow, words, err);
+	int r = stage ? stage_pages(cow, pages, true, &copied, err) : settle_pages(cow, pages, err);
 	cow->arm_passes++;
 	cow->arm_ns += clock_now_ns() - start_ns;
 	return r;
+}
+
+/* Its words, of which `list`, the caller's to free, holds the numbers. */
+static uint32_t *list_scope(const struct memcow *cow, struct page_words *pages)
+{
+	uint32_t *list = xcalloc(cow->blocks, sizeof(*list));
+	*pages = (struct page_words){.words = cow->scope, .list = list};
+	for (uint64_t w = 0; w < cow->blocks; w++)
+		if (cow->scope[w])
+			list[pages->count++] = (uint32_t)w;
+	return list;
 }
 
 static int copy_scope(struct memcow *cow, const struct memcow_target *target, enum memcow_way way, struct err *err)
@@ -507,8 +527,10 @@ static int copy_scope(struct memcow *cow, const struct memcow_target *target, en
 	r = wait_writer_ready(cow, err);
 	if (r == 0)
 		r = fault_check(FAULT_MEMCOW_ARM, err);
+	struct page_words pages;
+	CLEANUP_FREE uint32_t *list = list_scope(cow, &pages);
 	if (r == 0)
-		r = copy_pages(cow, cow->scope, way == MEMCOW_STAGE, err);
+		r = copy_pages(cow, &pages, way == MEMCOW_STAGE, err);
 	if (r != 0)
 		memcow_abandon(cow);
 	return r;
@@ -524,19 +546,19 @@ int memcow_settle(struct memcow *cow, const struct memcow_target *target, struct
 	return copy_scope(cow, target, MEMCOW_SETTLE, err);
 }
 
-int memcow_stage_more(struct memcow *cow, const uint64_t *written, struct err *err)
+int memcow_stage_more(struct memcow *cow, const struct page_words *written, struct err *err)
 {
 	widen_scope(cow, written, false);
 	return copy_pages(cow, written, true, err);
 }
 
-int memcow_settle_more(struct memcow *cow, const uint64_t *written, struct err *err)
+int memcow_settle_more(struct memcow *cow, const struct page_words *written, struct err *err)
 {
 	widen_scope(cow, written, false);
 	return copy_pages(cow, written, false, err);
 }
 
-static int instant_staged(struct memcow *cow, const uint64_t *written, struct err *err)
+static int instant_staged(struct memcow *cow, const struct page_words *written, struct err *err)
 {
 	if (!written)
 		return 0;
@@ -547,7 +569,7 @@ static int instant_staged(struct memcow *cow, const uint64_t *written, struct er
 	return r;
 }
 
-int memcow_instant(struct memcow *cow, const uint64_t *written, struct err *err)
+int memcow_instant(struct memcow *cow, const struct page_words *written, struct err *err)
 {
 	int r = fault_check(FAULT_MEMCOW_INSTANT, err);
 	if (r != 0)

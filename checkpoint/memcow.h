@@ -36,6 +36,7 @@
 #include <stdint.h>
 
 #include "base/err.h"
+#include "checkpoint/page_words.h"
 #include "vmm/memory.h"
 
 struct memcow;
@@ -79,17 +80,17 @@ int memcow_arm_stopped(struct memcow *cow, const struct memcow_target *target, s
 int memcow_stage(struct memcow *cow, const struct memcow_target *target, struct err *err);
 /* Copies the pages of `written`, those of the scope once more. -ENOBUFS if the buffers do not suffice: stage took a
  * quarter more than it needed and MEMCOW_STAGE_SPARE_PAGES. On failure the checkpoint must be abandoned. */
-int memcow_stage_more(struct memcow *cow, const uint64_t *written, struct err *err);
+int memcow_stage_more(struct memcow *cow, const struct page_words *written, struct err *err);
 #define MEMCOW_STAGE_SPARE_PAGES 2048u
 /* Writes the scope to the file, while the VM runs; returns when all is written. The VM's writes are being logged already.
  * Fails without effect. */
 int memcow_settle(struct memcow *cow, const struct memcow_target *target, struct err *err);
 /* Writes the pages of `written` once more. Not after memcow_stage_more. On failure the checkpoint must be abandoned. */
-int memcow_settle_more(struct memcow *cow, const uint64_t *written, struct err *err);
-/* In the pause. written: bitmap of pages that the tracker found in it, or NULL; those outside the scope join it. Staged:
+int memcow_settle_more(struct memcow *cow, const struct page_words *written, struct err *err);
+/* In the pause. written: pages that the tracker found in it, or NULL; those outside the scope join it. Staged:
  * copies them; -ENOBUFS as above. Armed: copies (few) or arms again (many) what was written since. Allocates nothing,
  * touches no file. On failure the checkpoint must be abandoned. */
-int memcow_instant(struct memcow *cow, const uint64_t *written, struct err *err);
+int memcow_instant(struct memcow *cow, const struct page_words *written, struct err *err);
 /* Starts to save. After the pause. */
 void memcow_save(struct memcow *cow);
 /* Waits until all pages are in the file (not synced). *cancel (may be NULL) turning true ends the wait: -ECANCELED. An

@@ -41,6 +41,8 @@ struct machine {
 	/* In the place of checkpoint/tracker.h. */
 	_Atomic uint64_t *log;	 /* pages written; set behind the write */
 	uint64_t *since, *fresh; /* the main thread's */
+	uint32_t *list;		 /* words of `fresh` that are not 0 */
+	struct page_words written;
 	uint8_t *image;		 /* the memory that the layers made so far hold together; the main thread's */
 };
 
@@ -139,9 +141,12 @@ static bool test_page_zero(const uint8_t *page)
 
 static void harvest(struct machine *m)
 {
+	m->written = (struct page_words){.words = m->fresh, .list = m->list};
 	for (uint64_t w = 0; w < m->pages / 64; w++) {
 		m->fresh[w] = atomic_exchange(&m->log[w], 0);
 		m->since[w] |= m->fresh[w];
+		if (m->fresh[w])
+			m->list[m->written.count++] = (uint32_t)w;
 	}
 }
 
@@ -200,15 +205,15 @@ static int take(struct machine *m, struct memcow *cow, enum way way, bool all, i
 		r = way == STAGE ? memcow_stage(cow, &target, err) : memcow_arm(cow, &target, err);
 	for (unsigned pass = 0; pass < 2 && way == SETTLE && r == 0; pass++) {
 		harvest(m);
-		r = memcow_settle_more(cow, m->fresh, err);
+		r = memcow_settle_more(cow, &m->written, err);
 	}
 	for (unsigned pass = 0; pass < 2 && (way == STAGE || way == SETTLE) && r == 0; pass++) {
 		harvest(m);
-		r = memcow_stage_more(cow, m->fresh, err);
+		r = memcow_stage_more(cow, &m->written, err);
 	}
 	machine_stop(m);
 	harvest(m);
-	return r == 0 ? memcow_instant(cow, all && way != SETTLE ? NULL : m->fresh, err) : r;
+	return r == 0 ? memcow_instant(cow, all && way != SETTLE ? NULL : &m->written, err) : r;
 }
 
 static void run_round(struct machine *m, struct memcow *cow, enum way way, bool all, uint8_t *reference)
@@ -344,6 +349,7 @@ int main(void)
 	m.log = calloc(m.pages / 64, sizeof(*m.log));
 	m.since = calloc(m.pages / 64, sizeof(*m.since));
 	m.fresh = calloc(m.pages / 64, sizeof(*m.fresh));
+	m.list = calloc(m.pages / 64, sizeof(*m.list));
 	m.image = malloc(MEMORY_BYTES);
 	uint8_t *reference = malloc(MEMORY_BYTES);
 	bool live = memcow_create(m.mem, true, &cow, &err) == 0;
@@ -375,6 +381,7 @@ int main(void)
 	free((void *)m.log);
 	free(m.since);
 	free(m.fresh);
+	free(m.list);
 	free(m.image);
 	memcow_destroy(cow);
 	mem_destroy(m.mem);

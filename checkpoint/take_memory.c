@@ -68,6 +68,12 @@ static int harvest(struct take *take, uint64_t *count, struct err *err)
 	return r == 0 ? tracker_harvest(take->engine->tracker, count, err) : r;
 }
 
+static int stage_fresh(struct ckpt_engine *engine, struct err *err)
+{
+	struct page_words fresh = tracker_fresh_words(engine->tracker);
+	return memcow_stage_more(engine->memcow, &fresh, err);
+}
+
 /* Several passes, each over what was written during the one before it, until little is. */
 static int stage_rest(struct take *take, struct err *err)
 {
@@ -77,7 +83,7 @@ static int stage_rest(struct take *take, struct err *err)
 	for (unsigned pass = 1; pass < STAGE_MAX_PASSES && r == 0; pass++) {
 		r = harvest(take, &count, err);
 		if (r == 0)
-			r = memcow_stage_more(engine->memcow, tracker_fresh(engine->tracker), err);
+			r = stage_fresh(engine, err);
 		if (count <= STAGE_ENOUGH_PAGES || count >= before)
 			break;
 		before = count;
@@ -106,10 +112,11 @@ static int settle_memory(struct take *take, struct err *err)
 			return -EAGAIN;
 		}
 		before = count;
-		r = memcow_settle_more(engine->memcow, tracker_fresh(engine->tracker), err);
+		struct page_words fresh = tracker_fresh_words(engine->tracker);
+		r = memcow_settle_more(engine->memcow, &fresh, err);
 	}
 	if (r == 0)
-		r = memcow_stage_more(engine->memcow, tracker_fresh(engine->tracker), err);
+		r = stage_fresh(engine, err);
 	return r == 0 ? stage_rest(take, err) : r;
 }
 
@@ -169,12 +176,12 @@ int take_restage_memory(struct take *take, struct err *err)
 int take_capture_memory(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
-	const uint64_t *written = NULL;
+	struct page_words written = {0};
 	uint64_t count;
 	int r = 0;
 	if (take->needs_written) {
 		r = tracker_collect(engine->tracker, &count, err);
-		written = tracker_fresh(engine->tracker);
+		written = tracker_fresh_words(engine->tracker);
 	}
-	return r == 0 ? memcow_instant(engine->memcow, written, err) : r;
+	return r == 0 ? memcow_instant(engine->memcow, take->needs_written ? &written : NULL, err) : r;
 }

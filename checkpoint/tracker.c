@@ -22,6 +22,8 @@ struct tracker {
 	struct loop *loop;
 	uint64_t words;
 	uint64_t *since, *fresh; /* one mapping: untouched parts cost nothing */
+	uint32_t *list;		 /* in it too: the words of `fresh` that are not 0 */
+	uint64_t list_count;
 	size_t mapped_bytes;
 	bool on, base;
 	uint64_t room_each_ns;
@@ -34,7 +36,7 @@ int tracker_create(struct vm *vm, struct loop *loop, struct tracker **out, struc
 	t->mem = vm_memory(vm);
 	t->loop = loop;
 	t->words = BITMAP_WORDS(mem_pages(t->mem));
-	t->mapped_bytes = 2 * t->words * sizeof(uint64_t);
+	t->mapped_bytes = t->words * (2 * sizeof(uint64_t) + sizeof(*t->list));
 	void *maps = mmap(NULL, t->mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (maps == MAP_FAILED) {
 		free(t);
@@ -42,6 +44,7 @@ int tracker_create(struct vm *vm, struct loop *loop, struct tracker **out, struc
 	}
 	t->since = maps;
 	t->fresh = t->since + t->words;
+	t->list = (uint32_t *)(t->fresh + t->words);
 	*out = t;
 	return 0;
 }
@@ -63,6 +66,11 @@ bool tracker_has_base(const struct tracker *t) { return t->base; }
 uint64_t tracker_words(const struct tracker *t) { return t->words; }
 const uint64_t *tracker_since(const struct tracker *t) { return t->since; }
 const uint64_t *tracker_fresh(const struct tracker *t) { return t->fresh; }
+
+struct page_words tracker_fresh_words(const struct tracker *t)
+{
+	return (struct page_words){.words = t->fresh, .list = t->list, .count = t->list_count};
+}
 
 uint64_t tracker_since_count(const struct tracker *t)
 {
@@ -110,16 +118,26 @@ int tracker_start(struct tracker *t, bool vm_runs, struct err *err)
 	return r;
 }
 
-/* Adds `fresh` to `since`; returns how many pages `fresh` holds. */
+/* Adds `fresh` to `since` and lists its words; returns how many pages it holds. */
 static uint64_t note_fresh(struct tracker *t)
 {
-	uint64_t pages = 0;
-	for (uint64_t w = 0; w < t->words; w++) {
-		if (t->fresh[w] == 0)
+	uint64_t pages = 0, count = 0, w = 0;
+	while (w < t->words) {
+		/* Mostly zero, and in the pause: eight words at a time. */
+		const uint64_t *f = t->fresh + w;
+		if (w + 8 <= t->words && (f[0] | f[1] | f[2] | f[3] | f[4] | f[5] | f[6] | f[7]) == 0) {
+			w += 8;
 			continue;
-		t->since[w] |= t->fresh[w];
-		pages += (uint64_t)__builtin_popcountll(t->fresh[w]);
+		}
+		for (uint64_t end = min_u64(w + 8, t->words); w < end; w++) {
+			if (t->fresh[w] == 0)
+				continue;
+			t->list[count++] = (uint32_t)w;
+			t->since[w] |= t->fresh[w];
+			pages += (uint64_t)__builtin_popcountll(t->fresh[w]);
+		}
 	}
+	t->list_count = count;
 	return pages;
 }
 

@@ -20,7 +20,8 @@ struct mem {
 	uint64_t *mapped;	 /* private: one bit per ram page at which a file is mapped. As `dirty` */
 	uint8_t *base;		 /* size bytes, 2 MiB aligned so that huge pages are possible */
 	_Atomic uint64_t *dirty; /* one bit per ram page; mapped, so that untouched parts cost nothing */
-	size_t bitmap_bytes;
+	_Atomic uint64_t *dirty_summary; /* one bit per word of `dirty` that may hold one; behind it in the same mapping */
+	size_t bitmap_bytes;		 /* of each mapping */
 	unsigned region_count;
 	struct mem_region region[2];
 };
@@ -99,7 +100,8 @@ static int create(uint64_t size_bytes, bool private, struct mem **out, struct er
 	struct mem *mem = xcalloc(1, sizeof(*mem));
 	mem->size = size_bytes;
 	mem->fd = -1;
-	mem->bitmap_bytes = BITMAP_WORDS(size_bytes >> PAGE_SHIFT) * sizeof(uint64_t);
+	uint64_t words = BITMAP_WORDS(size_bytes >> PAGE_SHIFT);
+	mem->bitmap_bytes = (words + BITMAP_WORDS(words)) * sizeof(uint64_t);
 	lay_out(mem);
 	if (!private)
 		r = make_memfd(mem, err);
@@ -113,6 +115,7 @@ static int create(uint64_t size_bytes, bool private, struct mem **out, struct er
 		mem_destroy(mem);
 		return r;
 	}
+	mem->dirty_summary = mem->dirty + words;
 	*out = mem;
 	return 0;
 }
@@ -177,8 +180,9 @@ static void mark_pages(struct mem *mem, uint64_t ram_offset, uint64_t length)
 	uint64_t last = (ram_offset + length - 1) >> PAGE_SHIFT;
 	for (uint64_t page = ram_offset >> PAGE_SHIFT; page <= last; page++)
 		/* Rings are written over and over: a look is cheaper than a locked instruction. */
-		if (!bitmap_test(mem->dirty, page))
-			bitmap_claim(mem->dirty, page);
+		if (!bitmap_test(mem->dirty, page) && bitmap_claim(mem->dirty, page))
+			/* Second: who takes marks clears the summary first, so it sees the word's bit or leaves this one. */
+			bitmap_claim(mem->dirty_summary, page / 64);
 }
 
 void *mem_at(struct mem *mem, uint64_t gpa, uint64_t length, bool write)
@@ -224,9 +228,15 @@ void mem_mark_dirty(struct mem *mem, uint64_t gpa, uint64_t length)
 
 void mem_take_dirty(struct mem *mem, uint64_t *words)
 {
-	for (uint64_t w = 0; w < BITMAP_WORDS(mem_pages(mem)); w++) {
-		if (atomic_load_explicit(&mem->dirty[w], memory_order_acquire))
+	uint64_t summaries = BITMAP_WORDS(BITMAP_WORDS(mem_pages(mem)));
+	for (uint64_t s = 0; s < summaries; s++) {
+		if (atomic_load_explicit(&mem->dirty_summary[s], memory_order_acquire) == 0)
+			continue;
+		uint64_t bits = atomic_exchange_explicit(&mem->dirty_summary[s], 0, memory_order_acq_rel);
+		for (; bits; bits &= bits - 1) {
+			uint64_t w = s * 64 + (unsigned)__builtin_ctzll(bits);
 			words[w] |= atomic_exchange_explicit(&mem->dirty[w], 0, memory_order_acq_rel);
+		}
 	}
 }
 
