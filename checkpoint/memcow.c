@@ -219,6 +219,9 @@ static int begin(struct memcow *cow, const struct memcow_target *target, enum me
 	cow->fd = target->fd;
 	cow->sums_fd = target->sums_fd;
 	cow->pool = pool;
+	/* Before anything is protected, until nothing is. The other ways do without: to them it is a write like any other. */
+	if (way == MEMCOW_PROTECT)
+		mem_hold_discards(cow->mem);
 	pthread_mutex_lock(&cow->done_lock);
 	cow->active = true;
 	pthread_mutex_unlock(&cow->done_lock);
@@ -410,7 +413,8 @@ int memcow_arm_stopped(struct memcow *cow, const struct memcow_target *target, s
 	return r;
 }
 
-static int stage_page(struct memcow *cow, uint64_t page, struct err *err)
+/* A slot for a copy of the page, behind all copies made so far; NULL if there is none. */
+static uint8_t *stage_slot(struct memcow *cow, uint64_t page, struct err *err)
 {
 	struct segment *segment = cow->staged;
 	if (!segment || segment->count == SEGMENT_PAGES) {
@@ -418,27 +422,54 @@ static int stage_page(struct memcow *cow, uint64_t page, struct err *err)
 		if (!segment) {
 			err_set(err, ERR_FAILED, ENOBUFS, "the guest writes its memory faster than it is copied");
 			err_hint(err, "use --instant now if this host can (vmcp doctor), or leave out --live");
-			return -ENOBUFS;
+			return NULL;
 		}
 		segment->next = cow->staged;
 		cow->staged = segment;
 	}
 	segment->entries[segment->count] = (struct segment_entry){.page = page, .slot = segment->count};
-	page_copy(segment->data + (size_t)segment->count * PAGE_BYTES, cow->base + page * PAGE_BYTES);
-	segment->count++;
-	return 0;
+	return segment->data + (size_t)segment->count++ * PAGE_BYTES;
+}
+
+/*
+ * Whether the page was given back by the guest: then it is not looked at, which would make it exist again, but claimed as zero. A copy that
+ * an earlier pass made of it then counts no more; that of a later one counts again.
+ */
+static int stage_hole(struct memcow *cow, uint64_t page, struct populated *at, bool *hole)
+{
+	int r = find_populated(cow, page, at);
+	*hole = r == 0 && page < at->first;
+	if (*hole) {
+		bitmap_claim(cow->claimed, page);
+		bitmap_claim(cow->zero, page);
+	}
+	return r;
 }
 
 /* Copies the pages, behind all copies made so far; *copied: how many. */
 static int stage_pages(struct memcow *cow, const struct page_words *pages, bool politely, uint64_t *copied, struct err *err)
 {
+	/* In the pause only if something was given back since the last pass began. */
+	uint64_t given_back = mem_given_back(cow->mem);
+	bool look = given_back != 0 && (politely || given_back != cow->given_back), hole = false;
+	struct populated at = {.first = 0};
+	cow->given_back = given_back;
 	*copied = 0;
 	for (uint64_t i = 0; i < pages->count; i++) {
 		uint64_t w = pages->list[i];
 		for (uint64_t bits = pages->words[w]; bits; bits &= bits - 1) {
-			int r = stage_page(cow, w * 64 + (unsigned)__builtin_ctzll(bits), err);
+			uint64_t page = w * 64 + (unsigned)__builtin_ctzll(bits);
+			int r = look ? stage_hole(cow, page, &at, &hole) : 0;
 			if (r != 0)
-				return r;
+				return err_sys(err, r, "guest memory: cannot find populated pages");
+			if (hole)
+				continue;
+			uint8_t *to = stage_slot(cow, page, err);
+			if (!to)
+				return -ENOBUFS;
+			if (bitmap_test(cow->claimed, page))
+				bitmap_clear(cow->claimed, page);
+			page_copy(to, cow->base + page * PAGE_BYTES);
 			if (++*copied % STAGE_CHUNK_PAGES == 0 && politely)
 				priority_give_way_each(cow->room_each_ns, &cow->made_room_ns);
 		}
@@ -627,6 +658,8 @@ static void free_checkpoint(struct memcow *cow)
 	cow->sums = NULL;
 	cow->staged = NULL;
 	cow->protecting = false;
+	if (cow->way == MEMCOW_PROTECT)
+		mem_release_discards(cow->mem);
 }
 
 /* Waits for the writer's end, looking at *cancel now and then. */

@@ -44,6 +44,8 @@ struct page_set {
  *  4 `phase` changes under `lock`, and the fault thread handles each event wholly under it: an event seen as ARMED is
  *    released before the instant begins.
  *  5 Pages outside the scope are claimed from the start: 1 does not hold for them, and nobody saves them.
+ *  6 From before the first page is protected until none is, no page is taken away (mem_hold_discards): a hole at the instant was one
+ *    when it was protected.
  */
 struct memcow {
 	/* immutable */
@@ -79,6 +81,7 @@ struct memcow {
 	pthread_mutex_t done_lock; /* all below; a leaf */
 	pthread_cond_t done_cond;
 	uint64_t made_room_ns; /* the engine's thread, last time */
+	uint64_t given_back;   /* the engine's thread: mem_given_back when the last pass of staging began */
 	uint64_t room_each_ns; /* how often the threads make room for others: 0 after each block */
 	uint64_t max_rate;
 	const volatile bool *cancel; /* owner: engine thread */

@@ -24,6 +24,7 @@
 #define MEMORY_BYTES (32ull << 20)
 #define WRITERS	     3
 #define ROUNDS	     12
+#define GIVE_BACK_PAGES 8u
 
 struct machine {
 	struct mem *mem;
@@ -36,7 +37,7 @@ struct machine {
 	bool stop, quit;   /* under lock */
 	atomic_bool asked; /* stop or quit is set */
 	atomic_bool calm;  /* few writes, to few pages */
-	_Atomic uint64_t steps;
+	_Atomic uint64_t steps, given_back;
 
 	/* In the place of checkpoint/tracker.h. */
 	_Atomic uint64_t *log;	 /* pages written; set behind the write */
@@ -73,6 +74,15 @@ static bool stand_still(struct machine *m)
 	return quit;
 }
 
+/* As a balloon does. While a checkpoint protects memory it is refused. */
+static int give_back(struct machine *m, uint64_t page)
+{
+	int r = mem_give_back(m->mem, page * PAGE_BYTES, GIVE_BACK_PAGES * PAGE_BYTES, NULL);
+	for (unsigned i = 0; i < GIVE_BACK_PAGES && r == 0; i++)
+		bitmap_claim(m->log, page + i);
+	return r;
+}
+
 static void *writer_main(void *opaque)
 {
 	struct writer_args args = *(struct writer_args *)opaque;
@@ -95,6 +105,8 @@ static void *writer_main(void *opaque)
 		if ((r & 0xff000000000) == 0)
 			__atomic_store_n(word, 0, __ATOMIC_RELAXED);
 		bitmap_claim(m->log, page);
+		if ((r & 0x1ff000000000) == 0 && give_back(m, page < span - GIVE_BACK_PAGES ? page : 0) == 0)
+			atomic_fetch_add_explicit(&m->given_back, 1, memory_order_relaxed);
 		atomic_fetch_add_explicit(&m->steps, 1, memory_order_relaxed);
 		if ((r & 0xff) == 0)
 			(void)*(volatile uint8_t *)(m->base + ((r >> 20) % m->pages) * PAGE_BYTES +
@@ -286,7 +298,12 @@ static void run_abandon(struct machine *m, struct memcow *cow, unsigned stage, b
 		int r = memcow_finish(cow, &cancel, &err);
 		CHECK(r == -ECANCELED || r == 0);
 	}
+	/* Nothing is taken away while it is protected. */
+	bool held = !stage_way && stage < 4;
+	if (held)
+		CHECK(give_back(m, 0) == -EBUSY);
 	memcow_abandon(cow);
+	CHECK(give_back(m, 0) == 0);
 	close(fd);
 	close(sums_fd);
 	check_progress(m);
@@ -378,6 +395,8 @@ int main(void)
 	run_round(&m, cow, STAGE, false, reference);
 	run_round(&m, cow, live ? PROTECT : STOPPED, false, reference);
 	end(&m);
+	printf("given back %llu times\n", (unsigned long long)m.given_back);
+	CHECK(m.given_back > 0);
 	free((void *)m.log);
 	free(m.since);
 	free(m.fresh);

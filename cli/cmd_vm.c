@@ -6,25 +6,31 @@
 #include <time.h>
 
 #include "base/clock.h"
+#include "base/size.h"
 #include "cli/cli.h"
 #include "control/client.h"
 
 #define STOP_TIMEOUT_S 30
 #define KILL_TIMEOUT_S 10
 
-/* Calls one method of the chosen VM's process, without parameters. */
-static int call_vm(struct cli *cli, const char *method, char name[STORE_NAME_BYTES], json_t **result, struct err *err)
+/* Calls one method of the chosen VM's process. `params` is stolen. */
+static int call_vm(struct cli *cli, const char *method, json_t *params, char name[STORE_NAME_BYTES], json_t **result, struct err *err)
 {
 	struct control_client *client = NULL;
 	struct store *store;
 	json_t *answer = NULL;
 	int rc = cli_open_vm(cli, &store, name, err);
 
-	if (rc)
+	if (!rc) {
+		rc = control_connect(store, name, &client, err);
+		if (rc)
+			store_close(store);
+	}
+	if (rc) {
+		json_decref(params);
 		return rc;
-	rc = control_connect(store, name, &client, err);
-	if (!rc)
-		rc = control_call(client, method, NULL, NULL, NULL, &answer, err);
+	}
+	rc = control_call(client, method, params, NULL, NULL, &answer, err);
 	control_close(client);
 	store_close(store);
 	if (result)
@@ -37,7 +43,7 @@ static int call_vm(struct cli *cli, const char *method, char name[STORE_NAME_BYT
 static int change_state(struct cli *cli, const char *method, const char *state, struct err *err)
 {
 	char name[STORE_NAME_BYTES];
-	int rc = call_vm(cli, method, name, NULL, err);
+	int rc = call_vm(cli, method, NULL, name, NULL, err);
 
 	if (rc)
 		return rc;
@@ -89,7 +95,7 @@ static int tell_stopped(struct cli *cli, const char *name, const char *how)
 static int kill_vm(struct cli *cli, char name[STORE_NAME_BYTES], struct err *err)
 {
 	bool gone;
-	int rc = call_vm(cli, "vm.kill", name, NULL, err);
+	int rc = call_vm(cli, "vm.kill", NULL, name, NULL, err);
 
 	/* Its process may be gone before it answers. */
 	if (rc && rc != -ECONNRESET)
@@ -119,7 +125,7 @@ static int run_stop(struct cli *cli, struct err *err)
 					   : 0;
 
 	if (!rc)
-		rc = call_vm(cli, "vm.power-button", name, NULL, err);
+		rc = call_vm(cli, "vm.power-button", NULL, name, NULL, err);
 	if (!rc)
 		rc = wait_gone(cli, name, timeout, &gone, err);
 	if (rc)
@@ -137,7 +143,7 @@ static int run_stats(struct cli *cli, struct err *err)
 	char name[STORE_NAME_BYTES];
 	json_t *result, *value;
 	const char *key;
-	int rc = call_vm(cli, "vm.stats", name, &result, err);
+	int rc = call_vm(cli, "vm.stats", NULL, name, &result, err);
 
 	if (rc)
 		return rc;
@@ -148,8 +154,33 @@ static int run_stats(struct cli *cli, struct err *err)
 	json_object_foreach(result, key, value)
 	{
 		if (json_is_integer(value))
-			printf("%-12s %lld\n", key, (long long)json_integer_value(value));
+			printf("%-24s %lld\n", key, (long long)json_integer_value(value));
 	}
+	json_decref(result);
+	return 0;
+}
+
+/* `[VM] SIZE`: with one argument it is the size. */
+static int run_balloon(struct cli *cli, struct err *err)
+{
+	const char *size = cli->arguments[--cli->argument_count];
+	char name[STORE_NAME_BYTES];
+	uint64_t bytes;
+
+	if (!size_parse(size, &bytes) || bytes > INT64_MAX) {
+		err_set(err, ERR_USAGE, EINVAL, "'%s' is no size", size);
+		return err_hint(err, SIZE_HINT);
+	}
+	json_t *result, *params = json_pack("{s:I}", "target_bytes", (json_int_t)bytes);
+	int rc = call_vm(cli, "vm.balloon", params, name, &result, err);
+	if (rc)
+		return rc;
+	if (cli->json) {
+		cli_print_json(result);
+		return 0;
+	}
+	if (!cli->quiet)
+		printf("%s: asked to make do with %s; `vmcp stats %s` tells how far it is\n", name, size, name);
 	json_decref(result);
 	return 0;
 }
@@ -255,3 +286,13 @@ const struct cli_command cli_stats = {.name = "stats",
 				      .options = none,
 				      .max_arguments = 1,
 				      .run = run_stats};
+const struct cli_command cli_balloon = {
+	.name = "balloon",
+	.synopsis = "[VM] SIZE",
+	.summary = "ask the guest to make do with SIZE of its memory",
+	.help = "The guest gives the rest back to the host, in its own time (`vmcp stats` tells). Its whole memory as SIZE lets it take all back.\n"
+		"Needs `balloon = yes` in guest.cfg. For example: vmcp balloon web 512M",
+	.options = none,
+	.min_arguments = 1,
+	.max_arguments = 2,
+	.run = run_balloon};

@@ -255,6 +255,19 @@ static int revert(struct control_exchange *x, const json_t *params, json_t **res
 	return rc;
 }
 
+static void add_balloon(json_t *result, struct machine *machine)
+{
+	struct virtio_balloon_stats b;
+
+	if (!machine_balloon_stats(machine, &b))
+		return;
+	json_object_update_new(result, json_pack("{s:I, s:I, s:I, s:I, s:I, s:I}", "balloon_target_bytes", number(b.target_bytes),
+						 "balloon_bytes", number(b.balloon_bytes), "balloon_pending_bytes",
+						 number(b.pending_bytes), "balloon_given_back_bytes", number(b.given_back_bytes),
+						 "reported_bytes", number(b.reported_bytes), "reported_kept_bytes",
+						 number(b.kept_bytes)));
+}
+
 static int stats(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
 {
 	struct vm_counters c;
@@ -265,7 +278,21 @@ static int stats(struct control_exchange *x, const json_t *params, json_t **resu
 	*result = json_pack("{s:s, s:I, s:I, s:I, s:I, s:I}", "vm", x->target->name, "exits", number(c.exits),
 			    "io_exits", number(c.io_exits), "mmio_exits", number(c.mmio_exits), "halts",
 			    number(c.halts), "signals", number(c.signals));
+	add_balloon(*result, x->target->machine);
 	return 0;
+}
+
+static int vm_balloon(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	uint64_t bytes;
+
+	if (!json_object_get(params, "target_bytes"))
+		return err_set(err, ERR_USAGE, EINVAL, "control message: parameter `target_bytes` is missing");
+	int rc = get_count(params, "target_bytes", &bytes, err);
+	if (!rc)
+		rc = machine_set_balloon(x->target->machine, bytes, err);
+	*result = rc ? NULL : json_pack("{s:s, s:I}", "vm", x->target->name, "target_bytes", number(bytes));
+	return rc;
 }
 
 static int console_attach_method(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
@@ -309,6 +336,7 @@ static const struct method {
 	{"vm.power-button", vm_power_button, false},
 	{"vm.kill", vm_kill, true},
 	{"vm.stats", stats, false},
+	{"vm.balloon", vm_balloon, false},
 	{"vm.revert", revert, false},
 	{"checkpoint.take", checkpoint_take, false},
 	{"checkpoint.cancel", checkpoint_cancel, false},

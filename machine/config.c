@@ -547,9 +547,9 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
 	if (!rc && config->cmdline[0])
 		rc = append(out, err, "cmdline = %s\n", config->cmdline);
 	if (!rc)
-		rc = append(out, err, "cpu_model = %s\nmemory_backing = small\nconsole = %s\nrng = %s\n",
+		rc = append(out, err, "cpu_model = %s\nmemory_backing = small\nconsole = %s\nrng = %s\nballoon = %s\n",
 			    config->cpu_model, config->console == CONFIG_CONSOLE_STDIO ? "stdio" : "socket",
-			    config->rng ? "yes" : "no");
+			    config->rng ? "yes" : "no", config->balloon ? "yes" : "no");
 	for (unsigned i = 0; !rc && i < config->disk_count; i++) {
 		const struct config_disk *disk = &config->disks[i];
 

@@ -36,6 +36,7 @@ struct machine_config {
 	char *cpu_model;
 	enum config_console console;
 	bool rng;
+	bool balloon;
 	unsigned disk_count;
 	struct config_disk disks[CONFIG_MAX_DISKS];
 };

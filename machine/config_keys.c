@@ -202,14 +202,7 @@ static int set_rng(struct config_reading *r, void *object, const char *key, cons
 
 static int set_balloon(struct config_reading *r, void *object, const char *key, const char *value)
 {
-	bool wanted;
-	int rc = parse_bool(r, key, value, &wanted);
-
-	(void)object;
-	if (rc || !wanted)
-		return rc;
-	config_fail(r, key, "a balloon is not supported yet");
-	return err_hint(r->err, "leave the key out, or write balloon = no");
+	return parse_bool(r, key, value, &((struct machine_config *)object)->balloon);
 }
 
 static int set_vsock(struct config_reading *r, void *object, const char *key, const char *value)

@@ -84,7 +84,7 @@ Test(config, every_key)
 				 "memory_backing = small\n"
 				 "console = socket\n"
 				 "rng = yes\n"
-				 "balloon = no\n"
+				 "balloon = yes\n"
 				 "\n"
 				 "[disk root]\n"
 				 "path = a.qcow2\n"
@@ -115,6 +115,7 @@ Test(config, every_key)
 	cr_assert_str_eq(config.cmdline, "console=ttyS0 root=/dev/vda x#y=1 rw");
 	cr_assert_eq(config.console, CONFIG_CONSOLE_SOCKET);
 	cr_assert(config.rng);
+	cr_assert(config.balloon);
 	cr_assert_eq(config.disk_count, 3);
 	cr_assert_str_eq(config.disks[0].name, "root");
 	snprintf(path, sizeof(path), "%s/a.qcow2", work);
@@ -143,6 +144,7 @@ Test(config, defaults)
 	cr_assert_str_eq(config.cpu_model, "host");
 	cr_assert_eq(config.console, CONFIG_CONSOLE_STDIO);
 	cr_assert(!config.rng);
+	cr_assert(!config.balloon);
 	cr_assert_eq(config.disk_count, 0);
 	config_free(&config);
 }
@@ -249,7 +251,6 @@ static const struct wrong wrongs[] = {
 	{VM "memory_backing = big\n", 3, "'big'", "small, thp or hugetlb"},
 	{VM "console = vga\n", 3, "'vga'", "stdio or socket"},
 	{VM "rng = true\n", 3, "'true'", "rng = yes or rng = no"},
-	{VM "balloon = yes\n", 3, "not supported yet", "balloon = no"},
 	{VM "balloon = 1\n", 3, "'1'", "balloon = yes or"},
 	{VM "vsock_cid = 3\n", 3, "not supported yet", "leave the key out"},
 	{VM "vsock_cid = 2\n", 3, "'2'", "from 3 to"},
@@ -516,6 +517,7 @@ static void expect_same(const struct machine_config *a, const struct machine_con
 	cr_assert(same_text(a->cpu_model, b->cpu_model));
 	cr_assert_eq(a->console, b->console);
 	cr_assert_eq(a->rng, b->rng);
+	cr_assert_eq(a->balloon, b->balloon);
 	cr_assert_eq(a->disk_count, b->disk_count);
 	for (unsigned i = 0; i < a->disk_count; i++) {
 		cr_assert_str_eq(a->disks[i].name, b->disks[i].name);

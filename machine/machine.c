@@ -16,6 +16,7 @@
 #include "devices/pci.h"
 #include "devices/rtc.h"
 #include "devices/serial.h"
+#include "devices/virtio_balloon.h"
 #include "devices/virtio_blk.h"
 #include "devices/virtio_rng.h"
 #include "vmm/acpi.h"
@@ -44,6 +45,7 @@ struct machine {
 	struct rtc *rtc;
 	struct acpi_pm *pm;
 	struct virtio_rng *rng;
+	struct virtio_balloon *balloon;
 	struct disk disks[CONFIG_MAX_DISKS];
 	unsigned disk_count;
 	struct ckpt_engine *engine;
@@ -167,6 +169,8 @@ static int create_devices(struct machine *machine, struct err *err)
 		rc = open_disk(machine, &config->disks[i], err);
 	if (!rc && config->rng)
 		rc = virtio_rng_create(machine->pci, vm_memory(machine->vm), machine->loop, &machine->rng, err);
+	if (!rc && config->balloon)
+		rc = virtio_balloon_create(machine->pci, vm_memory(machine->vm), machine->loop, &machine->balloon, err);
 	return rc;
 }
 
@@ -185,6 +189,8 @@ static unsigned list_components(struct machine *machine, struct component *list)
 	}
 	if (machine->rng)
 		list[n++] = virtio_rng_component(machine->rng, 0);
+	if (machine->balloon)
+		list[n++] = virtio_balloon_component(machine->balloon, 0);
 	return n;
 }
 
@@ -324,6 +330,7 @@ int machine_destroy(struct machine *machine, struct err *err)
 		loop_stop(machine->loop);
 		pthread_join(machine->io_thread, NULL);
 	}
+	virtio_balloon_destroy(machine->balloon);
 	virtio_rng_destroy(machine->rng);
 	for (unsigned i = 0; i < machine->disk_count; i++)
 		virtio_blk_destroy(machine->disks[i].device);
@@ -437,6 +444,30 @@ int machine_revert(struct machine *machine, const char *id, struct ckpt_revert_r
 	int rc = ckpt_revert(machine->engine, id, !machine->paused, result, err);
 	pthread_mutex_unlock(&machine->turn);
 	return rc;
+}
+
+int machine_set_balloon(struct machine *machine, uint64_t bytes, struct err *err)
+{
+	const struct machine_config *config = machine->options.config;
+
+	if (!machine->balloon) {
+		err_set(err, ERR_STATE, ENODEV, "%s: has no balloon", config->name);
+		return err_hint(err, "write `balloon = yes` in its guest.cfg and start it again");
+	}
+	if (bytes < MEM_MIN_BYTES || bytes > config->memory_bytes) {
+		err_set(err, ERR_USAGE, EINVAL, "%s: cannot make do with %llu bytes", config->name, (unsigned long long)bytes);
+		return err_hint(err, "a size from %lluM to its memory, %lluM", MEM_MIN_BYTES >> 20,
+				(unsigned long long)config->memory_bytes >> 20);
+	}
+	virtio_balloon_set_target(machine->balloon, config->memory_bytes - bytes);
+	return 0;
+}
+
+bool machine_balloon_stats(struct machine *machine, struct virtio_balloon_stats *out)
+{
+	if (machine->balloon)
+		virtio_balloon_get_stats(machine->balloon, out);
+	return machine->balloon != NULL;
 }
 
 struct ckpt_engine *machine_engine(struct machine *machine) { return machine->engine; }

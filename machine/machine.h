@@ -14,6 +14,7 @@
 
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/store/store.h"
+#include "devices/virtio_balloon.h"
 #include "machine/config.h"
 #include "machine/console.h"
 
@@ -47,6 +48,11 @@ uint64_t machine_first_entry_ns(struct machine *machine);
  * one is under way. */
 int machine_checkpoint(struct machine *machine, const struct ckpt_request *request, struct ckpt_result *result, struct err *err);
 int machine_revert(struct machine *machine, const char *id, struct ckpt_revert_result *result, struct err *err);
+/* Asks the guest to make do with `bytes` of memory: the rest goes into its balloon, in the guest's own time. -ENODEV, ERR_STATE without a
+ * balloon; -EINVAL, ERR_USAGE below MEM_MIN_BYTES or above what the guest has. */
+int machine_set_balloon(struct machine *machine, uint64_t bytes, struct err *err);
+/* False without a balloon. */
+bool machine_balloon_stats(struct machine *machine, struct virtio_balloon_stats *out);
 struct ckpt_engine *machine_engine(struct machine *machine);
 struct vm *machine_vm(struct machine *machine);
 

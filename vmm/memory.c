@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -24,6 +25,12 @@ struct mem {
 	size_t bitmap_bytes;		 /* of each mapping */
 	unsigned region_count;
 	struct mem_region region[2];
+
+	pthread_mutex_t discard_lock; /* a leaf; all below */
+	unsigned holds;
+	void (*released)(void *opaque);
+	void *released_opaque;
+	_Atomic uint64_t given_back; /* changed under the lock */
 };
 
 static int check_size(uint64_t size_bytes, struct err *err)
@@ -103,6 +110,7 @@ static int create(uint64_t size_bytes, bool private, struct mem **out, struct er
 	uint64_t words = BITMAP_WORDS(size_bytes >> PAGE_SHIFT);
 	mem->bitmap_bytes = (words + BITMAP_WORDS(words)) * sizeof(uint64_t);
 	lay_out(mem);
+	pthread_mutex_init(&mem->discard_lock, NULL);
 	if (!private)
 		r = make_memfd(mem, err);
 	if (r == 0)
@@ -139,6 +147,7 @@ void mem_destroy(struct mem *mem)
 		munmap(mem->base, mem->size);
 	if (mem->fd >= 0)
 		close(mem->fd);
+	pthread_mutex_destroy(&mem->discard_lock);
 	free(mem);
 }
 
@@ -290,6 +299,8 @@ static int discard_private(struct mem *mem, uint64_t first, uint64_t end, struct
 	return 0;
 }
 
+/* --- giving memory back --- */
+
 int mem_discard(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err *err)
 {
 	if (!range_within(ram_offset, bytes, mem->size) || (ram_offset | bytes) % PAGE_BYTES != 0)
@@ -300,4 +311,46 @@ int mem_discard(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err
 	if (bytes > 0 && fallocate(mem->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)ram_offset, (off_t)bytes) != 0)
 		return err_sys(err, errno, "guest memory: give %llu bytes back", (unsigned long long)bytes);
 	return 0;
+}
+
+/* Under the lock, so that a hold waits for what is under way. */
+int mem_give_back(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err *err)
+{
+	int r = -EBUSY;
+	pthread_mutex_lock(&mem->discard_lock);
+	if (mem->holds == 0) {
+		if (range_within(ram_offset, bytes, mem->size))
+			mark_pages(mem, ram_offset, bytes);
+		atomic_fetch_add_explicit(&mem->given_back, 1, memory_order_relaxed);
+		r = mem_discard(mem, ram_offset, bytes, err);
+	} else {
+		err_set(err, ERR_STATE, EBUSY, "guest memory: held by a checkpoint, nothing is given back");
+	}
+	pthread_mutex_unlock(&mem->discard_lock);
+	return r;
+}
+
+uint64_t mem_given_back(const struct mem *mem) { return atomic_load_explicit(&mem->given_back, memory_order_relaxed); }
+
+void mem_hold_discards(struct mem *mem)
+{
+	pthread_mutex_lock(&mem->discard_lock);
+	mem->holds++;
+	pthread_mutex_unlock(&mem->discard_lock);
+}
+
+void mem_release_discards(struct mem *mem)
+{
+	pthread_mutex_lock(&mem->discard_lock);
+	if (--mem->holds == 0 && mem->released)
+		mem->released(mem->released_opaque);
+	pthread_mutex_unlock(&mem->discard_lock);
+}
+
+void mem_on_release(struct mem *mem, void (*fn)(void *opaque), void *opaque)
+{
+	pthread_mutex_lock(&mem->discard_lock);
+	mem->released = fn;
+	mem->released_opaque = opaque;
+	pthread_mutex_unlock(&mem->discard_lock);
 }

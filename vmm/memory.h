@@ -74,6 +74,21 @@ void mem_take_dirty(struct mem *mem, uint64_t *words);
 int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, struct err *err);
 /* The pages read as zero from here on, and the host has theirs back where it can. Marks nothing as dirty. A whole number of pages within RAM. */
 int mem_discard(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err *err);
+/*
+ * The guest gives these pages back (balloon, free page reporting): marks them as dirty, then discards them. From an I/O thread, as every
+ * write of the VMM. -EBUSY while discards are held: nothing was done. Otherwise as mem_discard.
+ */
+int mem_give_back(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err *err);
+/* How often mem_give_back discarded: where it is the same as before, no page was taken away in between. */
+uint64_t mem_given_back(const struct mem *mem);
+/*
+ * While pages are held as they were by protecting them, none may be taken away: it would be gone before it is saved, and its protection
+ * with it. From mem_hold_discards on mem_give_back refuses, and none is under way any more. Holds nest. Any thread.
+ */
+void mem_hold_discards(struct mem *mem);
+void mem_release_discards(struct mem *mem);
+/* fn is called, in the thread of the release, when the last hold ends; it must not call back into the memory. One listener, NULL: none. */
+void mem_on_release(struct mem *mem, void (*fn)(void *opaque), void *opaque);
 /* gpa -> ram offset; false if not RAM. */
 bool mem_ram_offset(const struct mem *mem, uint64_t gpa, uint64_t *ram_offset);
 

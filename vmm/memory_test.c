@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/buf.h"
@@ -101,6 +102,68 @@ Test(memory, writes_mark_ram_pages_dirty)
 	cr_expect_eq(words[0], 0, "taken once");
 	cr_expect_eq(words[high / 64], 1 | 1ull << 63, "added to what is there");
 	cr_expect_eq(words[high / 64 + 1], 1);
+	free(words);
+	mem_destroy(mem);
+}
+
+static uint64_t occupied(struct mem *mem)
+{
+	struct stat st;
+	cr_assert_eq(fstat(mem_fd(mem), &st), 0);
+	return (uint64_t)st.st_blocks * 512;
+}
+
+Test(memory, discarded_pages_are_zero_and_the_hosts)
+{
+	struct mem *mem = create(16 * MIB);
+	struct err err = ERR_INIT;
+	memset(mem_base(mem), 0x5a, 16 * MIB);
+	uint64_t before = occupied(mem);
+	cr_assert_eq(mem_discard(mem, 4096, 8 * MIB, &err), 0, "%s", err.message);
+	cr_expect_eq(before - occupied(mem), 8 * MIB);
+	cr_expect_eq(mem_base(mem)[4095], 0x5a);
+	cr_expect_eq(mem_base(mem)[4096], 0);
+	cr_expect_eq(mem_base(mem)[8 * MIB + 4095], 0);
+	cr_expect_eq(mem_base(mem)[8 * MIB + 4096], 0x5a);
+	cr_expect_eq(mem_discard(mem, 16 * MIB, 0, &err), 0, "nothing at all");
+	static const uint64_t bad[][2] = {{16 * MIB, 4096}, {0, 16 * MIB + 4096}, {1, 4096}, {0, 1}, {UINT64_MAX - 4095, 4096}};
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
+		cr_expect_eq(mem_discard(mem, bad[i][0], bad[i][1], &err), -EINVAL, "%zu", i);
+	mem_destroy(mem);
+}
+
+static void count(void *opaque) { ++*(unsigned *)opaque; }
+
+Test(memory, what_the_guest_gives_back_is_marked_and_waits_for_holds)
+{
+	struct mem *mem = create(16 * MIB);
+	struct err err = ERR_INIT;
+	unsigned released = 0;
+	uint64_t *words = xcalloc(mem_pages(mem) / 64, sizeof(*words));
+	memset(mem_base(mem), 0x5a, 16 * MIB);
+	mem_on_release(mem, count, &released);
+	mem_hold_discards(mem);
+	mem_hold_discards(mem);
+	cr_expect_eq(mem_give_back(mem, 4096, 8192, &err), -EBUSY);
+	mem_release_discards(mem);
+	cr_expect_eq(mem_give_back(mem, 4096, 8192, &err), -EBUSY);
+	cr_expect_eq(released, 0);
+	mem_take_dirty(mem, words);
+	cr_expect_eq(words[0], 0);
+	cr_expect_eq(mem_base(mem)[4096], 0x5a);
+	uint64_t before = mem_given_back(mem);
+	mem_release_discards(mem);
+	cr_expect_eq(released, 1, "once, at the last one's end");
+	cr_expect_eq(mem_give_back(mem, 4096, 8192, &err), 0);
+	cr_expect_neq(mem_given_back(mem), before);
+	mem_take_dirty(mem, words);
+	cr_expect_eq(words[0], 6);
+	cr_expect_eq(mem_base(mem)[4096], 0);
+	cr_expect_eq(mem_give_back(mem, 16 * MIB, 4096, &err), -EINVAL);
+	mem_on_release(mem, NULL, NULL);
+	mem_hold_discards(mem);
+	mem_release_discards(mem);
+	cr_expect_eq(released, 1);
 	free(words);
 	mem_destroy(mem);
 }

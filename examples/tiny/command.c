@@ -30,6 +30,7 @@ static void set_epoch(struct tiny *tiny, uint64_t epoch)
 	tiny->stamps.epoch = epoch;
 	random_start(&tiny->mem.random, tiny->mem.random.state ^ pattern_mix(epoch));
 	random_start(&tiny->disk.random, tiny->disk.random.state ^ pattern_mix(epoch));
+	random_start(&tiny->balloon.random, tiny->balloon.random.state ^ pattern_mix(epoch));
 	print_ok_number(tiny, "epoch", epoch);
 }
 
@@ -43,6 +44,13 @@ static void set_disk_rate(struct tiny *tiny, uint64_t rate)
 {
 	pace_set(&tiny->disk_pace, &tiny->clock, rate);
 	print_ok_number(tiny, "disk_rate", rate);
+}
+
+static void set_report_rate(struct tiny *tiny, uint64_t rate)
+{
+	tiny->options.report_rate = rate;
+	pace_set(&tiny->balloon_pace, &tiny->clock, rate);
+	print_ok_number(tiny, "report_rate", rate);
 }
 
 static void set_disk(struct tiny *tiny, uint64_t writing)
@@ -59,14 +67,18 @@ static void set_running(struct tiny *tiny, bool running)
 		print_refused(tiny, "pause: a disk request is lost");
 		return;
 	}
+	if (!running && tiny->balloon.there && !balloon_drain(&tiny->balloon, &tiny->clock)) {
+		print_refused(tiny, "pause: the balloon does not answer");
+		return;
+	}
 	print_ok(tiny, "work", running ? "goes" : "paused");
 }
 
 static void print_help(struct tiny *tiny)
 {
 	line_start(&tiny->line,
-		   "help: check status gap sum epoch=N rate=N mode=uniform|zipf|hot|seq disk=0|1 disk_rate=N "
-		   "report=MS pause go crash quit help (a space does for the =)");
+		   "help: check status gap sum balloon epoch=N rate=N mode=uniform|zipf|hot|seq disk=0|1 disk_rate=N "
+		   "report_rate=N report=MS pause go crash quit help (a space does for the =)");
 	tiny_print(tiny);
 }
 
@@ -80,6 +92,8 @@ static bool run_word(struct tiny *tiny, const char *text)
 		report_gap(tiny);
 	else if (text_equal(text, "sum"))
 		report_sum(tiny);
+	else if (text_equal(text, "balloon"))
+		report_balloon(tiny);
 	else if (text_equal(text, "pause"))
 		set_running(tiny, false);
 	else if (text_equal(text, "go"))
@@ -113,6 +127,7 @@ static bool run_with_number(struct tiny *tiny, const char *text)
 		{"rate", set_rate},
 		{"disk_rate", set_disk_rate},
 		{"disk", set_disk},
+		{"report_rate", set_report_rate},
 	};
 	const char *value;
 	uint64_t number;

@@ -118,6 +118,11 @@ static void start_work(struct tiny *tiny)
 		if (wrong)
 			tiny_fail(tiny, wrong, NULL);
 	}
+	if (options->balloon) {
+		wrong = balloon_start(&tiny->balloon, &tiny->ram, options, &tiny->stamps);
+		if (wrong)
+			tiny_fail(tiny, wrong, NULL);
+	}
 	if (!mem_start(&tiny->mem, &tiny->ram, options))
 		tiny_fail(tiny, "no-memory-for-the-set", NULL);
 	mem_fill(&tiny->mem, &tiny->stamps);
@@ -125,6 +130,7 @@ static void start_work(struct tiny *tiny)
 		tiny_fail(tiny, "disk-fill-failed", NULL);
 	pace_set(&tiny->mem_pace, &tiny->clock, options->rate);
 	pace_set(&tiny->disk_pace, &tiny->clock, options->disk_rate);
+	pace_set(&tiny->balloon_pace, &tiny->clock, options->report_rate);
 	tiny->running = !options->paused;
 	tiny->image_sum = image_sum();
 	report_ready(tiny);
@@ -154,13 +160,21 @@ static void work_disk(struct tiny *tiny, uint64_t now)
 		pace_take(&tiny->disk_pace, now);
 }
 
-static void work_serial(struct tiny *tiny, uint64_t now)
+static void work_balloon(struct tiny *tiny, uint64_t now, bool look)
 {
-	bool look = (int64_t)(now - tiny->look_tsc) >= 0;
+	if (!tiny->running)
+		return; /* nothing is under way: see set_running() */
+	balloon_turn(&tiny->balloon, &tiny->stamps, look);
+	if (!tiny->options.report_rate || !pace_due(&tiny->balloon_pace, now))
+		return;
+	balloon_step(&tiny->balloon, &tiny->stamps);
+	pace_take(&tiny->balloon_pace, now);
+}
+
+static void work_serial(struct tiny *tiny, bool look)
+{
 	const char *command;
 
-	if (look)
-		tiny->look_tsc = now + clock_from_us(&tiny->clock, LOOK_EACH_US);
 	if (!look && !serial_busy(&tiny->serial))
 		return;
 	command = serial_turn(&tiny->serial, look);
@@ -179,6 +193,7 @@ static void work_report(struct tiny *tiny, uint64_t now)
 static _Noreturn void run(struct tiny *tiny)
 {
 	uint64_t now = cpu_tsc();
+	bool look;
 
 	tiny->look_tsc = now;
 	tiny->report_tsc = now + clock_from_us(&tiny->clock, tiny->options.report_ms * 1000);
@@ -191,7 +206,12 @@ static _Noreturn void run(struct tiny *tiny)
 			cpu_relax();
 		if (tiny->disk.there)
 			work_disk(tiny, now);
-		work_serial(tiny, now);
+		look = (int64_t)(now - tiny->look_tsc) >= 0;
+		if (look)
+			tiny->look_tsc = now + clock_from_us(&tiny->clock, LOOK_EACH_US);
+		if (tiny->balloon.there)
+			work_balloon(tiny, now, look);
+		work_serial(tiny, look);
 		work_report(tiny, now);
 	}
 }

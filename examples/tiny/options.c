@@ -21,6 +21,7 @@ void options_default(struct options *options)
 		.disk_mixed = true,
 		.disk_blocks = 4096,
 		.queue_depth = 8,
+		.spare_bytes = 16u << 20,
 		.seed = 1,
 		.report_ms = 1000,
 	};
@@ -90,6 +91,12 @@ static bool parse_word(struct options *o, const char *word)
 		return parse_limited(value, 0, 1000000000, &o->disk_rate);
 	if ((value = text_after(word, "qd=")))
 		return parse_limited(value, 1, 32, &o->queue_depth);
+	if ((value = text_after(word, "balloon=")))
+		return parse_flag(value, &o->balloon);
+	if ((value = text_after(word, "spare=")))
+		return parse_limited(value, 256u << 10, 1ull << 36, &o->spare_bytes);
+	if ((value = text_after(word, "report_rate=")))
+		return parse_limited(value, 0, 1000000, &o->report_rate);
 	if ((value = text_after(word, "seed=")))
 		return parse_limited(value, 0, UINT64_MAX, &o->seed);
 	if ((value = text_after(word, "report=")))

@@ -16,6 +16,9 @@ struct options {
 	enum mem_mode mode;
 	bool full; /* rewrite the whole page at each step */
 	bool disk;
+	bool balloon;
+	uint64_t spare_bytes; /* for the balloon to give back */
+	uint64_t report_rate; /* chunks of it reported as free or filled again per second */
 	bool disk_fill;	      /* write the whole area once at boot */
 	bool disk_mixed;      /* requests of many sizes, not only 4 KiB */
 	uint64_t disk_blocks; /* of 4 KiB */

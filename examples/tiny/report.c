@@ -100,6 +100,26 @@ void report_sum(struct tiny *tiny)
 	gap_restart(&tiny->gap);
 }
 
+void report_balloon(struct tiny *tiny)
+{
+	const struct balloon *b = &tiny->balloon;
+	struct line *line = &tiny->line;
+	uint64_t held = 0, i;
+
+	for (i = 0; i < b->chunks; i++)
+		held += b->state[i] == BALLOON_HELD;
+	line_start(line, "balloon");
+	line_number(line, "pages", b->chunks * BALLOON_CHUNK_PAGES);
+	line_number(line, "target", b->target * BALLOON_CHUNK_PAGES);
+	line_number(line, "out", b->out * BALLOON_CHUNK_PAGES);
+	line_number(line, "held", held * BALLOON_CHUNK_PAGES);
+	line_number(line, "reports", b->reports);
+	line_number(line, "zeroed", b->zeroed);
+	line_number(line, "kept", b->kept);
+	line_number(line, "bad", b->bad);
+	tiny_print(tiny);
+}
+
 struct verdict {
 	uint64_t bad_pages;
 	uint64_t bad_sectors;
@@ -107,13 +127,14 @@ struct verdict {
 	bool disk_ledger_right;
 	bool disk_answers;
 	bool image_right;
+	bool balloon_right;
 	struct mem_fault fault[FAULTS_SHOWN];
 };
 
 static bool is_good(const struct tiny *tiny, const struct verdict *v)
 {
 	return !v->bad_pages && !v->bad_sectors && v->ledger_right && v->disk_ledger_right && v->disk_answers &&
-	       v->image_right && !tiny->mem.caught && !tiny->disk.errors;
+	       v->image_right && v->balloon_right && !tiny->balloon.bad && !tiny->mem.caught && !tiny->disk.errors;
 }
 
 static void print_faults(struct tiny *tiny, const struct verdict *v)
@@ -159,12 +180,14 @@ static void print_failed(struct tiny *tiny, const struct verdict *v)
 	line_string(line, "disk_ledger", v->disk_ledger_right ? "ok" : "BAD");
 	line_string(line, "disk", v->disk_answers ? "ok" : "LOST");
 	line_string(line, "image", v->image_right ? "ok" : "BAD");
+	line_string(line, "balloon", v->balloon_right ? "ok" : "BAD");
+	line_number(line, "bad_spare", tiny->balloon.bad);
 	line_number(line, "epoch", tiny->stamps.epoch);
 }
 
 void report_check(struct tiny *tiny)
 {
-	struct verdict v = {.disk_ledger_right = true, .disk_answers = true};
+	struct verdict v = {.disk_ledger_right = true, .disk_answers = true, .balloon_right = true};
 	uint64_t start = cpu_tsc();
 
 	v.image_right = image_sum() == tiny->image_sum;
@@ -174,6 +197,8 @@ void report_check(struct tiny *tiny)
 				 disk_check(&tiny->disk, &tiny->clock, &v.disk_ledger_right);
 		v.bad_sectors = tiny->disk.bad_sectors;
 	}
+	if (tiny->balloon.there)
+		v.balloon_right = balloon_check(&tiny->balloon, &tiny->clock);
 	if (is_good(tiny, &v)) {
 		line_start(&tiny->line, "check ok");
 		line_number(&tiny->line, "pages", tiny->mem.pages);

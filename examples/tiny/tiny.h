@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "balloon.h"
 #include "clock.h"
 #include "disk.h"
 #include "mem.h"
@@ -43,8 +44,10 @@ struct tiny {
 	struct stamp_source stamps;
 	struct mem mem;
 	struct disk disk;
+	struct balloon balloon;
 	struct pace mem_pace;
 	struct pace disk_pace;
+	struct pace balloon_pace;
 	bool running; /* pause and go */
 	uint64_t image_sum;
 	uint64_t look_tsc;   /* when to look for input next */
@@ -71,6 +74,7 @@ void report_status(struct tiny *tiny);
 void report_gap(struct tiny *tiny); /* and begins anew */
 void report_sum(struct tiny *tiny);
 void report_check(struct tiny *tiny);
+void report_balloon(struct tiny *tiny);
 
 /* command.c: carries out one line from the serial port. */
 void command_run(struct tiny *tiny, const char *text);

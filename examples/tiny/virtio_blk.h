@@ -1,7 +1,6 @@
 /*
- * A virtio 1.x block device over modern PCI: one split queue, polled, no interrupts. Source: OASIS virtio 1.2,
- * sections 2.7 (split queues), 4.1 (PCI) and 5.2 (block). It knows slots, not blocks: what is read and written
- * when is disk.c's business.
+ * A virtio block device: OASIS virtio 1.2, section 5.2, on one queue of virtio.h. It knows slots, not blocks: what is read
+ * and written when is disk.c's business.
  */
 #ifndef TINY_VIRTIO_BLK_H
 #define TINY_VIRTIO_BLK_H
@@ -10,6 +9,7 @@
 #include <stdint.h>
 
 #include "ram.h"
+#include "virtio.h"
 
 #define VIRTIO_BLK_SLOTS	32u
 #define VIRTIO_BLK_DESCRIPTORS	4u /* of one slot: header, data, more data, status */
@@ -17,31 +17,7 @@
 
 enum virtio_blk_kind { VIRTIO_BLK_READ = 0, VIRTIO_BLK_WRITE = 1, VIRTIO_BLK_FLUSH = 4 };
 
-/* Layouts that the device reads and writes. */
-struct virtq_descriptor {
-	uint64_t gpa;
-	uint32_t bytes;
-	uint16_t flags;
-	uint16_t next;
-};
-
-struct virtq_available {
-	uint16_t flags;
-	uint16_t index;
-	uint16_t ring[];
-};
-
-struct virtq_used_element {
-	uint32_t id;
-	uint32_t bytes;
-};
-
-struct virtq_used {
-	uint16_t flags;
-	uint16_t index;
-	struct virtq_used_element ring[];
-};
-
+/* A layout that the device reads. */
 struct virtio_blk_header {
 	uint32_t type;
 	uint32_t reserved;
@@ -49,19 +25,11 @@ struct virtio_blk_header {
 };
 
 struct virtio_blk {
-	volatile uint8_t *common;
-	volatile uint8_t *device;
-	volatile uint8_t *notify_at;
+	struct virtio virtio;
+	struct virtio_queue queue;
 	uint64_t capacity_sectors;
 	bool has_flush;
 	unsigned int slots; /* how many requests the queue can hold, at most VIRTIO_BLK_SLOTS */
-	uint16_t queue_size;
-	uint16_t available_index;
-	uint16_t used_index;
-	bool notify_due;
-	struct virtq_descriptor *descriptors;
-	struct virtq_available *available;
-	volatile struct virtq_used *used;
 	struct virtio_blk_header *headers; /* one for each slot */
 	volatile uint8_t *status;	   /* likewise */
 };

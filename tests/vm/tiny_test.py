@@ -254,6 +254,98 @@ def test_each_way_to_hold_the_instant(env):
     env.vmcp("kill", "tiny")
 
 
+def shmem_bytes(pid):
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssShmem:"))
+
+
+def wait_for(what, condition, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        check(time.monotonic() < deadline, f"not within {timeout} s: {what}")
+        time.sleep(0.05)
+
+
+def test_balloon(env):
+    """What the guest gives back the host has; a revert takes the balloon back to its size at the checkpoint."""
+    guest = env.start_tiny(cmdline="set=64M rate=2000 report=0 balloon=1 spare=64M", extra="balloon = yes")
+    pid = env.vmcp_json("ps")["vms"][0]["pid"]
+
+    def size(mib):
+        env.vmcp("balloon", "tiny", f"{mib}M")
+        wait_for("the balloon's size", lambda: env.vmcp_json("stats", "tiny")["balloon_bytes"] == (256 - mib) << 20)
+        wait_for("pages given back", lambda: env.vmcp_json("stats", "tiny")["balloon_pending_bytes"] == 0)
+
+    before = shmem_bytes(pid)
+    size(208)
+    check(shmem_bytes(pid) < before - (47 << 20), f"the process shrank from {before} to {shmem_bytes(pid)} bytes only")
+    guest.check()
+    taken = env.vmcp_json("checkpoint", "--live", "tiny")
+    size(256)
+    guest.check()
+    check(int(guest.ask("balloon", "balloon")["zeroed"]) > 0, "no page came back as zero")
+    # All of the spare area is filled again, so that the revert has to take it away.
+    guest.set("report_rate 2000")
+    wait_for("all pages held", lambda: int(guest.ask("balloon", "balloon")["held"]) > 12000)
+    guest.set("report_rate 0")
+    later = env.vmcp_json("checkpoint", "--live", "tiny")
+    for one, out in (taken, 48 << 20), (later, 0), (taken, 48 << 20):
+        grown = shmem_bytes(pid)
+        env.vmcp_json("revert", one["id"])
+        guest.check()
+        check_equal(env.vmcp_json("stats", "tiny")["balloon_bytes"], out, "the balloon after a revert")
+    check(shmem_bytes(pid) < grown - (25 << 20), f"after the revert the process has {shmem_bytes(pid)} of {grown} bytes")
+    env.vmcp("kill", "tiny")
+    env.vmcp_json("run", "--from", taken["id"], "--detach")
+    guest = env.attach_tiny("tiny")
+    guest.check()
+    size(256)
+    guest.check()
+    refused = env.vmcp("balloon", "tiny", "257M", status=2)
+    check("make do" in refused.err, f"a size above the memory: {refused}")
+    env.vmcp("kill", "tiny")
+
+
+def test_pages_given_back_under_checkpoints(env):
+    """Free pages are reported all the time, and the balloon changes: through every way to hold the instant, cancels and reverts."""
+    guest = env.start_tiny(cmdline="set=16M rate=2000 report=0 balloon=1 spare=64M report_rate=150", extra="balloon = yes")
+    taken, plans = [], set()
+    for number, how in enumerate((["--live"], ["--live"], ["--live", "--full"], [], ["--live", "--full", "--instant", "settled"], ["--live"], ["--full"],
+                                  ["--live", "--full", "--max-rate", "64M"], ["--live"], ["--live"])):
+        env.vmcp("balloon", "tiny", ("256M", "208M", "240M")[number % 3])
+        time.sleep(0.3)
+        one = env.vmcp_json("checkpoint", *how, "tiny")
+        plans.add(one["memory"]["plan"])
+        taken.append(one["id"])
+        guest.check()
+        if number % 3 == 1:
+            env.vmcp("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "1M", "tiny")
+            time.sleep(0.3)
+            env.vmcp("cancel", "tiny")
+            guest.check()
+    check({"protect-all", "stage", "settle-all", "stopped", "stopped-all"} <= plans, f"plans: {plans}")
+    stats = env.vmcp_json("stats", "tiny")
+    check(stats["reported_bytes"] > 10 << 20 and stats["balloon_given_back_bytes"] > 0 and stats["reported_kept_bytes"] > 0, f"too little happened: {stats}")
+    for number, one in enumerate(taken[::-1]):
+        env.vmcp_json("revert", one)
+        guest.check()
+        guest.epoch(number + 10)
+        time.sleep(0.2)
+        guest.check()
+    # The oracle: live and stopped of one instant.
+    for full in ([], ["--full"]), (["--full"], []):
+        guest.set("pause")
+        env.vmcp("pause", "tiny")
+        live, stopped = (env.vmcp_json("checkpoint", *way, *whole, "tiny") for way, whole in zip((["--live"], []), full))
+        env.vmcp("resume", "tiny")
+        wrong = store_memory.differences(env.store, live["id"], stopped["id"])
+        check(not wrong, f"memory differs: pages {wrong[:20]}")
+        guest.set("go")
+        time.sleep(0.3)
+    guest.check()
+    env.vmcp("kill", "tiny")
+
+
 def test_max_rate(env):
     """The cap on the writer holds, and is lifted by a cancel."""
     guest = env.start_tiny(memory="256M", cmdline="set=64M rate=1000 report=0")
