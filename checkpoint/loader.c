@@ -52,6 +52,7 @@ struct loader {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	_Atomic bool stop; /* changed under lock */
+	bool filling;	   /* under lock */
 };
 
 /* --- mapping --- */
@@ -221,8 +222,14 @@ static void record_working_set(struct loader *l)
 static void fill_scattered(struct loader *l)
 {
 	struct err err = ERR_INIT;
-	if (filler_run(l->filler, &err) == 0)
+	if (filler_run(l->filler, &err) == 0) {
+		mem_release_discards(l->mem);
+		pthread_mutex_lock(&l->lock);
+		l->filling = false;
+		pthread_cond_broadcast(&l->changed);
+		pthread_mutex_unlock(&l->lock);
 		return;
+	}
 	log_error("checkpoint %.8s, from which this VM was started: %s: the VM ends", l->checkpoint, err.message);
 	_exit(1);
 }
@@ -288,6 +295,9 @@ int loader_start(const struct loader_config *config, struct page_index *index, s
 		r = fill_memory(l, err);
 	if (r == 0)
 		r = vm_show_memory(l->vm, err);
+	l->filling = l->filler != NULL;
+	if (l->filling)
+		mem_hold_discards(l->mem); /* what was given back must not be filled again */
 	if (r == 0) {
 		r = -pthread_create(&l->thread, NULL, loader_main, l);
 		l->started = r == 0;
@@ -300,6 +310,16 @@ int loader_start(const struct loader_config *config, struct page_index *index, s
 	}
 	*out = l;
 	return 0;
+}
+
+void loader_wait_filled(struct loader *l)
+{
+	if (!l)
+		return;
+	pthread_mutex_lock(&l->lock);
+	while (l->filling)
+		pthread_cond_wait(&l->changed, &l->lock);
+	pthread_mutex_unlock(&l->lock);
 }
 
 void loader_destroy(struct loader *l)

@@ -31,6 +31,8 @@ struct loader_config {
 
 /* Fills the VM's memory, shows it to the guest, and begins to check. Takes over *index, also on failure. */
 int loader_start(const struct loader_config *config, struct page_index *index, struct loader **out, struct err *err);
+/* Waits until all pages are there: before memory is changed other than by writing to it. NULL is allowed. */
+void loader_wait_filled(struct loader *loader);
 /* Ends the thread. The memory stays as it is. NULL is allowed. */
 void loader_destroy(struct loader *loader);
 

@@ -356,6 +356,7 @@ int ckpt_revert(struct ckpt_engine *engine, const char *id, bool resume, struct 
 	int r = operation_begin(engine, OPERATION_REVERT, err);
 	if (r != 0)
 		return r;
+	loader_wait_filled(engine->loader);
 	r = revert(&rv, id, resume, &end_ns, err);
 	if (r == 0) {
 		*result =
