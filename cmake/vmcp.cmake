@@ -27,6 +27,9 @@ set(CMAKE_C_FLAGS_DEBUG "-Og -g")
 
 set(VMCP_WARNINGS -Wall -Wextra -Wshadow -Wsign-compare -Wconversion -Wstrict-prototypes -Wmissing-prototypes -Wvla
 	-Werror)
+if(CMAKE_C_COMPILER_ID MATCHES Clang)
+	list(APPEND VMCP_WARNINGS -Wno-gnu-variable-sized-type-not-at-end)
+endif()
 
 set(VMCP_SANITIZE_FLAGS "")
 if(VMCP_SANITIZE)
@@ -35,6 +38,10 @@ if(VMCP_SANITIZE)
 	if(VMCP_SANITIZE MATCHES thread)
 		list(APPEND VMCP_SANITIZE_FLAGS -Wno-tsan)
 	endif()
+endif()
+
+if(VMCP_FUZZ)
+	list(APPEND VMCP_SANITIZE_FLAGS -fsanitize=fuzzer-no-link)
 endif()
 
 if(VMCP_TESTS)
