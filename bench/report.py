@@ -140,6 +140,10 @@ def measure(args):
 def write_report(args, results):
     """report.md, report.json and the plots; the text."""
     os.makedirs(args.out, exist_ok=True)
+    # First of all what cannot be had again.
+    for path in (os.path.join(args.out, "report.json"), args.json):
+        if path:
+            results.write(path)
     plots = []
     for file, caption, part, make in charts.ALL:
         svg = make(results)
@@ -153,9 +157,6 @@ def write_report(args, results):
     written = text.report(results, [(part.NAME, part.TITLE) for part in parts.ALL], plots)
     with open(os.path.join(args.out, "report.md"), "w", encoding="utf-8") as out:
         out.write(written)
-    results.write(os.path.join(args.out, "report.json"))
-    if args.json:
-        results.write(args.json)
     return written
 
 

@@ -68,7 +68,7 @@ def table(header, rows):
 
 
 def case_cell(key, value):
-    return size_text(parse_size(value)) if key == "size" else str(value)
+    return size_text(parse_size(value)) if key == "size" and value else str(value)
 
 
 def part_tables(results, part):
