@@ -21,6 +21,9 @@ struct engine_disk {
 	/* owner: the operation under way */
 	struct cow_overlay *unsealed; /* of a checkpoint that was given up: its layer must be sealed before the next */
 	bool unsafe; /* the chain holds a layer of which it is unknown whether it is whole on the disk */
+	/* What checkpoint `sealed_at` holds of it ("": none that counts): the layer under the present top, if the VM has not gone elsewhere. */
+	char sealed_at[STORE_ID_BYTES];
+	struct store_disk_layer sealed;
 };
 
 /*
@@ -70,6 +73,7 @@ struct take_disk {
 	char *layer_path, *temp_path;
 	struct cow_overlay *overlay;
 	bool renamed; /* the overlay stands at the disk's path */
+	bool unchanged; /* since the parent: that one's layer is named again, and the overlay stays */
 };
 
 /* One checkpoint in the making. */
@@ -125,6 +129,12 @@ char *disk_temp_path(const char *path);
 int disk_sync_folder(const char *path, struct err *err);
 /* Links all disks' present images into the store and puts empty overlays in their place. */
 int take_stage_disks(struct take *take, struct err *err);
+/* In the pause: -ESTALE if a disk that was taken for unchanged is not, or has requests in flight; take_restage_disks, then once more. */
+int take_check_disks(struct take *take, struct err *err);
+/* After -ESTALE, while the VM runs again. */
+int take_restage_disks(struct take *take, struct err *err);
+/* After the commit. */
+void take_note_disks(struct take *take);
 /* Before the switch: the old images back in place. */
 void take_unstage_disks(struct take *take);
 /* Seals the layers and fills in their sizes and checksums. */

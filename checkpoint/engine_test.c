@@ -45,6 +45,9 @@ struct vm {
 
 /* A host whose KVM has no dirty log: every checkpoint saves all memory. */
 static bool no_dirty_log;
+/* Called when the dirty log is read the next time: in a harvest, when disks are staged and the VM runs. */
+static void (*while_harvesting)(void *opaque);
+static void *while_harvesting_opaque;
 
 static void *vcpu_main(void *opaque)
 {
@@ -144,6 +147,10 @@ void vm_dirty_log_stop(struct vm *vm) { (void)vm; }
 int vm_dirty_log_get(struct vm *vm, uint64_t *words, struct err *err)
 {
 	(void)err;
+	void (*call)(void *opaque) = while_harvesting;
+	while_harvesting = NULL;
+	if (call)
+		call(while_harvesting_opaque);
 	for (uint64_t w = 0; w < mem_pages(vm->mem) / 64; w++)
 		words[w] = atomic_load(&vm->log[w]);
 	return 0;
@@ -476,6 +483,46 @@ static int read_file(const char *path, struct buf *out)
 	return ok(file_read_all(AT_FDCWD, path, 1u << 30, out, &err), &err, path) ? 0 : -1;
 }
 
+static void fill_with_m(void *opaque) { disk_fill(opaque, 'm'); }
+
+/* A disk that was not written since the parent: the parent's layer is named again. Whatever writes it makes a new one. */
+static void test_unchanged_disk(struct rig *rig)
+{
+	enum { WRITTEN, SAME, SAME_AGAIN, CHANGED, RACED, AFTER, REVERTED, TAKEN };
+	struct ckpt_result r[TAKEN];
+	struct ckpt_revert_result reverted;
+	struct err err = ERR_INIT;
+	disk_fill(rig, 'p');
+	for (int i = WRITTEN; i <= SAME_AGAIN; i++)
+		ok(take(rig, i != SAME, NULL, &r[i], &err), &err, "take");
+	disk_fill(rig, 'q');
+	ok(take(rig, true, NULL, &r[CHANGED], &err), &err, "changed");
+	while_harvesting_opaque = rig;
+	while_harvesting = fill_with_m;
+	ok(take(rig, true, NULL, &r[RACED], &err), &err, "written between staging and pause");
+	bool raced = while_harvesting == NULL;
+	while_harvesting = NULL;
+	CHECK(raced != no_dirty_log);
+	ok(take(rig, true, NULL, &r[AFTER], &err), &err, "after");
+	CHECK(strcmp(r[WRITTEN].disks[0].layer, r[SAME].disks[0].layer) == 0);
+	CHECK(strcmp(r[WRITTEN].disks[0].layer, r[SAME_AGAIN].disks[0].layer) == 0);
+	CHECK(strcmp(r[WRITTEN].disks[0].layer, r[CHANGED].disks[0].layer) != 0);
+	CHECK(strcmp(r[CHANGED].disks[0].layer, r[RACED].disks[0].layer) != 0 || !raced);
+	CHECK(strcmp(r[RACED].disks[0].layer, r[AFTER].disks[0].layer) == 0);
+	const char letters[] = {'p', 'p', 'p', 'q', raced ? 'm' : 'q', raced ? 'm' : 'q'};
+	for (int i = AFTER; i >= WRITTEN; i--) {
+		ok(ckpt_revert(rig->engine, r[i].id, true, &reverted, &err), &err, "revert");
+		CHECK(disk_letter(rig) == letters[i]);
+	}
+	ok(take(rig, true, NULL, &r[REVERTED], &err), &err, "after a revert");
+	CHECK(disk_letter(rig) == 'p');
+	ok(ckpt_revert(rig->engine, r[RACED].id, true, &reverted, &err), &err, "revert");
+	disk_fill(rig, 'z');
+	ok(ckpt_revert(rig->engine, r[REVERTED].id, true, &reverted, &err), &err, "revert");
+	CHECK(disk_letter(rig) == 'p');
+	check_progress(rig);
+}
+
 /* Layer, sums and state of two checkpoints of one paused VM are the same bytes, where both save all memory. */
 static void test_oracle(struct rig *rig)
 {
@@ -725,6 +772,7 @@ static void test_machine(void)
 		test_back_and_forth(&rig);
 		test_tree(&rig);
 		test_oracle(&rig);
+		test_unchanged_disk(&rig);
 		test_settled(&rig);
 		test_background_and_cancel(&rig);
 		test_damage(&rig);

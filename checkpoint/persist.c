@@ -138,7 +138,7 @@ static void describe(const struct take *take, uint64_t put_bytes, struct store_c
 	for (unsigned i = 0; i < take->disk_count; i++) {
 		struct stat st;
 		out->disks[i] = take->disks[i].layer;
-		if (stat(take->disks[i].layer_path, &st) == 0)
+		if (!take->disks[i].unchanged && stat(take->disks[i].layer_path, &st) == 0)
 			out->size_bytes += (uint64_t)st.st_blocks * 512;
 	}
 }
@@ -183,6 +183,7 @@ int take_persist(struct take *take, struct err *err)
 	/* It exists: nothing fails from here on. */
 	result->durable = true;
 	result->durable_ns = clock_now_ns() - take->start_ns;
+	take_note_disks(take);
 	tracker_set_base(engine->tracker);
 	engine_set_position(engine, result->id);
 	struct err ignored = ERR_INIT;

@@ -136,8 +136,10 @@ static int pause_and_capture(struct take *take, struct err *err)
 		r = state_set_capture(&engine->captured, err);
 	if (r == 0) {
 		count_inflight(take);
-		r = fault_check(FAULT_TAKE_CAPTURED, err);
+		r = take_check_disks(take, err);
 	}
+	if (r == 0)
+		r = fault_check(FAULT_TAKE_CAPTURED, err);
 	uint64_t state_ns = clock_now_ns();
 	/* Memory before the disks, as it can fail and they cannot: until the switch a failure is without any effect. */
 	if (r == 0)
@@ -145,8 +147,12 @@ static int pause_and_capture(struct take *take, struct err *err)
 	uint64_t memory_ns = clock_now_ns();
 	if (r != 0)
 		return r;
-	for (unsigned i = 0; i < take->disk_count; i++)
+	for (unsigned i = 0; i < take->disk_count; i++) {
+		if (take->disks[i].unchanged)
+			continue;
+		take->disks[i].disk->sealed_at[0] = '\0';
 		cow_overlay_switch(take->disks[i].overlay);
+	}
 	take->switched = true;
 	uint64_t disks_ns = clock_now_ns();
 	/* A checkpoint that is not live saves memory before completions of requests in flight can change it: the loop
@@ -183,24 +189,37 @@ static void fill_captured(struct take *take)
 	}
 }
 
+/* The guest stands: nobody may come between. */
+static int pause_urgently(struct take *take, struct err *err)
+{
+	int nice = priority_urgent();
+	int r = pause_and_capture(take, err);
+	priority_restore(nice);
+	return r;
+}
+
+/* The VM runs on while what the first pause found wanting is made ready. */
+static int pause_again(struct take *take, int (*restage)(struct take *take, struct err *err), struct err *err)
+{
+	take_release_machine(take);
+	if (err)
+		*err = ERR_INIT;
+	int r = restage(take, err);
+	return r == 0 ? pause_urgently(take, err) : r;
+}
+
 static int capture(struct take *take, struct err *err)
 {
 	int r = stage(take, err);
 	if (r != 0)
 		return r;
 	engine_set_phase(take->engine, "pause");
-	/* The guest stands: nobody may come between. */
-	int nice = priority_urgent();
-	r = pause_and_capture(take, err);
-	priority_restore(nice);
-	if (r == -ENOBUFS) {
-		take_release_machine(take);
-		r = take_restage_memory(take, err);
-		nice = priority_urgent();
-		if (r == 0)
-			r = pause_and_capture(take, err);
-		priority_restore(nice);
-	}
+	r = pause_urgently(take, err);
+	/* Disks are looked at first, and only once. */
+	if (r == -ESTALE)
+		r = pause_again(take, take_restage_disks, err);
+	if (r == -ENOBUFS)
+		r = pause_again(take, take_restage_memory, err);
 	if (take->switched)
 		fill_captured(take);
 	return r == 0 ? fault_check(FAULT_TAKE_RESUMED, err) : r;

@@ -7,6 +7,10 @@
  *     4 the switch, in the pause                                      the VM writes the overlay
  *
  * Before 4 the layer is renamed back over path to undo.
+ *
+ * A disk to which nothing was written since the parent's layer was sealed is left alone: its overlay is empty, and the checkpoint names the
+ * parent's layer again. In the pause that must still hold, with no request in flight; else the disk is staged after all, and the pause comes
+ * again. (A read in flight would go on to the overlay, and could end with data of a write that the checkpoint does not hold.)
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -25,6 +29,8 @@
 #include "checkpoint/engine_internal.h"
 
 #define HASH_CHUNK_BYTES (1u << 20)
+/* A chain of more than 1024 images cannot be opened again. */
+#define MAX_CHAIN_LENGTH 1000u
 
 char *disk_temp_path(const char *path) { return xasprintf("%s.vmcp-new", path); }
 
@@ -51,11 +57,30 @@ static int seal_leftover(struct engine_disk *disk, const volatile bool *cancel, 
 	return r;
 }
 
+/* Nothing was written to it since the checkpoint at which the VM stands. */
+static bool is_unchanged(const struct take *take, const struct engine_disk *disk)
+{
+	return disk->sealed_at[0] && strcmp(disk->sealed_at, take->result.parent) == 0 && !disk->unsealed &&
+	       !cow_is_touched(disk->disk);
+}
+
+static int check_length(const struct engine_disk *disk, struct err *err)
+{
+	if (cow_chain_length(disk->disk) < MAX_CHAIN_LENGTH)
+		return 0;
+	err_set(err, ERR_STATE, EMLINK, "its chain has %u images, and one more may be too many to open it again",
+		cow_chain_length(disk->disk));
+	return err_hint(err, "end the VM and make one image of it: qemu-img convert -O qcow2 %.150s NEW", disk->path);
+}
+
 static int stage_disk(struct take *take, struct take_disk *d, struct err *err)
 {
 	struct engine_disk *disk = d->disk;
 	struct store_disk_layer *layer = &d->layer;
-	int r = seal_leftover(disk, &take->engine->cancel, err);
+	struct err unset = ERR_INIT;
+	int r = check_length(disk, err ? err : &unset);
+	if (r == 0)
+		r = seal_leftover(disk, &take->engine->cancel, err);
 	if (r != 0)
 		return r;
 	snprintf(layer->disk, sizeof(layer->disk), "%s", disk->name);
@@ -85,15 +110,58 @@ int take_stage_disks(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
 	for (unsigned i = 0; i < engine->disk_count; i++) {
-		take->disks[i].disk = &engine->disks[i];
+		struct take_disk *d = &take->disks[i];
+		int r = 0;
+		d->disk = &engine->disks[i];
 		take->disk_count = i + 1;
-		int r = stage_disk(take, &take->disks[i], err);
+		d->unchanged = is_unchanged(take, d->disk);
+		if (d->unchanged)
+			d->layer = d->disk->sealed;
+		else
+			r = stage_disk(take, d, err);
 		if (r == 0)
 			r = engine_check_cancel(engine, err);
 		if (r != 0)
 			return err_prefix(err, "disk %s", engine->disks[i].name);
 	}
 	return 0;
+}
+
+int take_check_disks(struct take *take, struct err *err)
+{
+	for (unsigned i = 0; i < take->disk_count; i++) {
+		const struct take_disk *d = &take->disks[i];
+		if (d->unchanged && (cow_is_touched(d->disk->disk) || d->layer.inflight_reads || d->layer.inflight_writes ||
+				     cow_inflight(d->disk->disk)))
+			return err_set(err, ERR_FAILED, ESTALE, "a disk was written meanwhile");
+	}
+	return 0;
+}
+
+/* All of them, so that this is done once only. */
+int take_restage_disks(struct take *take, struct err *err)
+{
+	for (unsigned i = 0; i < take->disk_count; i++) {
+		struct take_disk *d = &take->disks[i];
+		if (!d->unchanged)
+			continue;
+		d->unchanged = false;
+		d->layer = (struct store_disk_layer){0};
+		int r = stage_disk(take, d, err);
+		if (r != 0)
+			return err_prefix(err, "disk %s", d->disk->name);
+	}
+	return engine_check_cancel(take->engine, err);
+}
+
+void take_note_disks(struct take *take)
+{
+	for (unsigned i = 0; i < take->disk_count; i++) {
+		struct take_disk *d = &take->disks[i];
+		d->disk->sealed = d->layer;
+		d->disk->sealed.inflight_reads = d->disk->sealed.inflight_writes = 0;
+		memcpy(d->disk->sealed_at, take->result.id, sizeof(d->disk->sealed_at));
+	}
 }
 
 void take_unstage_disks(struct take *take)
@@ -170,6 +238,8 @@ int take_seal_disks(struct take *take, struct err *err)
 {
 	for (unsigned i = 0; i < take->disk_count; i++) {
 		struct take_disk *d = &take->disks[i];
+		if (d->unchanged)
+			continue;
 		int r = cow_overlay_seal(d->overlay, &take->engine->cancel, err);
 		if (r != -ECANCELED)
 			d->overlay = NULL;

@@ -32,6 +32,7 @@ static void attach_chain(struct cow_disk *disk, struct image *top)
 {
 	for (struct image *i = top; i; i = i->backing)
 		i->disk = disk;
+	atomic_store(&top->touched, true); /* by whom, who knows */
 	disk->top = top;
 }
 
@@ -134,6 +135,8 @@ uint64_t cow_size(const struct cow_disk *disk) { return disk->size; }
 enum cow_format cow_format_of(const struct cow_disk *disk) { return disk->top->format; }
 bool cow_is_readonly(const struct cow_disk *disk) { return disk->top->readonly; }
 uint32_t cow_cluster_bytes(const struct cow_disk *disk) { return (uint32_t)image_cluster_bytes(disk->top); }
+bool cow_is_touched(const struct cow_disk *disk) { return atomic_load_explicit(&disk->top->touched, memory_order_relaxed); }
+unsigned cow_chain_length(const struct cow_disk *disk) { return (unsigned)disk->top->generation + 1; }
 const char *cow_path(const struct cow_disk *disk) { return disk->top->path; }
 
 struct cow_io *cow_disk_io(const struct cow_disk *disk) { return disk->io; }

@@ -122,6 +122,7 @@ struct image {
 	char *backing_name;	       /* as in the header, NULL if none */
 	int backing_format;	       /* enum cow_format, or -1 if the header names none */
 	_Atomic unsigned inflight;     /* requests that belong to this layer; written by the I/O thread */
+	_Atomic bool touched;	       /* a request that may change it was submitted since it was made; written by the I/O thread */
 	uint64_t writes;	       /* writes that ended: counted up */
 	uint64_t synced;	       /* value of `writes` when the last good sync began */
 	struct round *round;	       /* metadata on its way to the file, NULL if none */

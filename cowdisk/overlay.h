@@ -42,6 +42,14 @@ unsigned cow_overlay_pending(const struct cow_overlay *overlay);
 int cow_overlay_seal(struct cow_overlay *overlay, const volatile bool *cancel, struct err *err);
 
 /*
+ * False: the disk's top is an overlay that was switched to, and since then no request that may change it was submitted: it reads as its layer.
+ * Any thread; while the I/O thread is not parked, it may become true at any instant. Does not fall back.
+ */
+bool cow_is_touched(const struct cow_disk *disk);
+/* Images in the disk's chain, the top and the base included. Any thread that no switch or cow_replace runs beside. */
+unsigned cow_chain_length(const struct cow_disk *disk);
+
+/*
  * Puts another image in the place of the disk's whole chain (revert): no request in flight, I/O thread parked or inside it. The old chain is closed
  * without writing back anything (its content is dropped by the caller's wish). On failure the disk is unchanged.
  */

@@ -247,6 +247,8 @@ void cow_submit(struct cow_disk *disk, struct cow_request *request)
 	request->work = work;
 	list_add(disk, request);
 	atomic_fetch_add_explicit(&work->image->inflight, 1, memory_order_relaxed);
+	if (request->op != COW_READ && request->op != COW_FLUSH)
+		atomic_store_explicit(&work->image->touched, true, memory_order_relaxed);
 	work->result = check_request(disk, request);
 	if (request->op == COW_FLUSH)
 		work->flushing = deepest_unsealed(disk->top);
