@@ -117,6 +117,9 @@ int ckpt_wait(struct ckpt_engine *engine, struct ckpt_result *result, struct err
  * none. */
 bool ckpt_cancel(struct ckpt_engine *engine);
 
+/* The same, but only for one that was asked for as periodic. */
+bool ckpt_cancel_periodic(struct ckpt_engine *engine);
+
 struct ckpt_progress {
 	bool active;
 	char id[STORE_ID_BYTES];
@@ -146,6 +149,15 @@ int ckpt_load(struct ckpt_engine *engine, const char *id, struct err *err);
 
 /* 0, or the error of the revert that failed half way: the machine must not run until another revert succeeds. */
 int ckpt_check(struct ckpt_engine *engine, struct err *err);
+
+struct ckpt_consolidation {
+	uint64_t layers, pages; /* merged, copied; 0: nothing was worth it */
+};
+/*
+ * Copies what is still needed of old memory layers into a new one, if that pays (consolidate.h); the next checkpoint's index names it. For a
+ * background thread: works beside checkpoints and reverts, with one caller at a time; *stop turning true ends it with -ECANCELED.
+ */
+int ckpt_consolidate(struct ckpt_engine *engine, const _Atomic bool *stop, struct ckpt_consolidation *done, struct err *err);
 
 /* Counters of the memory side of the checkpoint under way, or of the last one. */
 void ckpt_memory_stats(struct ckpt_engine *engine, struct memcow_stats *out);

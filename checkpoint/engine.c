@@ -11,6 +11,7 @@
 static void free_engine(struct ckpt_engine *engine)
 {
 	loader_destroy(engine->loader);
+	consolidated_free(engine->consolidated);
 	store_unpin(engine->pin);
 	memcow_destroy(engine->memcow);
 	tracker_destroy(engine->tracker);
@@ -134,6 +135,7 @@ int operation_begin(struct ckpt_engine *engine, enum operation_kind kind, struct
 		join_background(engine);
 		engine->activity = ENGINE_BUSY;
 		engine->cancellable = kind == OPERATION_TAKE;
+		engine->periodic = false;
 		__atomic_store_n(&engine->cancel, false, __ATOMIC_RELAXED);
 		engine->progress = (struct ckpt_progress){.active = kind == OPERATION_TAKE, .phase = "stage"};
 	}
@@ -210,15 +212,19 @@ int ckpt_wait(struct ckpt_engine *engine, struct ckpt_result *result, struct err
 	return r;
 }
 
-bool ckpt_cancel(struct ckpt_engine *engine)
+static bool cancel(struct ckpt_engine *engine, bool periodic_only)
 {
 	pthread_mutex_lock(&engine->lock);
-	bool there = engine->activity != ENGINE_FREE && engine->cancellable;
+	bool there = engine->activity != ENGINE_FREE && engine->cancellable && (engine->periodic || !periodic_only);
 	if (there)
 		__atomic_store_n(&engine->cancel, true, __ATOMIC_RELAXED);
 	pthread_mutex_unlock(&engine->lock);
 	return there;
 }
+
+bool ckpt_cancel(struct ckpt_engine *engine) { return cancel(engine, false); }
+
+bool ckpt_cancel_periodic(struct ckpt_engine *engine) { return cancel(engine, true); }
 
 /* --- what others ask --- */
 

@@ -6,6 +6,7 @@
 #include <pthread.h>
 
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/consolidate.h"
 #include "checkpoint/index.h"
 #include "checkpoint/loader.h"
 #include "checkpoint/memcow.h"
@@ -49,13 +50,20 @@ struct ckpt_engine {
 	struct tracker *tracker;      /* its base, if it has one, is the position */
 	struct err live_error;	   /* why memory cannot be protected on this host; number 0 if it can */
 	struct state_set captured; /* the buffers of the pause */
+	/* owner: who consolidates */
+	char spoilt_layers[16][STORE_ID_BYTES]; /* found damaged, the newest ones */
+	unsigned spoilt_count;
+
+	/* owner: the operation under way */
 	struct store_pin *pin;	   /* holds the position's checkpoint; NULL if there is none */
 
 	pthread_mutex_t lock; /* all below; a leaf */
 	pthread_cond_t changed;
 	enum engine_activity activity;
 	bool cancellable;
+	bool periodic; /* the checkpoint under way was asked for by a timer */
 	char position[STORE_ID_BYTES];
+	struct consolidated *consolidated; /* waits for the next checkpoint, or NULL */
 	struct err broken;   /* sticky: a revert failed half way */
 	bool thread_started; /* the background thread is to be joined */
 	pthread_t thread;
@@ -87,6 +95,7 @@ struct take {
 	int fd, sums_fd;
 	/* The parent's, if only what was written since is saved; else page_count is 0. */
 	struct page_index parent_index;
+	struct consolidated *consolidated; /* claimed from the engine */
 	bool needs_written; /* the instant: what the tracker finds in the pause */
 	bool armed;    /* memcow must be abandoned */
 	bool switched; /* the disks stand on their overlays */
@@ -113,6 +122,20 @@ int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint 
 
 /* Maps a checkpoint's memory into a VM that never ran. Takes over *index. */
 int engine_map_memory(struct ckpt_engine *engine, const char *checkpoint, struct page_index *index, struct err *err);
+
+/* --- take.c --- */
+/* How a thread that works for the engine is scheduled otherwise. */
+struct scheduling {
+	cpu_set_t processors;
+	int nice;
+};
+/*
+ * The calling thread, and those that it starts, keep off the processors on which vCPUs run, as long as others are left. A guest's processor
+ * that such a thread has taken is not had back before the next tick, or before the kernel is through with the thread's system call:
+ * milliseconds. Returns true if it shares them, as no others are left. *busy, if not NULL: those of the vCPUs.
+ */
+bool scheduling_leave_vcpus(struct vm *vm, struct scheduling *before, cpu_set_t *busy);
+void scheduling_restore(const struct scheduling *before);
 
 /* --- take_memory.c --- */
 /* Chooses how the instant of memory is held, and prepares it; the VM may run. take->armed tells whether to abandon. */

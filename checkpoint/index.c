@@ -119,6 +119,51 @@ int page_index_build(struct page_index *out, const struct page_index_saved *save
 	return r;
 }
 
+static bool same_layer(const struct page_index *a, uint32_t x, const struct page_index *b, uint32_t y)
+{
+	if (x == INDEX_ZERO_LAYER || y == INDEX_ZERO_LAYER)
+		return x == y;
+	return memcmp(a->layers[x - 1], b->layers[y - 1], STORE_ID_BYTES) == 0;
+}
+
+static bool is_meant(const struct page_index *from, const struct index_extent *e, const struct page_index *index, uint32_t layer)
+{
+	return e->layer != INDEX_ZERO_LAYER && same_layer(from, e->layer, index, layer);
+}
+
+int page_index_replace(struct page_index *out, const struct page_index *index, const struct page_index *from, const char *layer,
+		       struct err *err)
+{
+	struct build b = {.out = out};
+	uint64_t i = 0, k = 0;
+	int r = 0;
+	*out = (struct page_index){.page_count = index->page_count, .layer_count = index->layer_count + 1};
+	out->layers = calloc((size_t)index->layer_count + 1, sizeof(*out->layers));
+	if (!out->layers)
+		return err_sys(err, ENOMEM, "index of %u layers", index->layer_count + 1);
+	memcpy(out->layers, index->layers, index->layer_count * sizeof(*out->layers));
+	memcpy(out->layers[index->layer_count], layer, STORE_ID_BYTES);
+	for (uint64_t page = 0; page < index->page_count && r == 0;) {
+		const struct index_extent *x = &index->extents[i], *y = &from->extents[k];
+		uint64_t x_end = x->first + x->count, y_end = y->first + y->count, end = min_u64(x_end, y_end);
+		r = append(&b, page, end - page, is_meant(from, y, index, x->layer) ? out->layer_count : x->layer, err);
+		page = end;
+		i += x_end == end;
+		k += y_end == end;
+	}
+	if (r != 0)
+		page_index_free(out);
+	return r;
+}
+
+bool page_index_names(const struct page_index *index, const char *layer)
+{
+	for (uint32_t i = 0; i < index->layer_count; i++)
+		if (strcmp(index->layers[i], layer) == 0)
+			return true;
+	return false;
+}
+
 int page_index_encode(const struct page_index *index, struct buf *out, struct err *err)
 {
 	uint8_t header[HEADER_BYTES] = {0};
@@ -231,13 +276,6 @@ int page_index_layers(const void *data, size_t length, const char **names, uint3
 		if (!memchr("0123456789abcdef", (*names)[i], 16))
 			return damaged(err, "not the name of a layer", i / LAYER_BYTES + 1);
 	return 0;
-}
-
-static bool same_layer(const struct page_index *a, uint32_t x, const struct page_index *b, uint32_t y)
-{
-	if (x == INDEX_ZERO_LAYER || y == INDEX_ZERO_LAYER)
-		return x == y;
-	return memcmp(a->layers[x - 1], b->layers[y - 1], STORE_ID_BYTES) == 0;
 }
 
 void page_index_diff(const struct page_index *a, const struct page_index *b, uint64_t *pages)

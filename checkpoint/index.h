@@ -5,6 +5,7 @@
 #ifndef VMCP_CHECKPOINT_INDEX_H
 #define VMCP_CHECKPOINT_INDEX_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "base/buf.h"
@@ -39,6 +40,13 @@ struct page_index_saved {
  * agree. Layers of which no page is left are left out. */
 int page_index_build(struct page_index *out, const struct page_index_saved *saved, const struct page_index *parent,
 		     uint64_t page_count, struct err *err);
+
+/* The same index with other places for some pages: those of which `from` names the layer from which `index` takes them, too, are taken
+ * from `layer`. In `from`, layer 0 stands for pages that are not meant. Page counts agree. */
+int page_index_replace(struct page_index *out, const struct page_index *index, const struct page_index *from, const char *layer,
+		       struct err *err);
+/* True if `layer` is in the table. */
+bool page_index_names(const struct page_index *index, const char *layer);
 
 int page_index_encode(const struct page_index *index, struct buf *out, struct err *err);
 /* Decodes and validates [data, data + length), which is untrusted: -EINVAL, ERR_DAMAGED. */

@@ -167,3 +167,48 @@ Test(index, layers_are_named_without_reading_the_rest)
 	page_index_free(&index);
 	buf_free(&file);
 }
+
+/* Four layers a, b, c, d; page p is in layer p % 5, 0: zero. */
+static void make_striped(struct page_index *index, const char *names)
+{
+	*index = (struct page_index){.page_count = 100, .layer_count = 4, .extent_count = 100};
+	index->layers = calloc(4, sizeof(*index->layers));
+	index->extents = calloc(100, sizeof(*index->extents));
+	for (unsigned i = 0; i < 4; i++)
+		memset(index->layers[i], names[i], STORE_ID_BYTES - 1);
+	for (uint32_t p = 0; p < 100; p++)
+		index->extents[p] = (struct index_extent){.first = p, .count = 1, .layer = p % 5};
+}
+
+Test(index, replaced_pages_are_those_that_are_still_there)
+{
+	struct page_index index, from, out, built;
+	struct err err = ERR_INIT;
+	const char layer[] = "eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee";
+	uint64_t none[BITMAP_WORDS(100)] = {0};
+	static _Atomic uint64_t zero[BITMAP_WORDS(100)];
+	/* Copied from a (2 in from's table) and b (1), and from an x that the index does not know; c and d were not copied. */
+	make_striped(&index, "abcd");
+	make_striped(&from, "baxy");
+	for (unsigned p = 0; p < 100; p++)
+		from.extents[p].layer = p % 5 == 1 ? 2 : p % 5 == 2 ? 1 : p % 5 == 3 ? 3 : 0;
+	from.extents[11].layer = 1; /* page 11 was b's when it was copied; it is a's now */
+	cr_assert_eq(page_index_replace(&out, &index, &from, layer, &err), 0, "%s", err.message);
+	cr_assert(page_index_names(&out, layer));
+	for (unsigned p = 0; p < 100; p++) {
+		const struct index_extent *e = page_index_find(&out, p);
+		const char *name = e->layer ? out.layers[e->layer - 1] : "";
+		bool moved = (p % 5 == 1 || p % 5 == 2) && p != 11;
+		cr_expect_str_eq(name, moved ? layer : p % 5 ? index.layers[p % 5 - 1] : "", "page %u", p);
+	}
+	/* As the parent of a checkpoint: b is not needed any more, a for one page. */
+	const struct page_index_saved saved = {.layer = LAYER, .scope = none, .zero = zero};
+	cr_assert_eq(page_index_build(&built, &saved, &out, 100, NULL), 0);
+	cr_expect_eq(built.layer_count, 4);
+	cr_expect(page_index_names(&built, layer) && page_index_names(&built, index.layers[0]) && !page_index_names(&built, index.layers[1]));
+	cr_expect_eq(built.extent_count, 81, "neighbours are one extent, but for page 11");
+	page_index_free(&index);
+	page_index_free(&from);
+	page_index_free(&out);
+	page_index_free(&built);
+}

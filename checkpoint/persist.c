@@ -74,23 +74,47 @@ static int finish_requests(struct take *take, struct err *err)
 	return fault_check(FAULT_TAKE_REQUESTS_ENDED, err);
 }
 
-static int put_state(struct take *take, uint64_t *bytes, struct err *err)
+/* The checkpoint's index. Pages that were consolidated since are taken from where they are now; the layer then is this checkpoint's. */
+static int build_index(struct take *take, struct page_index *index, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
-	CLEANUP_BUF struct buf state = BUF_INIT;
-	CLEANUP_BUF struct buf file = BUF_INIT;
-	struct page_index index;
+	struct page_index merged = {0};
 	struct page_index_saved saved = {
 		.layer = take->memory_layer,
 		.scope = memcow_scope(engine->memcow),
 		.zero = memcow_zero_map(engine->memcow),
 	};
 	const struct page_index *parent = take->parent_index.page_count ? &take->parent_index : NULL;
+	pthread_mutex_lock(&engine->lock);
+	struct consolidated *c = take->consolidated = engine->consolidated;
+	engine->consolidated = NULL;
+	pthread_mutex_unlock(&engine->lock);
+	int r = c && parent ? page_index_replace(&merged, parent, &c->from, c->layer, err) : 0;
+	if (r == 0)
+		r = page_index_build(index, &saved, merged.page_count ? &merged : parent, mem_pages(engine->mem), err);
+	page_index_free(&merged);
+	if (r != 0 || !c || !page_index_names(index, c->layer))
+		return r;
+	r = store_draft_adopt(take->draft, c->draft, err);
+	c->draft = NULL;
+	if (r == 0)
+		r = fault_check(FAULT_CONSOLIDATE_ADOPTED, err);
+	if (r != 0)
+		page_index_free(index);
+	return r;
+}
+
+static int put_state(struct take *take, uint64_t *bytes, struct err *err)
+{
+	struct ckpt_engine *engine = take->engine;
+	CLEANUP_BUF struct buf state = BUF_INIT;
+	CLEANUP_BUF struct buf file = BUF_INIT;
+	struct page_index index;
 	int r = state_set_encode(&engine->captured, &state, err);
 	if (r == 0)
 		r = store_draft_put(take->draft, "state", state.data, state.length, err);
 	if (r == 0)
-		r = page_index_build(&index, &saved, parent, mem_pages(engine->mem), err);
+		r = build_index(take, &index, err);
 	if (r != 0)
 		return r;
 	r = page_index_encode(&index, &file, err);
@@ -224,6 +248,7 @@ void take_free(struct take *take)
 	if (take->sums_fd >= 0)
 		close(take->sums_fd);
 	page_index_free(&take->parent_index);
+	consolidated_free(take->consolidated);
 	free(take->tag);
 	free(take->message);
 	free(take);

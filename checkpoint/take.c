@@ -225,39 +225,37 @@ static int capture(struct take *take, struct err *err)
 	return r == 0 ? fault_check(FAULT_TAKE_RESUMED, err) : r;
 }
 
-/* How the thread that takes a checkpoint is scheduled otherwise. */
-struct scheduling {
-	cpu_set_t processors;
-	int nice;
-};
-
-/*
- * This thread, and the threads of the checkpoint, which inherit it, keep off the processors on which vCPUs run, as long as others are
- * left. A guest's processor that such a thread has taken is not had back before the next tick, or before the kernel is through with
- * the thread's system call: milliseconds. This thread makes room often, and with a short slice has its processor back at once.
- */
-static void prepare_scheduling(struct ckpt_engine *engine, struct scheduling *before)
+bool scheduling_leave_vcpus(struct vm *vm, struct scheduling *before, cpu_set_t *busy)
 {
-	cpu_set_t busy, left;
+	cpu_set_t theirs, left;
 	before->nice = priority_nice();
-	priority_short_slice();
 	if (sched_getaffinity(0, sizeof(before->processors), &before->processors) != 0)
 		CPU_ZERO(&before->processors);
-	vm_busy_processors(engine->vm, &busy);
-	CPU_AND(&busy, &busy, &before->processors);
-	CPU_XOR(&left, &before->processors, &busy);
+	vm_busy_processors(vm, &theirs);
+	CPU_AND(&theirs, &theirs, &before->processors);
+	CPU_XOR(&left, &before->processors, &theirs);
 	bool shared = CPU_COUNT(&left) == 0;
-	if (CPU_COUNT(&busy) > 0 && !shared)
+	if (CPU_COUNT(&theirs) > 0 && !shared)
 		shared = sched_setaffinity(0, sizeof(left), &left) != 0;
-	memcow_set_processors(engine->memcow, &busy, shared);
-	tracker_make_room(engine->tracker, shared ? 0 : MEMCOW_ROOM_EACH_NS);
+	if (busy)
+		*busy = theirs;
+	return shared;
 }
 
-static void restore_scheduling(const struct scheduling *before)
+void scheduling_restore(const struct scheduling *before)
 {
 	if (CPU_COUNT(&before->processors) > 0)
 		sched_setaffinity(0, sizeof(before->processors), &before->processors);
-	priority_restore(before->nice);
+}
+
+/* This thread makes room often, and with a short slice has its processor back at once. */
+static void prepare_scheduling(struct ckpt_engine *engine, struct scheduling *before)
+{
+	cpu_set_t busy;
+	bool shared = scheduling_leave_vcpus(engine->vm, before, &busy);
+	priority_short_slice();
+	memcow_set_processors(engine->memcow, &busy, shared);
+	tracker_make_room(engine->tracker, shared ? 0 : MEMCOW_ROOM_EACH_NS);
 }
 
 int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, struct ckpt_result *result,
@@ -271,11 +269,15 @@ int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, st
 		operation_end(engine);
 		return r;
 	}
+	pthread_mutex_lock(&engine->lock);
+	engine->periodic = request->periodic;
+	pthread_mutex_unlock(&engine->lock);
 	struct take *take = take_new(engine, request);
 	struct scheduling before;
 	prepare_scheduling(engine, &before);
 	r = capture(take, err);
-	restore_scheduling(&before);
+	scheduling_restore(&before);
+	priority_restore(before.nice);
 	if (r == 0 && take->live && request->wait == CKPT_WAIT_CAPTURED) {
 		*result = take->result;
 		/* The thread ends the operation and frees the take. Without a thread the rest happens here. */
