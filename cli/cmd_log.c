@@ -67,11 +67,12 @@ static json_t *log_to_json(const struct tree *tree, const char *vm)
 			if (!strcmp(tree->list[j].parent, c->id))
 				json_array_append_new(children, json_string(tree->list[j].id));
 		json_array_append_new(checkpoints,
-				      json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:I, s:s}", "id", c->id, "vm",
+				      json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:I, s:s, s:b}", "id", c->id, "vm",
 						c->vm, "parent", text_or_null(c->parent), "children", children,
 						"created", control_time_to_json(c->created_wall_ns), "tag",
 						text_or_null(c->tag), "message", text_or_null(c->message), "size_bytes",
-						(json_int_t)c->size_bytes, "durability", "durable"));
+						(json_int_t)c->size_bytes, "durability", "durable", "periodic",
+						c->periodic));
 	}
 	for (size_t i = 0; i < tree->vm_count; i++)
 		if (!vm || !strcmp(tree->vms[i].name, vm))
@@ -101,7 +102,7 @@ static void print_line(const struct tree *tree, const struct store_checkpoint *c
 	cli_format_size(size, c->size_bytes);
 	standing(tree, c->id, at, sizeof(at));
 	printf("%s%.12s  %5s  %-12.12s  %6s  %-16s %s%s\n", graph, c->id, age, c->parent[0] ? c->parent : "-", size,
-	       c->tag[0] ? c->tag : "-", c->message ? c->message : "", at);
+	       c->tag[0] ? c->tag : "-", c->message ? c->message : c->periodic ? "(periodic)" : "", at);
 }
 
 static bool is_child(const struct tree *tree, size_t i, const char *parent)
@@ -201,10 +202,10 @@ static json_t *show_to_json(const struct store_checkpoint *c)
 			  (json_int_t)c->memory_bytes, "total_pages", (json_int_t)(c->memory_bytes / 4096),
 			  "saved_pages", (json_int_t)c->saved_pages, "zero_pages", (json_int_t)c->zero_pages,
 			  "parent_pages", (json_int_t)c->parent_pages, "written_bytes", (json_int_t)c->written_bytes);
-	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:s}", "id",
+	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:s}", "id",
 			 c->id, "vm", c->vm, "vm_uuid", c->vm_uuid, "parent", text_or_null(c->parent), "tag",
 			 text_or_null(c->tag), "message", text_or_null(c->message), "created",
-			 control_time_to_json(c->created_wall_ns), "live", c->live, "durability", "durable", "cpus",
+			 control_time_to_json(c->created_wall_ns), "live", c->live, "periodic", c->periodic, "durability", "durable", "cpus",
 			 (int)c->cpus, "pause_ns", (json_int_t)c->pause_ns, "durable_ns", (json_int_t)c->durable_ns,
 			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "config",
 			 c->config_text ? c->config_text : "");
@@ -222,7 +223,7 @@ static void print_show(const struct store_checkpoint *c)
 	       c->parent[0] ? c->parent : "-");
 	printf("tag         %s\nmessage     %s\ncreated     %s\n", c->tag[0] ? c->tag : "-",
 	       c->message ? c->message : "-", json_string_value(created));
-	printf("taken       %s, %u vCPU%s, pause %s, durable after %s\nsize        %s\n", c->live ? "live" : "stopped",
+	printf("taken       %s%s, %u vCPU%s, pause %s, durable after %s\nsize        %s\n", c->periodic ? "by a timer, " : "", c->live ? "live" : "stopped",
 	       c->cpus, c->cpus == 1 ? "" : "s", pause, durable, size);
 	cli_format_size(size, c->memory_bytes);
 	cli_format_size(other, c->written_bytes);

@@ -12,6 +12,8 @@ static int run(struct cli *cli, struct err *err)
 		.config_path = cli->argument_count ? cli->arguments[0] : NULL,
 		.from = cli_value(cli, "from"),
 		.name = cli_value(cli, "name"),
+		.every = cli_value(cli, "every"),
+		.keep = cli_value(cli, "keep"),
 		.detach = cli_given(cli, "detach"),
 		.started_ns = cli->started_ns,
 	};
@@ -37,12 +39,14 @@ static const struct cli_option options[] = {
 	{"detach", 'd', NULL, "return once the guest runs, and print the VM's name"},
 	{"from", 0, "CKPT", "start from a checkpoint instead of booting"},
 	{"name", 0, "NAME", "name of the VM (default: the configuration's)"},
+	{"every", 0, "TIME", "take a live checkpoint at this interval, such as 30s or 50ms; 0: never (default: the configuration's)"},
+	{"keep", 0, "N", "how many of these to keep (default: the configuration's, else 20)"},
 	{0},
 };
 
 const struct cli_command cli_run = {
 	.name = "run",
-	.synopsis = "GUEST.CFG | --from CKPT  [--detach] [--name NAME]",
+	.synopsis = "GUEST.CFG | --from CKPT  [--detach] [--name NAME] [--every TIME] [--keep N]",
 	.summary = "boot a VM, or start one from a checkpoint",
 	.help = "In the foreground the guest's serial console is on stdin and stdout; Ctrl-] ends the VM. With --from "
 		"and another\n"
@@ -60,7 +64,8 @@ const struct cli_command cli_run = {
 		"Examples:\n"
 		"    vmcp run guest.cfg\n"
 		"    vmcp run --detach guest.cfg && vmcp console web\n"
-		"    vmcp run --from before-upgrade --name try2 --detach",
+		"    vmcp run --from before-upgrade --name try2 --detach\n"
+		"    vmcp run --every 50ms --keep 20 guest.cfg",
 	.options = options,
 	.max_arguments = 1,
 	.run = run,

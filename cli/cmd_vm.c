@@ -156,6 +156,13 @@ static int run_stats(struct cli *cli, struct err *err)
 		if (json_is_integer(value))
 			printf("%-24s %lld\n", key, (long long)json_integer_value(value));
 	}
+	json_object_foreach(json_object_get(result, "periodic"), key, value)
+	{
+		if (json_is_integer(value))
+			printf("periodic %-22s %lld\n", key, (long long)json_integer_value(value));
+		else if (json_is_string(value))
+			printf("periodic %-22s %s\n", key, json_string_value(value));
+	}
 	json_decref(result);
 	return 0;
 }
@@ -189,12 +196,13 @@ static int run_balloon(struct cli *cli, struct err *err)
 
 static json_t *vm_to_json(const struct store_vm *vm, uint64_t now)
 {
-	return json_pack("{s:s, s:s, s:o, s:o, s:I, s:i, s:o}", "name", vm->name, "state", vm->state, "pid",
+	return json_pack("{s:s, s:s, s:o, s:o, s:I, s:i, s:o, s:o}", "name", vm->name, "state", vm->state, "pid",
 			 vm->alive ? json_integer(vm->pid) : json_null(), "uptime_ns",
 			 vm->alive && now > vm->started_wall_ns ? json_integer((json_int_t)(now - vm->started_wall_ns))
 								: json_null(),
 			 "memory_bytes", (json_int_t)vm->memory_bytes, "cpus", (int)vm->cpus, "last_checkpoint",
-			 vm->at[0] ? json_string(vm->at) : json_null());
+			 vm->at[0] ? json_string(vm->at) : json_null(), "note",
+			 vm->alive && vm->note[0] ? json_string(vm->note) : json_null());
 }
 
 static void print_vm(const struct store_vm *vm, uint64_t now)
@@ -208,6 +216,8 @@ static void print_vm(const struct store_vm *vm, uint64_t now)
 	cli_format_size(memory, vm->memory_bytes);
 	printf("%-20s %-8s %8s %7s %7s %5u  %.8s\n", vm->name, vm->state, pid, uptime, memory, vm->cpus,
 	       vm->at[0] ? vm->at : "-");
+	if (vm->alive && vm->note[0])
+		printf("    %s\n", vm->note);
 }
 
 static int run_ps(struct cli *cli, struct err *err)

@@ -10,6 +10,7 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/log.h"
+#include "control/periodic.h"
 #include "control/protocol.h"
 #include "control/server.h"
 
@@ -275,9 +276,10 @@ static int stats(struct control_exchange *x, const json_t *params, json_t **resu
 	(void)params;
 	(void)err;
 	vm_get_counters(machine_vm(x->target->machine), &c);
-	*result = json_pack("{s:s, s:I, s:I, s:I, s:I, s:I}", "vm", x->target->name, "exits", number(c.exits),
+	*result = json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:o}", "vm", x->target->name, "exits", number(c.exits),
 			    "io_exits", number(c.io_exits), "mmio_exits", number(c.mmio_exits), "halts",
-			    number(c.halts), "signals", number(c.signals));
+			    number(c.halts), "signals", number(c.signals), "periodic",
+			    x->target->periodic ? periodic_to_json(x->target->periodic) : json_null());
 	add_balloon(*result, x->target->machine);
 	return 0;
 }

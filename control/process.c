@@ -16,6 +16,7 @@
 #include "base/buf.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "control/periodic.h"
 #include "control/server.h"
 
 #define ESCAPE_BYTE 0x1d /* Ctrl-] */
@@ -36,6 +37,7 @@ struct process {
 	struct store_pin *from_pin; /* until the machine's engine and the VM's record hold it */
 	struct console *console;
 	struct control_server *server;
+	struct periodic *periodic;
 	struct control_target target;
 	pthread_t signal_thread;
 	bool signal_thread_runs, terminal_raw;
@@ -343,11 +345,16 @@ static int start(struct process *process, struct err *err)
 	if (!rc)
 		rc = write_record(process, err);
 	if (!rc)
+		process->periodic = process->target.periodic =
+			periodic_create(&process->target, process->config.every_ns, process->config.keep);
+	if (!rc)
 		rc = control_server_start(process->dir, &process->target, &process->server, err);
 	if (!rc)
 		rc = attach_terminal(process, err);
 	if (!rc)
 		rc = machine_resume(process->target.machine, err);
+	if (!rc)
+		rc = periodic_begin(process->periodic, err);
 	store_unpin(process->from_pin);
 	process->from_pin = NULL;
 	return rc;
@@ -419,9 +426,11 @@ static int end(struct process *process, int rc, struct err *err)
 {
 	struct err closing = ERR_INIT;
 
+	periodic_end(process->periodic);
 	/* First, as a method that waits for a checkpoint would hold up the server's end. */
 	int closed = drop_machine(process, &closing);
 	control_server_stop(process->server);
+	periodic_destroy(process->periodic);
 	console_destroy(process->console);
 	restore_terminal(process);
 	if (process->signal_thread_runs) {
@@ -438,6 +447,21 @@ static int end(struct process *process, int rc, struct err *err)
 	return rc;
 }
 
+static int override_checkpoints(struct process *process, struct err *err)
+{
+	const struct process_options *options = process->options;
+
+	if (options->every && !config_parse_every(options->every, &process->config.every_ns)) {
+		err_set(err, ERR_USAGE, EINVAL, "--every: '%s' is no time between checkpoints", options->every);
+		return err_hint(err, CONFIG_EVERY_HINT);
+	}
+	if (options->keep && !config_parse_keep(options->keep, &process->config.keep)) {
+		err_set(err, ERR_USAGE, EINVAL, "--keep: '%s' is no number of checkpoints", options->keep);
+		return err_hint(err, CONFIG_KEEP_HINT);
+	}
+	return 0;
+}
+
 static int prepare(struct process *process, struct err *err)
 {
 	const struct process_options *options = process->options;
@@ -450,6 +474,8 @@ static int prepare(struct process *process, struct err *err)
 		if (!rc)
 			snprintf(process->config.name, sizeof(process->config.name), "%s", options->name);
 	}
+	if (!rc)
+		rc = override_checkpoints(process, err);
 	if (!rc)
 		rc = store_vm_lock(process->store, process->config.name, &process->name_lock, err);
 	if (rc)

@@ -18,6 +18,8 @@ struct process_options {
 	const char *config_path; /* guest.cfg, or NULL with `from` */
 	const char *from;	 /* a reference to a checkpoint, or NULL */
 	const char *name;	 /* --name, or NULL: the configuration's */
+	const char *every;	 /* --every, or NULL: the configuration's */
+	const char *keep;	 /* --keep, or NULL */
 	bool detach;
 	uint64_t started_ns;	 /* CLOCK_MONOTONIC at the start of this program */
 };

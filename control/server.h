@@ -23,6 +23,7 @@ struct control_target {
 	_Atomic bool ending;	 /* the machine is about to go: nothing new is begun on it */
 	pthread_mutex_t
 		record_lock; /* within machine_lock: pause or resume together with its entry in the VM's record */
+	struct periodic *periodic; /* NULL without periodic checkpoints; immutable while the server runs */
 	/* Ends the process: in any thread, must not block. */
 	void (*kill)(void *opaque);
 	void *opaque;

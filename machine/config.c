@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "base/duration.h"
 #include "base/bytes.h"
 #include "base/file.h"
 #include "machine/config_internal.h"
@@ -393,7 +394,7 @@ static int read_text(struct config_reading *r, const char *text, struct machine_
 	int rc;
 
 	*r->err = ERR_INIT;
-	*out = (struct machine_config){.memory_bytes = 512ull << 20, .cpus = 1};
+	*out = (struct machine_config){.memory_bytes = 512ull << 20, .cpus = 1, .keep = CONFIG_KEEP};
 	out->source = xstrdup("");
 	out->cmdline = xstrdup("");
 	out->cpu_model = xstrdup("host");
@@ -557,6 +558,12 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
 			    disk->base ? disk->base : disk->path);
 		if (!rc && disk->readonly)
 			rc = append(out, err, "readonly = yes\n");
+	}
+	if (!rc && config->every_ns) {
+		char every[32];
+
+		duration_format(every, config->every_ns);
+		rc = append(out, err, "\n[checkpoint]\nevery = %s\nkeep = %llu\n", every, (unsigned long long)config->keep);
 	}
 	return rc;
 }

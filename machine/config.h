@@ -15,6 +15,10 @@
 
 #define CONFIG_MAX_DISKS 26
 #define CONFIG_NAME_BYTES 64
+#define CONFIG_KEEP	  20 /* periodic checkpoints, where nothing else is said */
+#define CONFIG_MAX_KEEP	  1000000u
+#define CONFIG_MIN_EVERY_NS 10000000ull
+#define CONFIG_MAX_EVERY_NS (10000 * 3600000000000ull)
 
 enum config_console { CONFIG_CONSOLE_STDIO, CONFIG_CONSOLE_SOCKET };
 
@@ -37,9 +41,17 @@ struct machine_config {
 	enum config_console console;
 	bool rng;
 	bool balloon;
+	uint64_t every_ns; /* periodic live checkpoints; 0: none */
+	uint64_t keep;	   /* how many of these stay */
 	unsigned disk_count;
 	struct config_disk disks[CONFIG_MAX_DISKS];
 };
+
+/* As the keys `every` and `keep`: false if the text is none or out of bounds. */
+bool config_parse_every(const char *text, uint64_t *ns);
+bool config_parse_keep(const char *text, uint64_t *keep);
+#define CONFIG_EVERY_HINT "a number with ms, s, m or h, from 10ms to 10000h, for example 30s; 0 means never"
+#define CONFIG_KEEP_HINT  "a number from 1 to 1000000"
 
 /* Reads a file. The name defaults to the file's name without its ending. */
 int config_read_file(const char *path, struct machine_config *out, struct err *err);

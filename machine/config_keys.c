@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 
 #include "base/bytes.h"
+#include "base/duration.h"
 #include "base/size.h"
 #include "machine/config_internal.h"
 #include "vmm/memory.h"
@@ -313,33 +314,41 @@ static int set_net_interface(struct config_reading *r, void *object, const char 
 	return err_hint(r->err, "at most 15 characters, no space and no '/'");
 }
 
-static int set_every(struct config_reading *r, void *object, const char *key, const char *value)
+bool config_parse_every(const char *text, uint64_t *ns)
+{
+	uint64_t every;
+
+	if (!duration_parse(text, &every) || (every && (every < CONFIG_MIN_EVERY_NS || every > CONFIG_MAX_EVERY_NS)))
+		return false;
+	*ns = every;
+	return true;
+}
+
+bool config_parse_keep(const char *text, uint64_t *keep)
 {
 	char *end;
-	unsigned long number = strtoul(value, &end, 10);
+	unsigned long number = strtoul(text, &end, 10);
 
-	(void)object;
-	if (!isdigit((unsigned char)value[0]) ||
-	    (strcmp(end, "ms") && strcmp(end, "s") && strcmp(end, "m") && strcmp(end, "h") && *end)) {
-		config_fail(r, key, "'%s' is no time", value);
-		return err_hint(r->err, "a number with ms, s, m or h, for example 30s; 0 means never");
-	}
-	if (number == 0)
+	if (!isdigit((unsigned char)text[0]) || *end || number < 1 || number > CONFIG_MAX_KEEP)
+		return false;
+	*keep = number;
+	return true;
+}
+
+static int set_every(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	if (config_parse_every(value, &((struct machine_config *)object)->every_ns))
 		return 0;
-	config_fail(r, key, "periodic checkpoints are not supported yet");
-	return err_hint(r->err, "leave the key out, and call `vmcp checkpoint --live` from a timer");
+	config_fail(r, key, "'%s' is no time between checkpoints", value);
+	return err_hint(r->err, CONFIG_EVERY_HINT);
 }
 
 static int set_keep(struct config_reading *r, void *object, const char *key, const char *value)
 {
-	char *end;
-	unsigned long number = strtoul(value, &end, 10);
-
-	(void)object;
-	if (isdigit((unsigned char)value[0]) && !*end && number >= 1 && number <= 1000000)
+	if (config_parse_keep(value, &((struct machine_config *)object)->keep))
 		return 0;
 	config_fail(r, key, "'%s' is no number of checkpoints", value);
-	return err_hint(r->err, "a number from 1 to 1000000");
+	return err_hint(r->err, CONFIG_KEEP_HINT);
 }
 
 static const struct config_key vm_keys[] = {

@@ -319,7 +319,8 @@ static const struct wrong wrongs[] = {
 	{VM "[net lan]\nmode = none\n[net lan]\nmode = none\n", 5, "given twice", "one section"},
 	{VM "[net]\nmode = none\n", 3, "net: '' is no name", "letters"},
 	/* [checkpoint] */
-	{VM "[checkpoint]\nevery = 30s\n", 4, "not supported yet", "timer"},
+	{VM "[checkpoint]\nevery = 9ms\n", 4, "'9ms'", "10ms"},
+	{VM "[checkpoint]\nevery = 99999h\n", 4, "'99999h'", "10000h"},
 	{VM "[checkpoint]\nevery = soon\n", 4, "'soon'", "30s"},
 	{VM "[checkpoint]\nevery = 30d\n", 4, "'30d'", "30s"},
 	{VM "[checkpoint]\nkeep = 0\n", 4, "'0'", "from 1"},

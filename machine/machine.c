@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,6 +26,7 @@
 
 #define MAX_COMPONENTS (VM_MAX_CPUS + CONFIG_MAX_DISKS + 16)
 #define FIRST_ENTRY_WAIT_NS 1000000000ull
+#define PERIODIC_PATIENCE_NS 1000000000ull
 
 struct disk {
 	const struct config_disk *config;
@@ -53,6 +55,8 @@ struct machine {
 	_Atomic bool paused;  /* changed under turn: by the user's wish */
 	/* Held, before the turn, from a checkpoint's request to its result: the engine keeps only the last result. */
 	pthread_mutex_t checkpoint_turn;
+	_Atomic unsigned waiting; /* for a periodic one to end */
+	_Atomic bool periodic;	  /* the one under way is */
 };
 
 /* --- wiring --- */
@@ -427,19 +431,59 @@ static int take_checkpoint(struct machine *machine, const struct ckpt_request *r
 	return ckpt_wait(machine->engine, result, err);
 }
 
+static bool wait_for_turn(struct machine *machine, uint64_t ns)
+{
+	uint64_t until = clock_wall_ns() + ns;
+	struct timespec at = {.tv_sec = (time_t)(until / 1000000000), .tv_nsec = (long)(until % 1000000000)};
+
+	return pthread_mutex_timedlock(&machine->checkpoint_turn, &at) == 0;
+}
+
+/* Behind a periodic checkpoint, which gives way. */
+static bool take_turn_from_periodic(struct machine *machine)
+{
+	bool mine;
+
+	atomic_fetch_add(&machine->waiting, 1);
+	mine = wait_for_turn(machine, PERIODIC_PATIENCE_NS);
+	while (!mine && machine->periodic) {
+		ckpt_cancel_periodic(machine->engine);
+		mine = wait_for_turn(machine, PERIODIC_PATIENCE_NS / 20);
+	}
+	atomic_fetch_sub(&machine->waiting, 1);
+	return mine;
+}
+
+static int begin_checkpoint(struct machine *machine, bool periodic, struct err *err)
+{
+	bool mine = !(periodic && machine->waiting) && pthread_mutex_trylock(&machine->checkpoint_turn) == 0;
+
+	if (!mine && !periodic && machine->periodic)
+		mine = take_turn_from_periodic(machine);
+	if (mine) {
+		machine->periodic = periodic;
+		return 0;
+	}
+	err_set(err, ERR_STATE, EBUSY, "%s: a checkpoint is under way", machine->options.config->name);
+	return err_hint(err, "wait for it, or end it with `vmcp cancel %s`", machine->options.config->name);
+}
+
 int machine_checkpoint(struct machine *machine, const struct ckpt_request *request, struct ckpt_result *result, struct err *err)
 {
-	if (pthread_mutex_trylock(&machine->checkpoint_turn)) {
-		err_set(err, ERR_STATE, EBUSY, "%s: a checkpoint is under way", machine->options.config->name);
-		return err_hint(err, "wait for it, or end it with `vmcp cancel %s`", machine->options.config->name);
-	}
-	int rc = take_checkpoint(machine, request, result, err);
+	struct err unset = ERR_INIT;
+	int rc = begin_checkpoint(machine, request->periodic, err ? err : &unset);
+
+	if (rc)
+		return rc;
+	rc = take_checkpoint(machine, request, result, err);
+	machine->periodic = false;
 	pthread_mutex_unlock(&machine->checkpoint_turn);
 	return rc;
 }
 
 int machine_revert(struct machine *machine, const char *id, struct ckpt_revert_result *result, struct err *err)
 {
+	ckpt_cancel_periodic(machine->engine);
 	pthread_mutex_lock(&machine->turn);
 	int rc = ckpt_revert(machine->engine, id, !machine->paused, result, err);
 	pthread_mutex_unlock(&machine->turn);

@@ -45,7 +45,8 @@ int machine_power_button(struct machine *machine, struct err *err);
 uint64_t machine_first_entry_ns(struct machine *machine);
 
 /* ckpt_take and ckpt_wait, with turns taken only up to the capture of a live checkpoint. -EBUSY, ERR_STATE while another
- * one is under way. */
+ * one is under way. One that is periodic gives way to others: they wait for it a second, then cancel it (-ECANCELED for whom asked for
+ * it), and it is refused while they wait. A revert cancels it at once. */
 int machine_checkpoint(struct machine *machine, const struct ckpt_request *request, struct ckpt_result *result, struct err *err);
 int machine_revert(struct machine *machine, const char *id, struct ckpt_revert_result *result, struct err *err);
 /* Asks the guest to make do with `bytes` of memory: the rest goes into its balloon, in the guest's own time. -ENODEV, ERR_STATE without a

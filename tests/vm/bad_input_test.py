@@ -218,7 +218,8 @@ def test_errors_at_fault_points(env):
     """EIO at every fault point of a checkpoint: it fails or succeeds, the VM runs on unharmed, the next one succeeds."""
     failed = 0
     for number, name in fault_points():
-        if number < 100:
+        # A new store passes the catalogue's making: there nothing starts, and that is right (store tests).
+        if number < 100 or name == "STORE_BEFORE_UPGRADE_COMMIT":
             continue
         sub = vmcp_test.Env(f"eio{number}")
         try:

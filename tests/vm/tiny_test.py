@@ -497,7 +497,7 @@ def test_json_contract(env):
     check_equal(sorted(back), ["checkpoint", "mode", "restored_pages", "revert_ns", "vm"], "revert")
     log = env.vmcp_json("log", "tiny")
     check_equal(sorted(log["checkpoints"][0]),
-                ["children", "created", "durability", "id", "message", "parent", "size_bytes", "tag", "vm"], "log")
+                ["children", "created", "durability", "id", "message", "parent", "periodic", "size_bytes", "tag", "vm"], "log")
     check_equal(log["vms"], [{"name": "tiny", "state": "running", "at": taken["id"]}], "log: vms")
     vm = env.vmcp_json("ps")["vms"][0]
     for key in ("name", "state", "pid", "memory_bytes", "cpus", "last_checkpoint"):
