@@ -107,8 +107,10 @@ static void set_cpuid(struct machine *m)
 
 static void set_registers(struct machine *m)
 {
-	struct kvm_segment code = {.selector = 0x33, .limit = 0xffffffff, .type = 11, .present = 1, .dpl = 3, .s = 1, .l = 1, .g = 1};
-	struct kvm_segment data = {.selector = 0x2b, .limit = 0xffffffff, .type = 3, .present = 1, .dpl = 3, .s = 1, .db = 1, .g = 1};
+	struct kvm_segment code = {
+		.selector = 0x33, .limit = 0xffffffff, .type = 11, .present = 1, .dpl = 3, .s = 1, .l = 1, .g = 1};
+	struct kvm_segment data = {
+		.selector = 0x2b, .limit = 0xffffffff, .type = 3, .present = 1, .dpl = 3, .s = 1, .db = 1, .g = 1};
 	struct kvm_segment task = {.selector = 0x40, .limit = 0x67, .type = 11, .present = 1};
 	struct kvm_regs regs = {.rip = CODE, .rflags = 2, .rsp = CODE};
 	struct kvm_sregs sregs;
@@ -154,7 +156,8 @@ static void make_machine(struct machine *m)
 	m->memory = mmap(NULL, MEMORY_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (m->memory == MAP_FAILED)
 		die("guest memory");
-	struct kvm_userspace_memory_region region = {.memory_size = MEMORY_BYTES, .userspace_addr = (uintptr_t)m->memory};
+	struct kvm_userspace_memory_region region = {.memory_size = MEMORY_BYTES,
+						     .userspace_addr = (uintptr_t)m->memory};
 	must(ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
 	m->vcpu = must(ioctl(m->vm, KVM_CREATE_VCPU, 0), "KVM_CREATE_VCPU");
 	m->run_bytes = (size_t)must(ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0), "KVM_GET_VCPU_MMAP_SIZE");
@@ -250,8 +253,7 @@ static void take_sample(struct machine *m, bool last)
 	atomic_store(&m->phase, GO);
 	wait_for(m, RUN);
 	printf("\n{\"kick_ns\": %llu, \"ioctls_ns\": %llu, \"floor_ns\": %llu}%s",
-	       (unsigned long long)(m->out_ns - asked),
-	       (unsigned long long)(m->saved_ns - m->out_ns + vm_to - vm_from),
+	       (unsigned long long)(m->out_ns - asked), (unsigned long long)(m->saved_ns - m->out_ns + vm_to - vm_from),
 	       (unsigned long long)(m->enter_ns - asked), last ? "" : ",");
 }
 

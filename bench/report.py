@@ -19,7 +19,7 @@ from vmcp_bench.vm import Build, CommandFailed, NotInThisBuild
 
 FULL = {"rounds": 20, "sizes": "256M,1G,4G,8G,16G", "loads": "idle,moderate,hot,uniform", "kinds": "root,incremental"}
 QUICK = {"rounds": 3, "sizes": "256M,1G", "loads": "idle,hot", "kinds": "root,incremental"}
-SMOKE = {"rounds": 1, "sizes": "128M", "loads": "busy", "kinds": "root,incremental"}
+SMOKE = {"rounds": 1, "sizes": "64M", "loads": "zipf", "kinds": "root,incremental"}
 NAMES = [part.NAME for part in parts.ALL]
 
 

@@ -39,8 +39,10 @@ class Figures(unittest.TestCase):
             self.assertEqual(figures.significant(value), want, value)
 
     def test_units(self):
-        self.assertEqual(figures.shown("pause_ns", 250000), "0.250")
-        self.assertEqual(figures.shown("speed_share", 0.5), "50.0")
+        self.assertEqual(figures.label_of("durable_beyond_sync_ns"), "durable beyond sync, ms")
+        self.assertEqual(figures.label_of("back_to_back_per_s"), "back to back, /s")
+        self.assertEqual(figures.label_of("layer_ratio"), "layer ratio")
+        self.assertEqual(figures.unit_of("speed_share"), (0.01, "%"))
         self.assertEqual(figures.unit_of("plain_bytes_per_s")[1], "MiB/s")
         self.assertEqual(figures.unit_of("during_writes_per_s")[1], "/s")
 

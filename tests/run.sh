@@ -84,7 +84,7 @@ part "whole VMs under ASan+UBSan" env VMCP_BIN="$PWD/build/debug/cli/vmcp" VMCP_
 bench_smoke() (
     out=$(mktemp -d)
     trap 'rm -rf "$out"' EXIT
-    bench/run.sh --smoke --out "$out" >"$out/log" 2>&1 || { cat "$out/log"; return 1; }
+    timeout 1800 bench/run.sh --quick --smoke --out "$out" >"$out/log" 2>&1 || { cat "$out/log"; return 1; }
     tail -n 1 "$out/log"
 )
 if [ ${#near_kvm[@]} -eq 0 ]; then

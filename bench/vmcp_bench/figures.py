@@ -64,8 +64,8 @@ def unit_of(name):
     return 1, ""
 
 
-def shown(name, value):
-    """A figure in its unit, without the unit."""
-    if value is None:
-        return ""
-    return significant(value / unit_of(name)[0])
+def label_of(name):
+    """A figure's name for people: `durable_beyond_sync_ns` is "durable beyond sync, ms"."""
+    ending = next((one for one in UNITS if name.endswith(one)), "")
+    words, unit = name.removesuffix(ending).replace("_", " "), unit_of(name)[1]
+    return f"{words}, {unit}" if unit else words

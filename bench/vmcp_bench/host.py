@@ -157,7 +157,12 @@ def end(process):
 
 def scratch_folder():
     """A new folder on the filesystem that is measured; it goes with us."""
-    folder = tempfile.mkdtemp(prefix="vmcp-bench-", dir=folder_for_images())
+    where = folder_for_images()
+    for name in os.listdir(where):  # what a run left that was killed
+        fields = name.split("-")
+        if name.startswith("vmcp-bench-") and fields[2].isdigit() and not os.path.isdir(f"/proc/{fields[2]}"):
+            remove(os.path.join(where, name))
+    folder = tempfile.mkdtemp(prefix=f"vmcp-bench-{os.getpid()}-", dir=where)
     _folders.add(folder)
     return folder
 

@@ -1,47 +1,79 @@
 """The report in words and tables: Markdown whose tables are aligned, so that it reads as plain text too."""
 
 from . import targets
-from .figures import significant, size_text, parse_size, unit_of
+from .figures import label_of, parse_size, significant, size_text, unit_of
 
-# Figures of a table: (heading, figure's name, how). how: "median", "spread" (median, and p95 and max in brackets), or "share".
+# Figures of a table: (heading, figure's name, how). how: "median", "spread" (median, and p95 and max in brackets), "max" or "sum".
 TABLES = {
     "checkpoint": [
-        ("Pause and gap", "ms; median (p95, max)", [("pause", "pause_ns", "spread"), ("longest gap", "gap_ns", "spread"), ("at rest", "gap_at_rest_ns", "spread"),
-                                                    ("to captured", "captured_ns", "median"), ("to durable", "durable_ns", "median")]),
-        ("Parts of the pause, and pages", "medians, ms", [("quiesce", "quiesce_ns", "median"), ("state", "state_ns", "median"), ("memory", "memory_ns", "median"),
-                                                          ("disks", "disks_ns", "median"), ("resume", "resume_ns", "median"),
-                                                          ("pages in the pause", "armed_again_pages", "median"), ("pages saved", "saved_pages", "median"),
-                                                          ("disturbed", "disturbed", "sum")]),
-        ("Write faults", "medians, ms; longest: the longest of all", [("faults", "cow_faults", "median"), ("p50", "cow_fault_p50_ns", "median"), ("p99", "cow_fault_p99_ns", "median"),
-                                         ("p99.9", "cow_fault_p999_ns", "median"), ("longest", "cow_fault_max_ns", "max")]),
-        ("The guest's speed", "page writes a second, medians", [("before", "before_writes_per_s", "median"), ("during", "during_writes_per_s", "median"),
-                                                                ("after", "after_writes_per_s", "median"), ("during, %", "speed_share", "median")]),
+        ("Pause and gap", "ms; median (p95, max)", [("pause", "pause_ns", "spread"), ("longest gap", "gap_ns", "spread"),
+         ("at rest", "gap_at_rest_ns", "spread"), ("to captured", "captured_ns", "median"), ("to durable", "durable_ns", "median")]),
+        ("Parts of the pause, and pages", "medians, ms", [("quiesce", "quiesce_ns", "median"), ("state", "state_ns", "median"),
+         ("memory", "memory_ns", "median"), ("disks", "disks_ns", "median"), ("resume", "resume_ns", "median"),
+         ("pages in the pause", "armed_again_pages", "median"), ("pages saved", "saved_pages", "median"), ("disturbed", "disturbed", "sum")]),
+        ("Write faults", "medians, ms; longest: the longest of all", [("faults", "cow_faults", "median"), ("p50", "cow_fault_p50_ns", "median"),
+         ("p99", "cow_fault_p99_ns", "median"), ("p99.9", "cow_fault_p999_ns", "median"), ("longest", "cow_fault_max_ns", "max")]),
+        ("The guest's speed", "page writes a second, medians", [("before", "before_writes_per_s", "median"),
+         ("during", "during_writes_per_s", "median"), ("after", "after_writes_per_s", "median"), ("during, %", "speed_share", "median")]),
     ],
-    "arming": [("", "ms; median (p95, max)", [("longest gap ahead of the pause", "gap_ns", "spread"), ("at rest", "gap_at_rest_ns", "spread")])],
-    "nth": [("", "ms; median (p95, max)", [("pause", "pause_ns", "spread"), ("longest gap", "gap_ns", "spread"), ("to captured", "captured_ns", "median"),
-                                           ("to durable", "durable_ns", "median"), ("pages saved", "saved_pages", "median")])],
-    "incremental": [("", "ms; median (p95, max)", [("pause", "pause_ns", "spread"), ("to captured", "captured_ns", "spread"), ("to durable", "durable_ns", "spread"),
-                                                   ("pages saved", "saved_pages", "median"), ("reached, a second", "checkpoints_per_s", "median"),
-                                                   ("longest gap", "series_gap_ns", "median"), ("guest's speed, %", "speed_share", "median")])],
-    "small": [("", "ms; median (p95, max)", [("durable", "durable_ns", "spread"), ("beyond a plain fsync", "durable_beyond_sync_ns", "spread"), ("plain write of the same", "plain_ns", "spread"),
-                                             ("its fsync", "plain_sync_ns", "spread"), ("pages saved", "saved_pages", "median"), ("layer to dirty bytes", "layer_ratio", "median"),
-                                             ("all to dirty bytes", "io_ratio", "median")])],
-    "disk": [("", "ms; median (p95, max)", [("durable", "durable_ns", "spread"), ("plain O_DIRECT writer", "plain_ns", "spread"), ("share, %", "plain_share", "spread"),
-                                            ("written, MiB", "written_bytes", "median"), ("plain, MiB/s", "plain_bytes_per_s", "median")])],
-    "peers": [("", "ms; median (p95, max)", [("longest gap", "gap_ns", "spread"), ("whole save", "durable_ns", "median"), ("written, MiB", "written_bytes", "median"),
-                                             ("writes/s before", "before_writes_per_s", "median"), ("during", "during_writes_per_s", "median"), ("after", "after_writes_per_s", "median")])],
-    "floor": [("", "ms; median (p95, max)", [("floor", "floor_ns", "spread"), ("kick", "kick_ns", "spread"), ("state", "ioctls_ns", "spread"), ("pause, idle", "pause_ns", "spread"),
-                                             ("pause command", "noop_pause_ns", "median"), ("resume command", "noop_resume_ns", "median"), ("the guest's gap of both", "noop_gap_ns", "median")])],
-    "restore": [("", "ms; median (p95, max)", [("to the first progress", "progress_ns", "spread"), ("writes/s in the half second after", "first_half_second_writes_per_s", "median")])],
-    "reverts": [("", "ms; median (p95, max)", [("revert", "revert_ns", "spread"), ("as the client sees it", "client_ns", "spread"), ("pages put back", "restored_pages", "median"),
-                                               ("back to back, a second", "back_to_back_per_s", "median"), ("pages of these", "back_to_back_pages", "median")])],
-    "depth": [("", "ms; median (p95, max)", [("start", "progress_ns", "spread"), ("revert", "revert_ns", "spread"), ("pages put back", "restored_pages", "median")])],
-    "clones": [("", "MiB; median (p95, max)", [("VMs", "vms", "median"), ("Pss", "pss_bytes", "spread"), ("private", "private_bytes", "spread"), ("the guest wrote", "guest_wrote_bytes", "median"),
-                                               ("beyond that", "beyond_writes_bytes", "spread"), ("free memory fell by", "host_each_bytes", "median")])],
-    "every": [("", "ms; median", [("a second", "checkpoints_per_s", "median"), ("seconds", "seconds", "median"), ("longest gap", "gap_ns", "median"), ("gaps over 1 ms", "gaps_over_1ms", "median"),
-                                  ("guest's speed, %", "speed_share", "median"), ("kept", "kept", "median"), ("store, MiB, at most", "store_bytes", "max")])],
-    "boot": [("", "ms, MiB; median (p95, max)", [("boot, ms", "boot_ns", "spread"), ("resident beyond the guest, idle", "resident_idle_bytes", "spread"),
-                                                 ("after a checkpoint", "resident_after_checkpoint_bytes", "spread")])],
+    "arming": [
+        ("", "ms; median (p95, max)", [("longest gap ahead of the pause", "gap_ns", "spread"), ("at rest", "gap_at_rest_ns", "spread")]),
+    ],
+    "nth": [
+        ("", "ms; median (p95, max)", [("pause", "pause_ns", "spread"), ("longest gap", "gap_ns", "spread"),
+         ("to captured", "captured_ns", "median"), ("to durable", "durable_ns", "median"), ("pages saved", "saved_pages", "median")]),
+    ],
+    "incremental": [
+        ("", "ms; median (p95, max)", [("pause", "pause_ns", "spread"), ("to captured", "captured_ns", "spread"),
+         ("to durable", "durable_ns", "spread"), ("pages saved", "saved_pages", "median"), ("reached, a second", "checkpoints_per_s", "median"),
+         ("longest gap", "series_gap_ns", "median"), ("guest's speed, %", "speed_share", "median")]),
+    ],
+    "small": [
+        ("", "ms; median (p95, max)", [("durable", "durable_ns", "spread"), ("beyond a plain fsync", "durable_beyond_sync_ns", "spread"),
+         ("plain write of the same", "plain_ns", "spread"), ("its fsync", "plain_sync_ns", "spread"), ("pages saved", "saved_pages", "median"),
+         ("layer to dirty bytes", "layer_ratio", "median"), ("all to dirty bytes", "io_ratio", "median")]),
+    ],
+    "disk": [
+        ("", "ms; median (p95, max)", [("durable", "durable_ns", "spread"), ("plain O_DIRECT writer", "plain_ns", "spread"),
+         ("share, %", "plain_share", "spread"), ("written, MiB", "written_bytes", "median"), ("plain, MiB/s", "plain_bytes_per_s", "median")]),
+    ],
+    "peers": [
+        ("", "ms; median (p95, max)", [("longest gap", "gap_ns", "spread"), ("whole save", "durable_ns", "median"),
+         ("written, MiB", "written_bytes", "median"), ("writes/s before", "before_writes_per_s", "median"),
+         ("during", "during_writes_per_s", "median"), ("after", "after_writes_per_s", "median")]),
+    ],
+    "floor": [
+        ("", "ms; median (p95, max)", [("floor", "floor_ns", "spread"), ("kick", "kick_ns", "spread"), ("state", "ioctls_ns", "spread"),
+         ("pause, idle", "pause_ns", "spread"), ("pause command", "noop_pause_ns", "median"), ("resume command", "noop_resume_ns", "median"),
+         ("the guest's gap of both", "noop_gap_ns", "median")]),
+    ],
+    "restore": [
+        ("", "ms; median (p95, max)", [("to the first progress", "progress_ns", "spread"),
+         ("writes/s in the half second after", "first_half_second_writes_per_s", "median")]),
+    ],
+    "reverts": [
+        ("", "ms; median (p95, max)", [("revert", "revert_ns", "spread"), ("as the client sees it", "client_ns", "spread"),
+         ("pages put back", "restored_pages", "median"), ("back to back, a second", "back_to_back_per_s", "median"),
+         ("pages of these", "back_to_back_pages", "median")]),
+    ],
+    "depth": [
+        ("", "ms; median (p95, max)", [("start", "progress_ns", "spread"), ("revert", "revert_ns", "spread"),
+         ("pages put back", "restored_pages", "median")]),
+    ],
+    "clones": [
+        ("", "MiB; median (p95, max)", [("VMs", "vms", "median"), ("Pss", "pss_bytes", "spread"), ("private", "private_bytes", "spread"),
+         ("the guest wrote", "guest_wrote_bytes", "median"), ("beyond that", "beyond_writes_bytes", "spread"),
+         ("free memory fell by", "host_each_bytes", "median")]),
+    ],
+    "every": [
+        ("", "ms; median", [("a second", "checkpoints_per_s", "median"), ("seconds", "seconds", "median"), ("longest gap", "gap_ns", "median"),
+         ("gaps over 1 ms", "gaps_over_1ms", "median"), ("guest's speed, %", "speed_share", "median"), ("kept", "kept", "median"),
+         ("store, MiB, at most", "store_bytes", "max")]),
+    ],
+    "boot": [
+        ("", "ms, MiB; median (p95, max)", [("boot, ms", "boot_ns", "spread"), ("resident beyond the guest, idle", "resident_idle_bytes", "spread"),
+         ("after a checkpoint", "resident_after_checkpoint_bytes", "spread")]),
+    ],
 }
 
 
@@ -116,7 +148,7 @@ def comparison(results, one, other):
         for name in COMPARED:
             if pair and record.has(name) and pair.has(name):
                 new, old = record.figure(name), pair.figure(name)
-                rows.append([record.part, targets.case_text(record), f"{name.rsplit('_', 1)[0]}, {unit_of(name)[1]}".rstrip(", "),
+                rows.append([record.part, targets.case_text(record), label_of(name),
                              significant(new / unit_of(name)[0]), significant(old / unit_of(name)[0]), f"{new / old:.2f}" if old else ""])
     return table(["part", "case", "figure", one, other, f"{one} / {other}"], rows) if rows else ""
 

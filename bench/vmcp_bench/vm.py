@@ -19,6 +19,7 @@ from guest_console import ConsoleError, GuestConsole  # noqa: E402, F401
 
 CHECK_SECONDS = 900
 FILL_SECONDS = 900
+ANSWER_SECONDS = 900  # a save of 8 GiB on a slow disk takes long, but not that long
 
 
 class NotInThisBuild(Exception):
@@ -63,6 +64,7 @@ class Control:
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(ANSWER_SECONDS)
         folder = os.open(os.path.dirname(path), os.O_PATH)
         try:  # a socket's own path may be too long
             self.socket.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
@@ -78,7 +80,10 @@ class Control:
 
     def receive(self):
         while True:
-            line = self.lines.readline()
+            try:
+                line = self.lines.readline()
+            except TimeoutError as error:
+                raise CommandFailed(self.method, f"no answer within {ANSWER_SECONDS} s") from error
             if not line:
                 raise CommandFailed(self.method, "the VM's process is gone")
             answer = json.loads(line)

@@ -9,7 +9,6 @@ from ..vm import VmcpGuest
 NAME = "clones"
 TITLE = "50 VMs from one checkpoint of 512 MiB"
 COUNT = 50
-SIZE = "512M"
 # One page after the other, so that as many pages are written as the guest counts writes.
 LOAD = "set=256M mode=seq rate=2000"
 RUN_SECONDS = 0.3
@@ -17,6 +16,10 @@ RUN_SECONDS = 0.3
 
 def count_of(args):
     return 3 if args.smoke else COUNT
+
+
+def size_of(args):
+    return "64M" if args.smoke else "512M"
 
 
 def seconds(plan):
@@ -29,7 +32,7 @@ def writes_of(guest):
 
 def save(context, build):
     """Taken while the guest's work stands still, so that it is known what every clone begins with."""
-    guest = VmcpGuest.boot(build, context.new_folder("origin"), SIZE, LOAD, context.args.shield)
+    guest = VmcpGuest.boot(build, context.new_folder("origin"), size_of(context.args), LOAD, context.args.shield)
     try:
         guest.tiny.ask("pause", "ok")
         writes = writes_of(guest)
@@ -63,7 +66,7 @@ def run(context):
         with context.guests():
             store, checkpoint, writes = save(context, build)
             clones, each = start_some(context, build, store, checkpoint)
-            record = context.results.record(NAME, build.label, size=SIZE)
+            record = context.results.record(NAME, build.label, size=size_of(context.args))
             for clone in clones:
                 memory = host.memory_of(clone.pid)
                 own = memory["Private_Dirty"] + memory["Private_Clean"] + memory["VmPTE"]

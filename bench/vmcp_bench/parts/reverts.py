@@ -7,6 +7,7 @@ from ..figures import significant
 NAME = "reverts"
 TITLE = "reverts in place"
 PAGES = (16, 256, 4096)
+TURNS = 5  # in which the samples of one case are taken, so that builds take turns
 FAULT_SECONDS = 60e-6  # what a guest may need for the first write to a page, about
 
 
@@ -43,30 +44,48 @@ def find_wait(guest, checkpoint, pages):
     raise RuntimeError(f"the guest does not write {pages} pages in {wait:.1f} s after a revert")
 
 
+class Subject:
+    """A guest at its checkpoint, and how long it needs to write all of its pages."""
+
+    def __init__(self, context, build, size, pages):
+        # All of so small a set is written over and over, one page after the other.
+        self.guest = context.boot(build, size, f"set={pages * 4}K mode=seq")
+        self.record = context.results.record(NAME, build.label, size=size, pages=pages)
+        self.guest.go()
+        self.checkpoint = self.guest.checkpoint()["id"]
+        self.wait = find_wait(self.guest, self.checkpoint, pages)
+        self.guest.hold()
+
+    def sample(self, count):
+        self.guest.go()
+        for took, revert_ns, restored in revert_all(self.guest, self.checkpoint, count, self.wait):
+            self.record.add(client_ns=took, revert_ns=revert_ns, restored_pages=restored)
+        began = time.monotonic()
+        told = revert_all(self.guest, self.checkpoint, count, 0)
+        self.record.add(back_to_back_per_s=count / (time.monotonic() - began))
+        for _, _, restored in told:
+            self.record.add(back_to_back_pages=restored)
+        self.guest.hold()
+
+    def check(self, context):
+        self.guest.go()
+        self.guest.tiny.console.send_line("")  # ends what may be half a command
+        self.guest.tiny.epoch(1)
+        context.check(self.guest)
+
+
 def run(context):
     size = context.nearest_size("1G")
-    guests = {}
     for pages in PAGES:
-        for build in context.builds:
-            # All of so small a set is written over and over, one page after the other.
-            guests[pages, build] = context.boot(build, size, f"set={pages * 4}K mode=seq")
-    for (pages, build), guest in guests.items():
-        record = context.results.record(NAME, build.label, size=size, pages=pages)
-        context.quiet(guest.pid)
-        guest.go()
-        checkpoint = guest.checkpoint()["id"]
-        wait = find_wait(guest, checkpoint, pages)
-        count = count_of(context.args, pages)
-        for took, revert_ns, restored in revert_all(guest, checkpoint, count, wait):
-            record.add(client_ns=took, revert_ns=revert_ns, restored_pages=restored)
-        began = time.monotonic()
-        told = revert_all(guest, checkpoint, count, 0)
-        record.add(back_to_back_per_s=count / (time.monotonic() - began))
-        for _, _, restored in told:
-            record.add(back_to_back_pages=restored)
-        guest.tiny.console.send_line("")  # ends what may be half a command
-        guest.tiny.epoch(1)
-        guest.hold()
-        context.say(f"{pages} pages {build.label}: {significant(record.figure('revert_ns') / 1e6)} ms, {record.figure('back_to_back_per_s'):.0f} a second "
-                    f"of {record.figure('back_to_back_pages'):.0f} pages back to back")
-        context.check(guest)
+        with context.guests():
+            subjects = [Subject(context, build, size, pages) for build in context.builds]
+            turns = min(TURNS, count_of(context.args, pages))
+            for _ in range(turns):
+                for subject in subjects:
+                    context.quiet(subject.guest.pid)
+                    subject.sample(-(-count_of(context.args, pages) // turns))
+            for subject in subjects:
+                record = subject.record
+                context.say(f"{pages} pages {record.engine}: {significant(record.figure('revert_ns') / 1e6)} ms, {record.figure('back_to_back_per_s'):.0f} a "
+                            f"second of {record.figure('back_to_back_pages'):.0f} pages back to back")
+                subject.check(context)
