@@ -168,6 +168,46 @@ static void probe_memory(struct host *host)
 	host->thp_shmem = line[0] != '\0' && strstr(line, "[never]") == NULL && strstr(line, "[deny]") == NULL;
 }
 
+/* A number in a file of a control group; `missing` where there is none ("max", or no such file). */
+static uint64_t read_group_number(const char *group, const char *name, uint64_t missing)
+{
+	char path[512], line[64];
+	snprintf(path, sizeof(path), "/sys/fs/cgroup%s/%s", group, name);
+	read_line(path, line, sizeof(line));
+	return line[0] >= '0' && line[0] <= '9' ? strtoull(line, NULL, 10) : missing;
+}
+
+/* What the limits of the process's control group and of those above it leave. */
+static uint64_t left_by_groups(void)
+{
+	char line[256];
+	uint64_t left = UINT64_MAX;
+	read_line("/proc/self/cgroup", line, sizeof(line));
+	if (strncmp(line, "0::/", 4) != 0)
+		return left;
+	char *group = line + 3;
+	group[strcspn(group, "\n")] = '\0';
+	for (char *end; (end = strrchr(group, '/')) != NULL; *end = '\0') {
+		uint64_t limit = read_group_number(group, "memory.max", UINT64_MAX);
+		uint64_t used = limit == UINT64_MAX ? 0 : read_group_number(group, "memory.current", 0);
+		if (limit != UINT64_MAX)
+			left = min_u64(left, limit > used ? limit - used : 0);
+	}
+	return left;
+}
+
+uint64_t host_available_memory(void)
+{
+	char line[256];
+	unsigned long long kib = 0;
+	FILE *file = fopen("/proc/meminfo", "re");
+	while (file != NULL && fgets(line, sizeof(line), file) != NULL && sscanf(line, "MemAvailable: %llu kB", &kib) != 1)
+		;
+	if (file != NULL)
+		fclose(file);
+	return min_u64((uint64_t)kib * 1024, left_by_groups());
+}
+
 static unsigned count_cpus(void)
 {
 	cpu_set_t set;

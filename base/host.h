@@ -33,5 +33,8 @@ struct host {
 
 /* Fills *out; what cannot be found out is false or 0. Never fails as a whole. */
 void host_probe(struct host *out);
+/* Memory that can be had now without swapping: what the kernel calls available, or what is left to this process's control group (v2), if that is
+ * less. 0 if it cannot be found out. */
+uint64_t host_available_memory(void);
 
 #endif

@@ -15,6 +15,14 @@ Test(host, what_is_there_on_every_linux)
 	cr_assert_gt(strlen(host.kernel_release), 0);
 }
 
+Test(host, available_memory)
+{
+	struct host host;
+	host_probe(&host);
+	cr_assert_gt(host_available_memory(), 0);
+	cr_assert_lt(host_available_memory(), host.memory_bytes);
+}
+
 Test(host, what_is_missing_has_a_reason)
 {
 	struct host host;

@@ -25,6 +25,7 @@
 #include "base/component.h"
 #include "base/event.h"
 #include "checkpoint/memcow.h"
+#include "checkpoint/planner.h"
 #include "checkpoint/store/store.h"
 #include "cowdisk/overlay.h"
 #include "vmm/vm.h"
@@ -95,11 +96,16 @@ struct ckpt_result {
 	uint64_t captured_ns; /* request to captured */
 	uint64_t durable_ns;  /* request to durable; 0 while it is not */
 	uint64_t total_pages, saved_pages, zero_pages, parent_pages;
-	uint64_t cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, cow_fault_max_ns;
+	uint64_t cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, cow_fault_p999_ns, cow_fault_max_ns;
+	uint64_t throttled, throttled_ns; /* faults that waited for a buffer, and how long in all */
 	uint64_t written_bytes;
 	uint64_t armed_again_pages; /* settled in the pause: see memcow.h */
 	/* How memory was held, and "-all" if all of it was saved: docs/memory-cow.md. A constant. */
 	const char *plan;
+	struct planner_plan planned; /* the reason, and what was foreseen */
+	struct planner_costs costs;  /* that it was foreseen from */
+	uint64_t free_bytes;	     /* the host's, then */
+	uint64_t stage_ns, stage_passes; /* until the pause: holding memory */
 	uint32_t disk_count;
 	struct ckpt_disk_result disks[CKPT_MAX_DISKS];
 };

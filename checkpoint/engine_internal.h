@@ -10,6 +10,7 @@
 #include "checkpoint/index.h"
 #include "checkpoint/loader.h"
 #include "checkpoint/memcow.h"
+#include "checkpoint/planner.h"
 #include "checkpoint/restore.h"
 #include "checkpoint/state_set.h"
 #include "checkpoint/tracker.h"
@@ -48,6 +49,8 @@ struct ckpt_engine {
 	struct memcow *memcow;
 	struct loader *loader;	      /* of a VM that was started from a checkpoint, else NULL */
 	struct tracker *tracker;      /* its base, if it has one, is the position */
+	struct planner_costs costs;   /* measured so far */
+	bool staged_last;	      /* so what copying costs is known */
 	struct err live_error;	   /* why memory cannot be protected on this host; number 0 if it can */
 	struct state_set captured; /* the buffers of the pause */
 	/* owner: who consolidates */
@@ -96,6 +99,8 @@ struct take {
 	/* The parent's, if only what was written since is saved; else page_count is 0. */
 	struct page_index parent_index;
 	struct consolidated *consolidated; /* claimed from the engine */
+	struct planner_case plan_case;
+	struct planner_plan plan;
 	bool needs_written; /* the instant: what the tracker finds in the pause */
 	bool armed;    /* memcow must be abandoned */
 	bool switched; /* the disks stand on their overlays */

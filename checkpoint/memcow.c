@@ -28,9 +28,9 @@
 /* Protecting a page that is protected already costs nanoseconds, a call microseconds: runs are joined across gaps. */
 #define ARM_GAP_PAGES 64u
 /* In the pause a page is copied in 0.4 us, while a call to protect takes 2 us and more, and the guest's next write to
- * the page a fault besides: so what was written since arming is copied, up to this many pages; the rest is protected.
+ * the page a fault besides: so what was written since arming is copied, up to this many pages, a quarter of the buffers; the rest is protected.
  */
-#define INSTANT_COPY_PAGES 256u
+#define INSTANT_COPY_PAGES 4096u
 /* Of a scope that is not all memory, runs are joined across fewer pages than a block has: so each block that is protected
  * holds a page of the scope, and the sweeper comes by and releases it. */
 #define SCOPE_GAP_PAGES 32u
@@ -39,6 +39,7 @@
 
 static void free_memory(struct memcow *cow)
 {
+	pool_destroy(cow->kept);
 	page_set_free(&cow->dirty);
 	free((void *)cow->claimed);
 	free((void *)cow->zero);
@@ -174,19 +175,59 @@ static void reset_counters(struct memcow *cow)
 {
 	page_set_clear(&cow->dirty);
 	histogram_reset(&cow->latency);
-	cow->saved_pages = cow->zero_pages = cow->written_bytes = cow->throttled = cow->arm_faults = 0;
-	cow->armed_again_pages = cow->arm_ns = cow->arm_passes = 0;
+	cow->saved_pages = cow->zero_pages = cow->written_bytes = cow->throttled = cow->throttled_ns = cow->arm_faults = 0;
+	cow->armed_again_pages = cow->arm_ns = cow->arm_passes = cow->copied_pages = cow->copy_ns = 0;
+	cow->touched_pages = cow->touch_ns = 0;
 	cow->error = ERR_INIT;
 	cow->failed = false;
 	cow->writer_ready = cow->save = cow->stop = cow->writer_done = false;
 }
 
-static int create_pool(struct memcow *cow, struct pool **out, struct err *err)
+/* The last one's, if it fits. */
+static bool reuse_pool(struct memcow *cow, unsigned segments)
 {
-	if (cow->way != MEMCOW_STAGE)
-		return pool_create(POOL_SEGMENTS, cow->way == MEMCOW_PROTECT ? POOL_RESERVE : 0, out, err);
-	uint64_t pages = cow->scope_pages + cow->scope_pages / 4 + MEMCOW_STAGE_SPARE_PAGES;
-	return pool_create((unsigned)(pages / SEGMENT_PAGES + 1), 0, out, err);
+	struct pool *kept = cow->kept;
+	cow->kept = NULL;
+	if (kept && pool_segments(kept) >= segments && pool_segments(kept) / 4 <= segments) {
+		pool_reuse(kept, 0);
+		cow->pool = kept;
+		return true;
+	}
+	pool_destroy(kept);
+	return false;
+}
+
+static int create_pool(struct memcow *cow, uint64_t pages, struct err *err)
+{
+	unsigned segments = POOL_SEGMENTS, reserve = cow->way == MEMCOW_PROTECT ? POOL_RESERVE : 0;
+	if (cow->way == MEMCOW_STAGE && pages == 0)
+		pages = cow->scope_pages + cow->scope_pages / 4 + STAGE_SPARE_PAGES;
+	if (cow->way == MEMCOW_STAGE) {
+		segments = (unsigned)(pages / SEGMENT_PAGES + 1);
+		if (reuse_pool(cow, segments))
+			return 0;
+	} else if (cow->way == MEMCOW_SETTLE && pages / SEGMENT_PAGES > POOL_SEGMENTS) {
+		/* Passes to the file take turns with the usual number; the rest is for what is left in the end. */
+		reserve = (unsigned)(pages / SEGMENT_PAGES) - POOL_SEGMENTS;
+		segments += reserve;
+	}
+	return pool_create(segments, reserve, &cow->pool, err);
+}
+
+/* Of what is done, or given up. The threads are gone. Whoever stages again soon has the buffers at hand. */
+static void give_pool_up(struct memcow *cow, struct pool *pool, bool finished)
+{
+	uint64_t now_ns = clock_now_ns();
+	bool often = cow->finished_ns != 0 && now_ns - cow->finished_ns < KEEP_POOL_NS;
+	if (cow->way == MEMCOW_STAGE && finished) {
+		cow->finished_ns = now_ns;
+		if (often) {
+			pool_rest(pool);
+			cow->kept = pool;
+			return;
+		}
+	}
+	pool_destroy(pool);
 }
 
 /* Buffers, counters and threads of a checkpoint. memcow_abandon undoes it. */
@@ -200,8 +241,7 @@ static int begin(struct memcow *cow, const struct memcow_target *target, enum me
 	cow->staged = NULL;
 	cow->cancel = target->cancel;
 	cow->max_rate = target->max_rate;
-	struct pool *pool;
-	int r = create_pool(cow, &pool, err);
+	int r = create_pool(cow, target->buffer_pages, err);
 	if (r != 0)
 		return r;
 	cow->sums_bytes = round_up(cow->pages * 8, PAGE_BYTES);
@@ -211,14 +251,14 @@ static int begin(struct memcow *cow, const struct memcow_target *target, enum me
 		void *sums = mmap(NULL, cow->sums_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (sums == MAP_FAILED) {
 			r = err_sys(err, errno, "cannot allocate %zu bytes for page checksums", cow->sums_bytes);
-			pool_destroy(pool);
+			pool_destroy(cow->pool);
+			cow->pool = NULL;
 			return r;
 		}
 		cow->sums = sums;
 	}
 	cow->fd = target->fd;
 	cow->sums_fd = target->sums_fd;
-	cow->pool = pool;
 	/* Before anything is protected, until nothing is. The other ways do without: to them it is a write like any other. */
 	if (way == MEMCOW_PROTECT)
 		mem_hold_discards(cow->mem);
@@ -359,6 +399,8 @@ static int protect_scope(struct memcow *cow)
 	return page_set_take(&cow->dirty, run_gap(cow), protect_run_politely, cow, NULL);
 }
 
+uint64_t memcow_kept_pages(const struct memcow *cow) { return cow->kept ? (uint64_t)pool_segments(cow->kept) * SEGMENT_PAGES : 0; }
+
 bool memcow_can_protect(struct memcow *cow)
 {
 	pthread_mutex_lock(&cow->lock);
@@ -426,6 +468,12 @@ static uint8_t *stage_slot(struct memcow *cow, uint64_t page, struct err *err)
 		}
 		segment->next = cow->staged;
 		cow->staged = segment;
+		if (!segment->touched) {
+			uint64_t start_ns = clock_now_ns();
+			segment_touch(segment);
+			cow->touch_ns += clock_now_ns() - start_ns;
+			cow->touched_pages += SEGMENT_PAGES;
+		}
 	}
 	segment->entries[segment->count] = (struct segment_entry){.page = page, .slot = segment->count};
 	return segment->data + (size_t)segment->count++ * PAGE_BYTES;
@@ -505,7 +553,7 @@ static int settle_pages(struct memcow *cow, const struct page_words *pages, stru
 		for (uint64_t bits = pages->words[w]; bits && r == 0; bits &= bits - 1) {
 			uint64_t page = w * 64 + (unsigned)__builtin_ctzll(bits);
 			if (!segment)
-				segment = pool_get(cow->pool, true, NULL);
+				segment = pool_get(cow->pool, false, NULL);
 			if (!segment)
 				return first_error(cow, ECANCELED, "saving memory", err);
 			r = find_populated(cow, page, &at);
@@ -532,8 +580,16 @@ static int settle_pages(struct memcow *cow, const struct page_words *pages, stru
 
 static int copy_pages(struct memcow *cow, const struct page_words *pages, bool stage, struct err *err)
 {
-	uint64_t start_ns = clock_now_ns(), copied;
-	int r = stage ? stage_pages(cow, pages, true, &copied, err) : settle_pages(cow, pages, err);
+	uint64_t start_ns = clock_now_ns(), touched_ns = cow->touch_ns, copied;
+	int r;
+	if (stage) {
+		r = stage_pages(cow, pages, true, &copied, err);
+		cow->copied_pages += copied;
+		cow->copy_ns += clock_now_ns() - start_ns - (cow->touch_ns - touched_ns);
+		pool_touch_next(cow->pool, STAGE_READY_PAGES / SEGMENT_PAGES);
+	} else {
+		r = settle_pages(cow, pages, err);
+	}
 	cow->arm_passes++;
 	cow->arm_ns += clock_now_ns() - start_ns;
 	return r;
@@ -645,14 +701,14 @@ static void join_threads(struct memcow *cow)
 }
 
 /* The threads are gone, the phase is IDLE. */
-static void free_checkpoint(struct memcow *cow)
+static void free_checkpoint(struct memcow *cow, bool finished)
 {
 	struct pool *pool = cow->pool;
 	pthread_mutex_lock(&cow->done_lock);
 	cow->active = false;
 	cow->pool = NULL;
 	pthread_mutex_unlock(&cow->done_lock);
-	pool_destroy(pool);
+	give_pool_up(cow, pool, finished);
 	if (cow->sums)
 		munmap(cow->sums, cow->sums_bytes);
 	cow->sums = NULL;
@@ -701,7 +757,7 @@ int memcow_finish(struct memcow *cow, const volatile bool *cancel, struct err *e
 	pthread_mutex_lock(&cow->lock);
 	cow->phase = MEMCOW_IDLE;
 	pthread_mutex_unlock(&cow->lock);
-	free_checkpoint(cow);
+	free_checkpoint(cow, true);
 	return 0;
 }
 
@@ -737,7 +793,7 @@ void memcow_abandon(struct memcow *cow)
 	join_threads(cow);
 	if (cow->protecting)
 		release_all(cow);
-	free_checkpoint(cow);
+	free_checkpoint(cow, false);
 }
 
 void memcow_get_stats(struct memcow *cow, struct memcow_stats *out)
@@ -748,6 +804,10 @@ void memcow_get_stats(struct memcow *cow, struct memcow_stats *out)
 		.saved_pages = cow->saved_pages,
 		.zero_pages = cow->zero_pages,
 		.armed_again_pages = cow->armed_again_pages,
+		.copied_pages = cow->copied_pages,
+		.copy_ns = cow->copy_ns,
+		.touched_pages = cow->touched_pages,
+		.touch_ns = cow->touch_ns,
 		.arm_ns = cow->arm_ns,
 		.arm_passes = cow->arm_passes,
 		.arm_faults = cow->arm_faults,
@@ -757,6 +817,7 @@ void memcow_get_stats(struct memcow *cow, struct memcow_stats *out)
 		.cow_fault_p999_ns = histogram_percentile(&cow->latency, 999),
 		.cow_fault_max_ns = cow->latency.max,
 		.throttled = cow->throttled,
+		.throttled_ns = cow->throttled_ns,
 		.written_bytes = cow->written_bytes,
 	};
 }

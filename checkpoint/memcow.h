@@ -60,11 +60,15 @@ void memcow_set_processors(struct memcow *cow, const cpu_set_t *busy, bool share
 /* Whether memcow_arm can work: not without userfaultfd, nor after protection was given up for good. */
 bool memcow_can_protect(struct memcow *cow);
 
+/* For how many pages there are buffers already. */
+uint64_t memcow_kept_pages(const struct memcow *cow);
+
 struct memcow_target {
 	int fd;		       /* the layer file, written at natural offsets (page p at p * 4096) */
 	int sums_fd;	       /* empty: gets its page checksums (docs/format.md); -1 for none */
 	const uint64_t *scope; /* bitmap of the pages to save, copied; NULL: all */
 	uint64_t max_rate;     /* bytes a second to the file at most; 0: as fast as it goes */
+	uint64_t buffer_pages; /* stage and settle: how many copies there may be at a time; 0: a quarter more than the scope has, and 8 MiB */
 	const volatile bool *cancel; /* settle: turning true ends it with -ECANCELED; NULL: none */
 };
 
@@ -78,10 +82,9 @@ int memcow_arm(struct memcow *cow, const struct memcow_target *target, struct er
 int memcow_arm_stopped(struct memcow *cow, const struct memcow_target *target, struct err *err);
 /* Copies the scope, which must be given, while the VM runs. Fails without effect. */
 int memcow_stage(struct memcow *cow, const struct memcow_target *target, struct err *err);
-/* Copies the pages of `written`, those of the scope once more. -ENOBUFS if the buffers do not suffice: stage took a
- * quarter more than it needed and MEMCOW_STAGE_SPARE_PAGES. On failure the checkpoint must be abandoned. */
+/* Copies the pages of `written`, those of the scope once more. -ENOBUFS if the buffers do not suffice. On failure the checkpoint
+ * must be abandoned. */
 int memcow_stage_more(struct memcow *cow, const struct page_words *written, struct err *err);
-#define MEMCOW_STAGE_SPARE_PAGES 2048u
 /* Writes the scope to the file, while the VM runs; returns when all is written. The VM's writes are being logged already.
  * Fails without effect. */
 int memcow_settle(struct memcow *cow, const struct memcow_target *target, struct err *err);
@@ -103,10 +106,12 @@ void memcow_abandon(struct memcow *cow);
 struct memcow_stats {
 	uint64_t total_pages, scope_pages, saved_pages, zero_pages; /* saved + zero = scope when finished */
 	uint64_t armed_again_pages; /* settled in the pause: written after arming or staging, copied or armed again */
+	uint64_t copied_pages, copy_ns;	  /* staged while the VM runs, breaks for others included */
+	uint64_t touched_pages, touch_ns; /* of them, memory had for the first time: not in copy_ns */
 	uint64_t arm_ns, arm_passes, arm_faults; /* arm_faults: writes that met the protection before the instant */
 	uint64_t cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, cow_fault_p999_ns,
 		cow_fault_max_ns; /* fault seen by the handler to release */
-	uint64_t throttled;	  /* faults that waited for a buffer */
+	uint64_t throttled, throttled_ns; /* faults that waited for a buffer, and how long in all */
 	uint64_t written_bytes;
 };
 void memcow_get_stats(struct memcow *cow, struct memcow_stats *out);

@@ -57,9 +57,12 @@ static struct segment *segment_with_room(struct memcow *cow)
 	}
 	if (!segment) {
 		bool waited;
+		uint64_t start_ns = clock_now_ns();
 		segment = pool_get(cow->pool, true, &waited);
-		if (waited)
+		if (waited) {
 			atomic_fetch_add_explicit(&cow->throttled, 1, memory_order_relaxed);
+			atomic_fetch_add_explicit(&cow->throttled_ns, clock_now_ns() - start_ns, memory_order_relaxed);
+		}
 	}
 	cow->fault_segment = segment;
 	return segment;

@@ -15,6 +15,11 @@
  * while the disk stalls for half a second. Mapped while a checkpoint is under way only. */
 #define POOL_SEGMENTS 256u
 #define POOL_RESERVE  128u
+/* Staging: copies beyond the scope's where nothing is said, and how many are ready for the pause at any time. */
+#define STAGE_SPARE_PAGES 2048u
+#define STAGE_READY_PAGES 1024u
+/* Checkpoints that stage and come this often keep their buffers: making some for 10,000 pages takes as long as copying as many. */
+#define KEEP_POOL_NS 2000000000u
 
 enum memcow_phase {
 	MEMCOW_IDLE,	 /* a fault is released: no checkpoint, or one that failed */
@@ -73,6 +78,8 @@ struct memcow {
 	struct segment *staged; /* newest first; the sweeper's from memcow_save on */
 	int fd, sums_fd;
 	struct pool *pool;
+	struct pool *kept;    /* between checkpoints that stage, or NULL */
+	uint64_t finished_ns; /* the last one that was staged */
 	uint64_t *sums; /* owner: writer */
 	size_t sums_bytes;
 	pthread_t sweeper, writer;
@@ -92,8 +99,9 @@ struct memcow {
 	atomic_bool failed;
 
 	/* counters: any thread */
-	_Atomic uint64_t saved_pages, zero_pages, written_bytes, throttled, arm_faults;
-	_Atomic uint64_t scope_pages, armed_again_pages, arm_ns, arm_passes; /* written by the engine's thread */
+	_Atomic uint64_t saved_pages, zero_pages, written_bytes, throttled, throttled_ns, arm_faults;
+	_Atomic uint64_t scope_pages, armed_again_pages, arm_ns, arm_passes, copied_pages, copy_ns,
+		touched_pages, touch_ns; /* written by the engine's thread */
 	struct histogram latency;
 };
 

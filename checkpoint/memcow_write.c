@@ -365,7 +365,9 @@ void *memcow_writer_main(void *opaque)
 	struct writer w = {.cow = cow};
 	pthread_setname_np(pthread_self(), "vmcp-write");
 	priority_background();
-	pool_populate(cow->pool);
+	/* What is staged is copied by who waits for this thread, which has little weight: it touches its buffers itself. */
+	if (cow->way != MEMCOW_STAGE)
+		pool_populate(cow->pool, POOL_SEGMENTS);
 	w.ring_ok = io_uring_queue_init(QUEUE_DEPTH, &w.ring, 0) == 0;
 	set_direct(&w, true);
 	if (reserve_space(&w, &w.err) != 0)

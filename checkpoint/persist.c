@@ -12,6 +12,8 @@
 #include "base/log.h"
 #include "checkpoint/engine_internal.h"
 
+#define RATE_MIN_BYTES (4u << 20)
+
 static void unpark(struct take *take)
 {
 	if (take->parked)
@@ -34,6 +36,7 @@ static int save_memory(struct take *take, struct err *err)
 	struct ckpt_engine *engine = take->engine;
 	struct ckpt_result *result = &take->result;
 	struct memcow_stats stats;
+	uint64_t start_ns = clock_now_ns();
 	engine_set_phase(engine, "memory");
 	memcow_save(engine->memcow);
 	int r = memcow_finish(engine->memcow, &engine->cancel, err);
@@ -49,13 +52,21 @@ static int save_memory(struct take *take, struct err *err)
 	result->cow_faults = stats.cow_faults;
 	result->cow_fault_p50_ns = stats.cow_fault_p50_ns;
 	result->cow_fault_p99_ns = stats.cow_fault_p99_ns;
+	result->cow_fault_p999_ns = stats.cow_fault_p999_ns;
 	result->cow_fault_max_ns = stats.cow_fault_max_ns;
+	result->throttled = stats.throttled;
+	result->throttled_ns = stats.throttled_ns;
 	result->written_bytes = stats.written_bytes;
 	r = fault_check(FAULT_TAKE_MEMORY_SAVED, err);
 	if (r != 0)
 		return r;
 	if (fsync(take->fd) != 0 || fsync(take->sums_fd) != 0)
 		return err_sys(err, errno, "memory layer: fsync");
+	/* For the planner: a few pages, or a limited rate, say nothing about what the disk can do. */
+	if (take->max_rate == 0 && stats.written_bytes >= RATE_MIN_BYTES)
+		planner_note_rate(&engine->costs.saved_bytes_per_s, (double)stats.written_bytes * 1e9 / (double)(clock_now_ns() - start_ns));
+	if (stats.cow_faults > 0)
+		planner_note(&engine->costs.fault_ns, (double)stats.cow_fault_p50_ns);
 	return 0;
 }
 

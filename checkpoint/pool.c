@@ -62,20 +62,50 @@ void pool_destroy(struct pool *pool)
 	free(pool);
 }
 
-void pool_populate(struct pool *pool)
+void pool_reuse(struct pool *pool, unsigned reserve)
 {
+	pool->reserve = reserve;
+	pool->closed = pool->failed = false;
+	for (unsigned i = 0; i < pool->segment_count; i++)
+		pool->segments[i].touched = false;
+}
+
+void pool_rest(struct pool *pool) { madvise(pool->memory, pool->memory_bytes, MADV_FREE); }
+
+unsigned pool_segments(const struct pool *pool) { return pool->segment_count; }
+
+void segment_touch(struct segment *segment)
+{
+	if (segment->touched)
+		return;
+	for (size_t at = 0; at < SEGMENT_BYTES; at += 4096)
+		((volatile uint8_t *)segment->data)[at] = 0;
+	segment->touched = true;
+}
+
+void pool_touch_next(struct pool *pool, unsigned segments)
+{
+	pthread_mutex_lock(&pool->lock);
+	for (struct segment *segment = pool->free; segment && segments-- > 0; segment = segment->next)
+		segment_touch(segment);
+	pthread_mutex_unlock(&pool->lock);
+}
+
+void pool_populate(struct pool *pool, unsigned segments)
+{
+	size_t bytes = (size_t)(segments < pool->segment_count ? segments : pool->segment_count) * SEGMENT_BYTES;
 	/* The segments' own structs are touched by use: xcalloc of small blocks, and only the lists above need them
 	 * early. */
 #ifdef MADV_POPULATE_WRITE
 	/* In steps: the call holds the lock of the address space all the while, so a thread that maps something waits
 	 * for it, and behind that thread every vCPU that faults. */
 	size_t done = 0;
-	while (done < pool->memory_bytes && madvise(pool->memory + done, SEGMENT_BYTES, MADV_POPULATE_WRITE) == 0)
+	while (done < bytes && madvise(pool->memory + done, SEGMENT_BYTES, MADV_POPULATE_WRITE) == 0)
 		done += SEGMENT_BYTES;
-	if (done == pool->memory_bytes)
+	if (done == bytes)
 		return;
 #endif
-	for (size_t at = 0; at < pool->memory_bytes; at += 4096)
+	for (size_t at = 0; at < bytes; at += 4096)
 		((volatile uint8_t *)pool->memory)[at] = 0;
 }
 

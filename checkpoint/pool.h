@@ -4,7 +4,8 @@
  *     free --pool_get--> filled by its owner --pool_push--> ready --pool_pop--> being written --pool_put--> free
  *
  * A segment is 64 pages of page-aligned memory with a list of what is in it. The last `reserve` free segments are kept
- * for the fault thread, so that the sweeper cannot make a fault wait. All is allocated by pool_create; nothing later.
+ * for the fault thread, so that the sweeper cannot make a fault wait, or for what is left when passes end. All is allocated by pool_create;
+ * nothing later.
  */
 #ifndef VMCP_CHECKPOINT_POOL_H
 #define VMCP_CHECKPOINT_POOL_H
@@ -30,6 +31,7 @@ struct segment {
 	uint8_t *data; /* immutable: SEGMENT_BYTES */
 	struct segment *next;
 	uint32_t count;		  /* entries used */
+	bool touched;		  /* owner: who holds it; free: the pool */
 	uint32_t writes, pending; /* owner: writer */
 	struct segment_entry {
 		uint64_t page; /* of the memory and of the file */
@@ -44,10 +46,18 @@ struct pool;
 int pool_create(unsigned segments, unsigned reserve, struct pool **out, struct err *err);
 /* Nobody uses it any more. NULL is allowed. */
 void pool_destroy(struct pool *pool);
-/* Touches all memory, so that no later use of it faults. */
-void pool_populate(struct pool *pool);
+/* Makes one that was used whole again, for another checkpoint: all segments are free. */
+void pool_reuse(struct pool *pool, unsigned reserve);
+/* Until then the kernel may have its memory, should it need it. All segments are free. */
+void pool_rest(struct pool *pool);
+unsigned pool_segments(const struct pool *pool);
+/* Touches the memory of the first `segments`, those that are given out first, so that no later use of it faults. Before first use. */
+void pool_populate(struct pool *pool, unsigned segments);
+/* The same for the next `segments` that will be given out, and for one segment. */
+void pool_touch_next(struct pool *pool, unsigned segments);
+void segment_touch(struct segment *segment);
 
-/* An empty segment; waits for one. `may_use_reserve`: the fault thread. *waited (may be NULL) tells whether it had to.
+/* An empty segment; waits for one. `may_use_reserve`: who must not wait for long. *waited (may be NULL) tells whether it had to.
  * NULL once the pool failed. */
 struct segment *pool_get(struct pool *pool, bool may_use_reserve, bool *waited);
 /* The same without waiting: NULL also if there is none. */

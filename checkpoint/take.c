@@ -177,6 +177,8 @@ static void fill_captured(struct take *take)
 	memcow_get_stats(take->engine->memcow, &stats);
 	result->total_pages = stats.total_pages;
 	result->armed_again_pages = stats.armed_again_pages;
+	result->stage_ns = stats.arm_ns;
+	result->stage_passes = stats.arm_passes;
 	result->disk_count = take->disk_count;
 	for (unsigned i = 0; i < take->disk_count; i++) {
 		struct ckpt_disk_result *disk = &result->disks[i];

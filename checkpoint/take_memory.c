@@ -4,20 +4,19 @@
 #include <errno.h>
 
 #include "base/bytes.h"
+#include "base/clock.h"
+#include "base/host.h"
 #include "base/log.h"
 #include "checkpoint/engine_internal.h"
 
-/* What is staged must fit into memory beside the guest's: at most 128 MiB, and an eighth of the guest's. */
-#define STAGE_MAX_PAGES 32768u
-#define STAGE_MAX_PART	8u
-/* Staging goes on until so few pages were written meanwhile: about what the guest writes in the time that a pass takes at least, and
- * what the pause has time to copy. */
-#define STAGE_ENOUGH_PAGES 128u
-#define STAGE_MAX_PASSES   6u
+#define STAGE_MAX_PASSES 8u
+#define RATE_MIN_NS	 300000u
+/* Of passes that bring a quarter less each there is no use: docs/memory-cow.md. */
+#define PASS_NO_USE(count, before) ((count) > (before) / 4 * 3)
 /* Passes over memory that is written to the file under the running guest go on until so little is left that it is staged, or until
  * they bring less and less, and what is left still fits into the buffers. */
 #define SETTLE_ENOUGH_PAGES 2048u
-#define SETTLE_MOST_PAGES   8192u
+#define SETTLE_MOST_PAGES   16384u /* there are always buffers for */
 #define SETTLE_MAX_PASSES   12u
 
 /* True if this checkpoint can do with what was written since the parent. */
@@ -41,18 +40,19 @@ static bool load_parent(struct take *take)
 
 typedef int begin_fn(struct memcow *cow, const struct memcow_target *target, struct err *err);
 
-/* Begins to hold memory in one of the ways; `plan` is its name, `plan_all` that for all memory. */
-static int begin(struct take *take, begin_fn *fn, const char *plan, const char *plan_all, struct err *err)
+/* Begins to hold memory as planned. */
+static int begin(struct take *take, begin_fn *fn, struct err *err)
 {
-	bool incremental = take->parent_index.page_count != 0;
+	bool incremental = take->plan_case.incremental;
 	struct memcow_target target = {
 		.fd = take->fd,
 		.sums_fd = take->sums_fd,
 		.scope = incremental ? tracker_since(take->engine->tracker) : NULL,
 		.max_rate = take->max_rate,
+		.buffer_pages = take->plan.buffer_pages,
 		.cancel = &take->engine->cancel,
 	};
-	take->result.plan = incremental ? plan : plan_all;
+	take->result.plan = planner_name(take->plan.way, incremental);
 	/* Of what is saved whole, and protected or standing still, it need not be known. */
 	take->needs_written = incremental || fn == memcow_settle;
 	int r = fn(take->engine->memcow, &target, err);
@@ -60,12 +60,29 @@ static int begin(struct take *take, begin_fn *fn, const char *plan, const char *
 	return r;
 }
 
-/* What was written since the last harvest. Cancelling is looked at. */
+/* What was staged so far, since the last time. */
+static void note_copies(struct take *take, struct memcow_stats *before)
+{
+	struct memcow_stats now;
+	memcow_get_stats(take->engine->memcow, &now);
+	planner_note_pages(&take->engine->costs.copy_page_ns, (double)(now.copy_ns - before->copy_ns), now.copied_pages - before->copied_pages);
+	planner_note_pages(&take->engine->costs.touch_page_ns, (double)(now.touch_ns - before->touch_ns), now.touched_pages - before->touched_pages);
+	*before = now;
+}
+
+/* What was written since the last harvest. */
 static int harvest(struct take *take, uint64_t *count, struct err *err)
 {
-	int r = engine_check_cancel(take->engine, err);
+	struct tracker *tracker = take->engine->tracker;
+	struct planner_costs *costs = &take->engine->costs;
 	*count = 0;
-	return r == 0 ? tracker_harvest(take->engine->tracker, count, err) : r;
+	int r = tracker_harvest(tracker, count, err);
+	if (r != 0)
+		return r;
+	struct tracker_timing timing = tracker_timing(tracker);
+	planner_note(&costs->log_read_ns, (double)timing.read_ns);
+	planner_note_pages(&costs->log_page_ns, (double)timing.log_ns, *count);
+	return 0;
 }
 
 static int stage_fresh(struct ckpt_engine *engine, struct err *err)
@@ -78,33 +95,54 @@ static int stage_fresh(struct ckpt_engine *engine, struct err *err)
 static int stage_rest(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
-	uint64_t before = UINT64_MAX, count = 0;
+	struct memcow_stats stats;
+	uint64_t before = UINT64_MAX, count = 0, since_ns = tracker_timing(engine->tracker).at_ns;
 	int r = 0;
+	memcow_get_stats(engine->memcow, &stats);
 	for (unsigned pass = 1; pass < STAGE_MAX_PASSES && r == 0; pass++) {
-		r = harvest(take, &count, err);
+		r = engine_check_cancel(engine, err);
 		if (r == 0)
-			r = stage_fresh(engine, err);
-		if (count <= STAGE_ENOUGH_PAGES || count >= before)
+			r = harvest(take, &count, err);
+		if (r != 0)
+			break;
+		uint64_t at_ns = tracker_timing(engine->tracker).at_ns;
+		if (pass == 1) /* a pass of more than a few pages */
+			planner_note_rate(&engine->costs.written_pages_per_s, (double)count * 1e9 / (double)(at_ns - since_ns));
+		since_ns = at_ns;
+		r = stage_fresh(engine, err);
+		note_copies(take, &stats);
+		if (count <= take->plan.enough_pages || (count <= take->plan.most_left_pages && PASS_NO_USE(count, before)))
 			break;
 		before = count;
 	}
+	if (r == 0 && count > take->plan.most_left_pages)
+		return err_set(err, ERR_FAILED, ENOBUFS, "the guest writes its memory faster than it is copied");
 	return r;
 }
 
 static int stage_memory(struct take *take, struct err *err)
 {
-	int r = begin(take, memcow_stage, "stage", NULL, err); /* never all memory */
-	return r == 0 ? stage_rest(take, err) : r;
+	struct memcow_stats none = {0};
+	int r = begin(take, memcow_stage, err);
+	if (r != 0)
+		return r;
+	note_copies(take, &none);
+	take->engine->staged_last = true;
+	return stage_rest(take, err);
 }
 
 static int settle_memory(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
-	uint64_t before = UINT64_MAX, count = 0;
-	int r = begin(take, memcow_settle, "settle", "settle-all", err);
+	uint64_t before = UINT64_MAX, count = 0, room = max_u64(take->plan.buffer_pages, SETTLE_MOST_PAGES) / 2;
+	int r = begin(take, memcow_settle, err);
 	for (unsigned pass = 1; r == 0; pass++) {
-		r = harvest(take, &count, err);
-		if (r != 0 || count <= SETTLE_ENOUGH_PAGES || (count <= SETTLE_MOST_PAGES && count > before / 2))
+		r = engine_check_cancel(engine, err);
+		if (r == 0)
+			r = harvest(take, &count, err);
+		if (r != 0 || count <= SETTLE_ENOUGH_PAGES || (count <= room && PASS_NO_USE(count, before)))
+			break;
+		if (pass == SETTLE_MAX_PASSES && count <= room)
 			break;
 		if (pass == SETTLE_MAX_PASSES) {
 			err_set(err, ERR_FAILED, EAGAIN, "the guest writes its memory faster than it can be saved");
@@ -120,6 +158,18 @@ static int settle_memory(struct take *take, struct err *err)
 	return r == 0 ? stage_rest(take, err) : r;
 }
 
+static int protect_memory(struct take *take, struct err *err)
+{
+	struct memcow_stats stats;
+	int r = begin(take, memcow_arm, err);
+	if (r != 0)
+		return r;
+	memcow_get_stats(take->engine->memcow, &stats);
+	if (take->plan_case.incremental) /* of all memory many are protected with one call */
+		planner_note_pages(&take->engine->costs.protect_page_ns, (double)stats.arm_ns, stats.scope_pages);
+	return 0;
+}
+
 /* Neither way to follow the guest's writes. */
 static int cannot_be_live(const struct take *take, struct err *err)
 {
@@ -133,44 +183,83 @@ static int cannot_be_live(const struct take *take, struct err *err)
 	return -ENOTSUP;
 }
 
+static int carry_out(struct take *take, struct err *err)
+{
+	struct ckpt_engine *engine = take->engine;
+	if (!engine->staged_last)
+		planner_measure(&engine->costs);
+	engine->staged_last = false;
+	take->plan_case.free_bytes = host_available_memory();
+	take->plan_case.kept_pages = memcow_kept_pages(engine->memcow);
+	planner_choose(&take->plan_case, &engine->costs, &take->plan);
+	take->result.planned = take->plan;
+	take->result.costs = engine->costs;
+	take->result.free_bytes = take->plan_case.free_bytes;
+	log_debug("checkpoint %.8s: memory is held by %s: %s", take->result.id,
+		  planner_name(take->plan.way, take->plan_case.incremental), take->plan.reason);
+	switch (take->plan.way) {
+	case PLANNER_STOPPED:
+		return begin(take, memcow_arm_stopped, err);
+	case PLANNER_STAGE:
+		return stage_memory(take, err);
+	case PLANNER_PROTECT:
+		return protect_memory(take, err);
+	case PLANNER_SETTLE:
+		return settle_memory(take, err);
+	default:
+		return cannot_be_live(take, err);
+	}
+}
+
+/* How fast the guest writes now: what it wrote since the harvest. One that took next to no time says nothing. */
+static void note_rate(struct take *take)
+{
+	struct ckpt_engine *engine = take->engine;
+	uint64_t count, at_ns = tracker_timing(engine->tracker).at_ns;
+	uint64_t took_ns = clock_now_ns() - at_ns;
+	if (took_ns >= RATE_MIN_NS && tracker_peek(engine->tracker, &count, NULL) == 0)
+		planner_note_rate(&engine->costs.written_pages_per_s, (double)count * 1e9 / (double)took_ns);
+}
+
 int take_stage_memory(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
-	uint64_t limit = min_u64(STAGE_MAX_PAGES, mem_pages(engine->mem) / STAGE_MAX_PART), count;
+	struct planner_case *c = &take->plan_case;
 	struct err unknown = ERR_INIT;
-	bool incremental = load_parent(take);
-	if (incremental && tracker_harvest(engine->tracker, &count, &unknown) != 0) {
+	uint64_t count;
+	c->live = take->live;
+	c->settled = take->settled;
+	c->incremental = load_parent(take);
+	int r = engine_check_cancel(engine, err);
+	if (r != 0)
+		return r;
+	if (c->incremental && harvest(take, &count, &unknown) != 0) {
 		page_index_free(&take->parent_index);
-		incremental = false;
+		c->incremental = false;
 	}
+	if (c->incremental)
+		note_rate(take);
 	if (unknown.number == 0)
 		tracker_start(engine->tracker, true, &unknown);
 	if (unknown.number != 0) /* the next one saves all memory too */
 		log_debug("checkpoint %.8s: what the guest writes is not tracked: %s", take->result.id, unknown.message);
-	if (!take->live)
-		return begin(take, memcow_arm_stopped, "stopped", "stopped-all", err);
-	bool can_protect = memcow_can_protect(engine->memcow);
-	if (!can_protect && !tracker_is_on(engine->tracker))
-		return cannot_be_live(take, err);
-	int r = -ENOBUFS;
-	if (incremental && tracker_since_count(engine->tracker) <= limit)
-		r = stage_memory(take, err);
-	if (r != -ENOBUFS)
-		return r;
-	return take_restage_memory(take, err);
+	c->tracked = tracker_is_on(engine->tracker);
+	c->can_protect = memcow_can_protect(engine->memcow);
+	c->pages = c->incremental ? tracker_since_count(engine->tracker) : mem_pages(engine->mem);
+	r = carry_out(take, err);
+	return r == -ENOBUFS ? take_restage_memory(take, err) : r;
 }
 
 int take_restage_memory(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
-	bool settle = take->settled || !memcow_can_protect(engine->memcow);
 	memcow_abandon(engine->memcow);
 	take->armed = false;
 	if (err)
 		*err = ERR_INIT;
-	if (settle && tracker_is_on(engine->tracker))
-		return settle_memory(take, err);
-	return begin(take, memcow_arm, "protect", "protect-all", err);
+	take->plan_case.staging_failed = true;
+	take->plan_case.pages = take->plan_case.incremental ? tracker_since_count(engine->tracker) : mem_pages(engine->mem);
+	return carry_out(take, err);
 }
 
 int take_capture_memory(struct take *take, struct err *err)

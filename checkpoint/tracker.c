@@ -8,6 +8,7 @@
 #include "base/bitmap.h"
 #include "base/buf.h"
 #include "base/bytes.h"
+#include "base/clock.h"
 #include "base/fault.h"
 #include "base/priority.h"
 #include "vmm/dirty_log.h"
@@ -27,6 +28,7 @@ struct tracker {
 	size_t mapped_bytes;
 	bool on, base;
 	uint64_t room_each_ns;
+	struct tracker_timing timing;
 };
 
 int tracker_create(struct vm *vm, struct loop *loop, struct tracker **out, struct err *err)
@@ -60,6 +62,8 @@ void tracker_destroy(struct tracker *t)
 }
 
 void tracker_make_room(struct tracker *t, uint64_t each_ns) { t->room_each_ns = each_ns; }
+
+struct tracker_timing tracker_timing(const struct tracker *t) { return t->timing; }
 
 bool tracker_is_on(const struct tracker *t) { return t->on; }
 bool tracker_has_base(const struct tracker *t) { return t->base; }
@@ -144,21 +148,40 @@ static uint64_t note_fresh(struct tracker *t)
 int tracker_harvest(struct tracker *t, uint64_t *count, struct err *err)
 {
 	int r = fault_check(FAULT_TRACKER_HARVEST, err);
+	uint64_t start_ns = clock_now_ns();
 	if (r == 0)
 		r = vm_dirty_log_get(t->vm, t->fresh, err);
+	uint64_t got_ns = clock_now_ns();
 	if (r == 0)
 		r = clear_fresh(t, true, err);
 	if (r != 0) {
 		tracker_drop_base(t); /* what was cleared is known to nobody */
 		return r;
 	}
+	uint64_t cleared_ns = clock_now_ns();
 	/* Only with the loop parked is what was marked also written. */
 	loop_park_request(t->loop);
 	loop_park_wait(t->loop);
 	mem_take_dirty(t->mem, t->fresh);
 	loop_unpark(t->loop);
 	*count = note_fresh(t);
+	t->timing = (struct tracker_timing){
+		.at_ns = start_ns,
+		.read_ns = got_ns - start_ns + clock_now_ns() - cleared_ns,
+		.log_ns = cleared_ns - got_ns,
+	};
 	return 0;
+}
+
+int tracker_peek(struct tracker *t, uint64_t *count, struct err *err)
+{
+	int r = vm_dirty_log_get(t->vm, t->fresh, err);
+	*count = 0;
+	for (uint64_t w = 0; w < t->words && r == 0; w++)
+		*count += (uint64_t)__builtin_popcountll(t->fresh[w]);
+	memset(t->fresh, 0, t->words * sizeof(uint64_t));
+	t->list_count = 0;
+	return r;
 }
 
 int tracker_collect(struct tracker *t, uint64_t *count, struct err *err)

@@ -46,6 +46,8 @@ struct page_words tracker_fresh_words(const struct tracker *t);
 
 /* While the VM runs; parks the loop for a moment. *count: pages of `fresh`. */
 int tracker_harvest(struct tracker *t, uint64_t *count, struct err *err);
+/* While the VM runs, after a harvest: how many pages the guest wrote since. Nothing changes but `fresh`, which is empty then. */
+int tracker_peek(struct tracker *t, uint64_t *count, struct err *err);
 /* vCPUs stand and the loop is parked. Allocates nothing, touches no file. Memory's size costs a copy and one look at the log's bitmap,
  * 32 KiB a GiB; all else is proportional to what was written. */
 int tracker_collect(struct tracker *t, uint64_t *count, struct err *err);
@@ -54,6 +56,14 @@ void tracker_set_base(struct tracker *t);
 /* vCPUs stand, the loop is parked, memory was just made that of a checkpoint: it is the base, and nothing is written yet. All
  * that was written before was collected, or the tracker was just started. */
 int tracker_rewind(struct tracker *t, struct err *err);
+/* What the last harvest took, for the planner. */
+struct tracker_timing {
+	uint64_t at_ns;	  /* CLOCK_MONOTONIC when the log was read */
+	uint64_t read_ns; /* reading what KVM and the VMM noted */
+	uint64_t log_ns;  /* having the next writes to these pages logged again, breaks for others included */
+};
+struct tracker_timing tracker_timing(const struct tracker *t);
+
 /* It is not known any more what was written. */
 void tracker_drop_base(struct tracker *t);
 

@@ -53,6 +53,34 @@ static json_int_t number(uint64_t value) { return (json_int_t)value; }
 
 static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
 
+static json_t *planner_to_json(const struct ckpt_result *r)
+{
+	const struct planner_costs *costs = &r->costs;
+	const struct planner_plan *plan = &r->planned;
+	return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}",
+			 "copy_page_ns", number((uint64_t)costs->copy_page_ns), "touch_page_ns", number((uint64_t)costs->touch_page_ns), "log_page_ns", number((uint64_t)costs->log_page_ns),
+			 "log_read_ns", number((uint64_t)costs->log_read_ns), "protect_page_ns", number((uint64_t)costs->protect_page_ns),
+			 "fault_ns", number((uint64_t)costs->fault_ns), "written_pages_per_s", number((uint64_t)costs->written_pages_per_s),
+			 "saved_bytes_per_s", number((uint64_t)costs->saved_bytes_per_s), "free_bytes", number(r->free_bytes),
+			 "buffer_bytes", number(plan->buffer_pages * 4096), "stage_ns", number(plan->stage_ns),
+			 "left_pages", number(plan->left_pages), "pause_ns", number(plan->pause_ns), "save_ns", number(plan->save_ns),
+			 "faults", number(plan->faults));
+}
+
+static json_t *memory_to_json(const struct ckpt_result *r)
+{
+	return json_pack("{s:s, s:s, s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}",
+			 "plan", r->plan, "plan_reason", r->planned.reason, "planner", planner_to_json(r),
+			 "total_pages", number(r->total_pages), "saved_pages", number(r->saved_pages),
+			 "zero_pages", number(r->zero_pages), "parent_pages", number(r->parent_pages),
+			 "cow_faults", number(r->cow_faults), "cow_fault_p50_ns", number(r->cow_fault_p50_ns),
+			 "cow_fault_p99_ns", number(r->cow_fault_p99_ns), "cow_fault_p999_ns", number(r->cow_fault_p999_ns),
+			 "cow_fault_max_ns", number(r->cow_fault_max_ns), "throttled", number(r->throttled),
+			 "throttled_ns", number(r->throttled_ns), "written_bytes", number(r->written_bytes),
+			 "armed_again_pages", number(r->armed_again_pages), "stage_ns", number(r->stage_ns),
+			 "stage_passes", number(r->stage_passes));
+}
+
 static json_t *result_to_json(const char *vm, const struct ckpt_request *request, const struct ckpt_result *r)
 {
 	json_t *disks = json_array();
@@ -65,13 +93,7 @@ static json_t *result_to_json(const char *vm, const struct ckpt_request *request
 	json_t *pause = json_pack("{s:I, s:I, s:I, s:I, s:I}", "quiesce_ns", number(r->quiesce_ns), "state_ns",
 				  number(r->state_ns), "disks_ns", number(r->disks_ns), "memory_ns",
 				  number(r->memory_ns), "resume_ns", number(r->resume_ns));
-	json_t *memory =
-		json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "plan", r->plan, "total_pages", number(r->total_pages),
-			  "saved_pages", number(r->saved_pages), "zero_pages", number(r->zero_pages), "parent_pages",
-			  number(r->parent_pages), "cow_faults", number(r->cow_faults), "cow_fault_p50_ns",
-			  number(r->cow_fault_p50_ns), "cow_fault_p99_ns", number(r->cow_fault_p99_ns),
-			  "cow_fault_max_ns", number(r->cow_fault_max_ns), "written_bytes", number(r->written_bytes),
-			  "armed_again_pages", number(r->armed_again_pages));
+	json_t *memory = memory_to_json(r);
 	return json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:s, s:I, s:o, s:o, s:o, s:I, s:o}", "id", r->id, "vm",
 			 vm, "parent", text_or_null(r->parent), "tag", text_or_null(request->tag), "message",
 			 text_or_null(request->message), "created", control_time_to_json(r->created_wall_ns), "live",
