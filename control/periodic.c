@@ -13,6 +13,7 @@
 #include "base/log.h"
 #include "base/priority.h"
 #include "control/server.h"
+#include "machine/config.h"
 
 /* Removals in one go; what is left over comes next time. */
 #define MOST_REMOVALS 64
@@ -38,6 +39,21 @@ struct periodic {
 	bool disk_layers; /* of removed checkpoints: a sweep is due */
 	uint64_t swept_ns;
 };
+
+int periodic_override(struct machine_config *config, const char *every, const char *keep, struct err *err)
+{
+	if (every && !config_parse_every(every, &config->every_ns)) {
+		err_set(err, ERR_USAGE, EINVAL, "--every: '%s' is no time between checkpoints", every);
+		err_hint(err, CONFIG_EVERY_HINT);
+		return -EINVAL;
+	}
+	if (keep && !config_parse_keep(keep, &config->keep)) {
+		err_set(err, ERR_USAGE, EINVAL, "--keep: '%s' is no number of checkpoints", keep);
+		err_hint(err, CONFIG_KEEP_HINT);
+		return -EINVAL;
+	}
+	return 0;
+}
 
 struct periodic *periodic_create(struct control_target *target, uint64_t every_ns, uint64_t keep)
 {

@@ -447,21 +447,6 @@ static int end(struct process *process, int rc, struct err *err)
 	return rc;
 }
 
-static int override_checkpoints(struct process *process, struct err *err)
-{
-	const struct process_options *options = process->options;
-
-	if (options->every && !config_parse_every(options->every, &process->config.every_ns)) {
-		err_set(err, ERR_USAGE, EINVAL, "--every: '%s' is no time between checkpoints", options->every);
-		return err_hint(err, CONFIG_EVERY_HINT);
-	}
-	if (options->keep && !config_parse_keep(options->keep, &process->config.keep)) {
-		err_set(err, ERR_USAGE, EINVAL, "--keep: '%s' is no number of checkpoints", options->keep);
-		return err_hint(err, CONFIG_KEEP_HINT);
-	}
-	return 0;
-}
-
 static int prepare(struct process *process, struct err *err)
 {
 	const struct process_options *options = process->options;
@@ -475,7 +460,7 @@ static int prepare(struct process *process, struct err *err)
 			snprintf(process->config.name, sizeof(process->config.name), "%s", options->name);
 	}
 	if (!rc)
-		rc = override_checkpoints(process, err);
+		rc = periodic_override(&process->config, options->every, options->keep, err);
 	if (!rc)
 		rc = store_vm_lock(process->store, process->config.name, &process->name_lock, err);
 	if (rc)

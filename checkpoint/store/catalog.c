@@ -45,6 +45,7 @@ static const char tables_since_2[] =
 	"ALTER TABLE checkpoints ADD COLUMN periodic INTEGER NOT NULL DEFAULT 0;"
 	"CREATE INDEX checkpoints_parent ON checkpoints(parent);"
 	"CREATE INDEX checkpoints_memory_layer ON checkpoints(memory_layer);"
+	"CREATE INDEX checkpoints_periodic ON checkpoints(vm, created_wall_ns) WHERE periodic;"
 	"CREATE TABLE layers(number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL);"
 	"CREATE TABLE refs(layer INTEGER NOT NULL, checkpoint INTEGER NOT NULL, PRIMARY KEY(layer, checkpoint)) "
 	"WITHOUT ROWID;"
