@@ -39,6 +39,7 @@ struct loader {
 	struct mem *mem;
 	struct store *store;
 	char checkpoint[STORE_ID_BYTES];
+	struct store_pin *pin; /* while layers are still to be opened: the VM may stand elsewhere by then. Owner: the thread while it runs */
 	void (*damaged)(void *opaque, const struct err *err);
 	void *opaque;
 	struct page_index index;
@@ -261,6 +262,8 @@ static void *loader_main(void *opaque)
 		wait_for_run(l);
 		record_working_set(l);
 	}
+	store_unpin(l->pin);
+	l->pin = NULL;
 	return NULL;
 }
 
@@ -291,6 +294,8 @@ int loader_start(const struct loader_config *config, struct page_index *index, s
 {
 	struct loader *l = new_loader(config, index);
 	int r = restore_init(&l->layers, l->store, &l->index, err);
+	if (r == 0)
+		r = store_pin(l->store, l->checkpoint, &l->pin, err);
 	if (r == 0)
 		r = fill_memory(l, err);
 	if (r == 0)
@@ -334,6 +339,7 @@ void loader_destroy(struct loader *l)
 		pthread_join(l->thread, NULL);
 	filler_destroy(l->filler);
 	restore_close(&l->layers);
+	store_unpin(l->pin);
 	page_index_free(&l->index);
 	free(l->mapped);
 	free(l->copied);
