@@ -61,13 +61,13 @@ TABLES = {
          ("pages put back", "restored_pages", "median")]),
     ],
     "clones": [
-        ("", "MiB; median (p95, max)", [("VMs", "vms", "median"), ("Pss", "pss_bytes", "spread"), ("private", "private_bytes", "spread"),
+        ("", "MiB; median (p95, max)", [("VMs", "vms", "median"), ("Pss", "pss_bytes", "spread"), ("private and dirty", "private_bytes", "spread"), ("private, page cache", "page_cache_bytes", "median"),
          ("the guest wrote", "guest_wrote_bytes", "median"), ("beyond that", "beyond_writes_bytes", "spread"),
          ("free memory fell by", "host_each_bytes", "median")]),
     ],
     "every": [
         ("", "ms; median", [("a second", "checkpoints_per_s", "median"), ("seconds", "seconds", "median"), ("longest gap", "gap_ns", "median"),
-         ("gaps over 1 ms", "gaps_over_1ms", "median"), ("guest's speed, %", "speed_share", "median"), ("kept", "kept", "median"),
+         ("gaps over 1 ms", "gaps_over_1ms", "median"), ("guest's speed, %", "speed_share", "median"), ("skipped", "skipped", "median"), ("failed", "failed", "median"), ("layers merged", "merged_layers", "median"), ("kept", "kept", "median"),
          ("store, MiB, at most", "store_bytes", "max")]),
     ],
     "boot": [
