@@ -168,6 +168,17 @@ int ckpt_consolidate(struct ckpt_engine *engine, const _Atomic bool *stop, struc
 /* Counters of the memory side of the checkpoint under way, or of the last one. */
 void ckpt_memory_stats(struct ckpt_engine *engine, struct memcow_stats *out);
 
+/* How long guests waited, over all live checkpoints since the engine was made. */
+struct ckpt_latency {
+	uint64_t count, p50_ns, p99_ns, p999_ns, max_ns;
+};
+struct ckpt_history {
+	struct ckpt_latency pauses;
+	struct ckpt_latency cow_faults; /* seen by the fault thread until released */
+	uint64_t throttled, throttled_ns; /* of them, those that waited for a buffer, and how long in all */
+};
+void ckpt_history(struct ckpt_engine *engine, struct ckpt_history *out);
+
 /* Where the VM stands: the newest checkpoint that it took or went back to, "" if none. Copied. */
 void ckpt_position(struct ckpt_engine *engine, char id[STORE_ID_BYTES]);
 

@@ -323,4 +323,23 @@ int ckpt_check(struct ckpt_engine *engine, struct err *err)
 	return r;
 }
 
+static struct ckpt_latency latency(const struct histogram *h)
+{
+	return (struct ckpt_latency){
+		.count = h->count,
+		.p50_ns = histogram_percentile(h, 500),
+		.p99_ns = histogram_percentile(h, 990),
+		.p999_ns = histogram_percentile(h, 999),
+		.max_ns = h->max,
+	};
+}
+
+void ckpt_history(struct ckpt_engine *engine, struct ckpt_history *out)
+{
+	const struct histogram *faults;
+	*out = (struct ckpt_history){.pauses = latency(&engine->pauses)};
+	memcow_get_history(engine->memcow, &faults, &out->throttled, &out->throttled_ns);
+	out->cow_faults = latency(faults);
+}
+
 void ckpt_memory_stats(struct ckpt_engine *engine, struct memcow_stats *out) { memcow_get_stats(engine->memcow, out); }

@@ -7,6 +7,7 @@
 
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/consolidate.h"
+#include "checkpoint/histogram.h"
 #include "checkpoint/index.h"
 #include "checkpoint/loader.h"
 #include "checkpoint/memcow.h"
@@ -51,6 +52,7 @@ struct ckpt_engine {
 	struct tracker *tracker;      /* its base, if it has one, is the position */
 	struct planner_costs costs;   /* measured so far */
 	bool staged_last;	      /* so what copying costs is known */
+	struct histogram pauses;      /* of live checkpoints; read by any thread */
 	struct err live_error;	   /* why memory cannot be protected on this host; number 0 if it can */
 	struct state_set captured; /* the buffers of the pause */
 	/* owner: who consolidates */

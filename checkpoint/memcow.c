@@ -822,5 +822,12 @@ void memcow_get_stats(struct memcow *cow, struct memcow_stats *out)
 	};
 }
 
+void memcow_get_history(struct memcow *cow, const struct histogram **faults, uint64_t *throttled, uint64_t *throttled_ns)
+{
+	*faults = &cow->all_latency;
+	*throttled = cow->all_throttled;
+	*throttled_ns = cow->all_throttled_ns;
+}
+
 const uint64_t *memcow_scope(const struct memcow *cow) { return cow->scope; }
 const _Atomic uint64_t *memcow_zero_map(const struct memcow *cow) { return cow->zero; }

@@ -36,6 +36,7 @@
 #include <stdint.h>
 
 #include "base/err.h"
+#include "checkpoint/histogram.h"
 #include "checkpoint/page_words.h"
 #include "vmm/memory.h"
 
@@ -115,6 +116,8 @@ struct memcow_stats {
 	uint64_t written_bytes;
 };
 void memcow_get_stats(struct memcow *cow, struct memcow_stats *out);
+/* Of all checkpoints of this memcow. *faults lives as long as it does. */
+void memcow_get_history(struct memcow *cow, const struct histogram **faults, uint64_t *throttled, uint64_t *throttled_ns);
 /* Bitmaps: the pages of the scope, and those of them that were all zeroes at the instant and so are not in the file. Valid
  * after finish until the next checkpoint. */
 const uint64_t *memcow_scope(const struct memcow *cow);

@@ -60,8 +60,11 @@ static struct segment *segment_with_room(struct memcow *cow)
 		uint64_t start_ns = clock_now_ns();
 		segment = pool_get(cow->pool, true, &waited);
 		if (waited) {
+			uint64_t waited_ns = clock_now_ns() - start_ns;
 			atomic_fetch_add_explicit(&cow->throttled, 1, memory_order_relaxed);
-			atomic_fetch_add_explicit(&cow->throttled_ns, clock_now_ns() - start_ns, memory_order_relaxed);
+			atomic_fetch_add_explicit(&cow->throttled_ns, waited_ns, memory_order_relaxed);
+			atomic_fetch_add_explicit(&cow->all_throttled, 1, memory_order_relaxed);
+			atomic_fetch_add_explicit(&cow->all_throttled_ns, waited_ns, memory_order_relaxed);
 		}
 	}
 	cow->fault_segment = segment;
@@ -105,7 +108,9 @@ static void handle_fault(struct memcow *cow, uint64_t page, uint64_t seen_ns)
 		if (!memcow_copy_page(cow, page))
 			cow->phase = MEMCOW_IDLE;
 		release(cow, page);
-		histogram_record(&cow->latency, clock_now_ns() - seen_ns);
+		uint64_t took_ns = clock_now_ns() - seen_ns;
+		histogram_record(&cow->latency, took_ns);
+		histogram_record(&cow->all_latency, took_ns);
 	} else {
 		release(cow, page);
 	}

@@ -7,7 +7,6 @@
 #include <stdatomic.h>
 
 #include "base/bitmap.h"
-#include "checkpoint/histogram.h"
 #include "checkpoint/memcow.h"
 #include "checkpoint/pool.h"
 
@@ -103,6 +102,9 @@ struct memcow {
 	_Atomic uint64_t scope_pages, armed_again_pages, arm_ns, arm_passes, copied_pages, copy_ns,
 		touched_pages, touch_ns; /* written by the engine's thread */
 	struct histogram latency;
+	/* of all checkpoints */
+	struct histogram all_latency;
+	_Atomic uint64_t all_throttled, all_throttled_ns;
 };
 
 /* --- memcow.c --- */

@@ -174,6 +174,8 @@ static void fill_captured(struct take *take)
 	struct memcow_stats stats;
 	struct ckpt_result *result = &take->result;
 	store_draft_switched(take->draft);
+	if (take->live)
+		histogram_record(&take->engine->pauses, result->pause_ns);
 	memcow_get_stats(take->engine->memcow, &stats);
 	result->total_pages = stats.total_pages;
 	result->armed_again_pages = stats.armed_again_pages;

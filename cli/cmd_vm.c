@@ -138,6 +138,16 @@ static int run_stop(struct cli *cli, struct err *err)
 	return rc ? rc : tell_stopped(cli, name, "killed");
 }
 
+static void print_figure(const char *key, const char *part, const json_t *value)
+{
+	CLEANUP_FREE char *name = xasprintf(part ? "%s.%s" : "%s", key, part);
+
+	if (json_is_integer(value))
+		printf("%-28s %lld\n", name, (long long)json_integer_value(value));
+	else if (part && json_is_string(value))
+		printf("%-28s %s\n", name, json_string_value(value));
+}
+
 static int run_stats(struct cli *cli, struct err *err)
 {
 	char name[STORE_NAME_BYTES];
@@ -153,15 +163,12 @@ static int run_stats(struct cli *cli, struct err *err)
 	}
 	json_object_foreach(result, key, value)
 	{
-		if (json_is_integer(value))
-			printf("%-24s %lld\n", key, (long long)json_integer_value(value));
-	}
-	json_object_foreach(json_object_get(result, "periodic"), key, value)
-	{
-		if (json_is_integer(value))
-			printf("periodic %-22s %lld\n", key, (long long)json_integer_value(value));
-		else if (json_is_string(value))
-			printf("periodic %-22s %s\n", key, json_string_value(value));
+		const char *part;
+		json_t *figure;
+
+		print_figure(key, NULL, value);
+		json_object_foreach(value, part, figure)
+			print_figure(key, part, figure);
 	}
 	json_decref(result);
 	return 0;

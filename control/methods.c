@@ -291,16 +291,26 @@ static void add_balloon(json_t *result, struct machine *machine)
 						 number(b.kept_bytes)));
 }
 
+static json_t *latency_to_json(const struct ckpt_latency *l)
+{
+	return json_pack("{s:I, s:I, s:I, s:I, s:I}", "count", number(l->count), "p50_ns", number(l->p50_ns), "p99_ns",
+			 number(l->p99_ns), "p999_ns", number(l->p999_ns), "max_ns", number(l->max_ns));
+}
+
 static int stats(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
 {
+	struct ckpt_history history;
 	struct vm_counters c;
 
 	(void)params;
 	(void)err;
 	vm_get_counters(machine_vm(x->target->machine), &c);
-	*result = json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:o}", "vm", x->target->name, "exits", number(c.exits),
-			    "io_exits", number(c.io_exits), "mmio_exits", number(c.mmio_exits), "halts",
-			    number(c.halts), "signals", number(c.signals), "periodic",
+	ckpt_history(machine_engine(x->target->machine), &history);
+	*result = json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:I, s:o}", "vm", x->target->name, "exits",
+			    number(c.exits), "io_exits", number(c.io_exits), "mmio_exits", number(c.mmio_exits), "halts",
+			    number(c.halts), "signals", number(c.signals), "pause", latency_to_json(&history.pauses),
+			    "cow_fault", latency_to_json(&history.cow_faults), "throttled", number(history.throttled),
+			    "throttled_ns", number(history.throttled_ns), "periodic",
 			    x->target->periodic ? periodic_to_json(x->target->periodic) : json_null());
 	add_balloon(*result, x->target->machine);
 	return 0;
