@@ -83,6 +83,12 @@ int cow_read_sync(struct cow_disk *disk, uint64_t offset, void *data, size_t len
 int cow_write_sync(struct cow_disk *disk, uint64_t offset, const void *data, size_t length, struct err *err);
 int cow_flush_sync(struct cow_disk *disk, struct err *err);
 
+/*
+ * Makes the disk larger, durable on return; what is new reads as zeroes. A qcow2 image's table moves if it must. Making it smaller would lose data: -EINVAL.
+ * No request in flight, no loop served by another thread: for tools.
+ */
+int cow_resize(struct cow_disk *disk, uint64_t size_bytes, struct err *err);
+
 struct cow_create {
 	uint64_t size_bytes;	    /* 0 with a backing file: its size */
 	uint32_t cluster_bytes;	    /* 0: 65536 */

@@ -14,25 +14,7 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/file.h"
-#include "cowdisk/check.h"
-#include "cowdisk/image_internal.h"
-
-struct checker {
-	int fd;
-	uint64_t file_bytes;
-	struct qcow2_header header;
-	struct qcow2_extensions extensions;
-	uint64_t cluster; /* bytes */
-	uint64_t *reftable;
-	uint64_t blocks;      /* entries of it */
-	uint64_t *references; /* cluster numbers, sorted in the end */
-	size_t count, capacity;
-	uint8_t *block; /* the block read last */
-	uint64_t block_index;
-	uint64_t *l2;
-	struct cluster_set seen; /* reference count blocks */
-	struct cow_check *out;
-};
+#include "cowdisk/check_internal.h"
 
 static void corrupt(struct checker *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
 static void corrupt(struct checker *c, const char *format, ...)
@@ -97,13 +79,12 @@ static int load_block(struct checker *c, uint64_t index, bool *there, struct err
 
 static uint64_t counts_per_block(const struct checker *c) { return c->cluster * 8 >> c->header.refcount_order; }
 
-static int refcount_of(struct checker *c, uint64_t cluster, uint64_t *out, struct err *err)
+int cow_checker_count(struct checker *c, uint64_t cluster, uint64_t *out, bool *there, struct err *err)
 {
-	bool there;
 	uint64_t per_block = counts_per_block(c);
-	int rc = load_block(c, cluster / per_block, &there, err);
+	int rc = load_block(c, cluster / per_block, there, err);
 	if (rc == 0)
-		*out = there ? qcow2_decode_count(c->block, c->header.refcount_order, cluster % per_block) : 0;
+		*out = *there ? qcow2_decode_count(c->block, c->header.refcount_order, cluster % per_block) : 0;
 	return rc;
 }
 
@@ -111,7 +92,8 @@ static int refcount_of(struct checker *c, uint64_t cluster, uint64_t *out, struc
 static int check_copied(struct checker *c, uint64_t entry, uint64_t offset, const char *what, struct err *err)
 {
 	uint64_t refcount;
-	int rc = refcount_of(c, offset / c->cluster, &refcount, err);
+	bool there;
+	int rc = cow_checker_count(c, offset / c->cluster, &refcount, &there, err);
 	if (rc == 0 && !!(entry & QCOW2_COPIED) != (refcount == 1))
 		corrupt(c, "%s 0x%" PRIx64 ": copied flag %s, reference count %" PRIu64, what, offset,
 			entry & QCOW2_COPIED ? "set" : "clear", refcount);
@@ -143,13 +125,10 @@ static int check_entry(struct checker *c, uint64_t entry, bool active, struct er
 		c->out->allocated_clusters++;
 	if (packed)
 		return check_compressed(c, entry, err);
-	if (offset % c->cluster || offset >= c->file_bytes) {
-		/* A preallocated zero cluster may lie where the file does not reach yet. */
-		if (offset % c->cluster || !zero)
-			corrupt(c, "data cluster at 0x%" PRIx64 " is not aligned or beyond the end of the file",
-				offset);
-		if (offset % c->cluster)
-			return 0;
+	/* A preallocated zero cluster may lie where the file does not reach yet. */
+	if (offset % c->cluster || (offset >= c->file_bytes && !zero)) {
+		corrupt(c, "data cluster at 0x%" PRIx64 " is not aligned or beyond the end of the file", offset);
+		return 0;
 	}
 	int rc = note(c, offset / c->cluster, err);
 	if (rc == 0 && active)
@@ -164,6 +143,7 @@ static int check_l2(struct checker *c, uint64_t entry, bool active, struct err *
 		return 0;
 	if (!table_ok(c, offset)) {
 		corrupt(c, "L2 table at 0x%" PRIx64 " is not aligned or beyond the end of the file", offset);
+		c->incomplete = true;
 		return 0;
 	}
 	int rc = note(c, offset / c->cluster, err);
@@ -182,6 +162,7 @@ static int check_l1(struct checker *c, uint64_t offset, uint64_t count, bool act
 		return 0;
 	if (count * 8 > QCOW2_MAX_L1_BYTES || offset % c->cluster || !range_within(offset, count * 8, c->file_bytes)) {
 		corrupt(c, "L1 table at 0x%" PRIx64, offset);
+		c->incomplete = true;
 		return 0;
 	}
 	CLEANUP_FREE uint64_t *l1 = malloc((size_t)count * 8);
@@ -202,6 +183,7 @@ static int check_snapshots(struct checker *c, struct err *err)
 		uint8_t raw[QCOW2_SNAPSHOT_HEADER_BYTES];
 		if (!range_within(at, sizeof(raw), c->file_bytes)) {
 			corrupt(c, "snapshot table reaches beyond the end of the file");
+			c->incomplete = true;
 			return 0;
 		}
 		int rc = file_pread_full(c->fd, raw, sizeof(raw), at, err);
@@ -214,6 +196,7 @@ static int check_snapshots(struct checker *c, struct err *err)
 	if (!range_within(c->header.snapshots_offset, at - c->header.snapshots_offset,
 			  round_up(c->file_bytes, c->cluster))) {
 		corrupt(c, "snapshot table reaches beyond the end of the file");
+		c->incomplete = true;
 		return 0;
 	}
 	return note_area(c, c->header.snapshots_offset, at - c->header.snapshots_offset, err);
@@ -223,6 +206,7 @@ static int check_bitmap(struct checker *c, uint64_t offset, uint64_t count, stru
 {
 	if (count * 8 > QCOW2_MAX_L1_BYTES || offset % c->cluster || !range_within(offset, count * 8, c->file_bytes)) {
 		corrupt(c, "bitmap table at 0x%" PRIx64, offset);
+		c->incomplete = true;
 		return 0;
 	}
 	CLEANUP_FREE uint64_t *table = malloc((size_t)count * 8 + 1);
@@ -245,6 +229,7 @@ static int check_bitmaps(struct checker *c, struct err *err)
 		return 0;
 	if (at % c->cluster || !range_within(at, x->bitmap_directory_bytes, c->file_bytes)) {
 		corrupt(c, "bitmap directory at 0x%" PRIx64, at);
+		c->incomplete = true;
 		return 0;
 	}
 	int rc = note_area(c, at, x->bitmap_directory_bytes, err);
@@ -258,7 +243,7 @@ static int check_bitmaps(struct checker *c, struct err *err)
 	return rc;
 }
 
-static int check_reftable(struct checker *c, struct err *err)
+static int check_reftable(struct checker *c, bool counts, struct err *err)
 {
 	uint64_t bytes = c->header.reftable_clusters * c->cluster;
 	c->blocks = bytes / 8;
@@ -266,7 +251,7 @@ static int check_reftable(struct checker *c, struct err *err)
 	if (!c->reftable)
 		return err_sys(err, ENOMEM, "reference count table");
 	int rc = qcow2_read_entries(c->fd, c->header.reftable_offset, c->blocks, c->reftable, err);
-	if (rc == 0)
+	if (rc == 0 && counts)
 		rc = note_area(c, c->header.reftable_offset, bytes, err);
 	for (uint64_t i = 0; rc == 0 && i < c->blocks; i++) {
 		uint64_t offset = c->reftable[i] & QCOW2_OFFSET_MASK;
@@ -278,7 +263,8 @@ static int check_reftable(struct checker *c, struct err *err)
 			continue;
 		}
 		cluster_set_add(&c->seen, offset / c->cluster);
-		rc = note(c, offset / c->cluster, err);
+		if (counts)
+			rc = note(c, offset / c->cluster, err);
 	}
 	return rc;
 }
@@ -318,7 +304,6 @@ static int compare(struct checker *c, struct err *err)
 {
 	uint64_t per_block = counts_per_block(c);
 	size_t at = 0;
-	qsort(c->references, c->count, sizeof(*c->references), by_number);
 	for (uint64_t i = 0; i < c->blocks; i++) {
 		bool there;
 		int rc = load_block(c, i, &there, err);
@@ -337,7 +322,7 @@ static int compare(struct checker *c, struct err *err)
 	return 0;
 }
 
-static int run_check(struct checker *c, struct err *err)
+int cow_checker_collect(struct checker *c, bool counts, struct err *err)
 {
 	struct stat st;
 	if (fstat(c->fd, &st) < 0)
@@ -353,35 +338,53 @@ static int run_check(struct checker *c, struct err *err)
 		return err_sys(err, ENOMEM, "tables");
 	rc = note(c, 0, err);
 	if (rc == 0)
-		rc = check_reftable(c, err);
+		rc = check_reftable(c, counts, err);
 	if (rc == 0)
 		rc = check_l1(c, c->header.l1_offset, c->header.l1_count, true, err);
 	if (rc == 0 && c->header.snapshot_count)
 		rc = check_snapshots(c, err);
 	if (rc == 0)
 		rc = check_bitmaps(c, err);
-	return rc == 0 ? compare(c, err) : rc;
+	if (rc == 0)
+		qsort(c->references, c->count, sizeof(*c->references), by_number);
+	return rc;
+}
+
+int cow_checker_open(struct checker *c, const char *path, bool writable, struct cow_check *out, struct err *err)
+{
+	*c = (struct checker){.out = out, .block_index = UINT64_MAX};
+	*out = (struct cow_check){0};
+	c->fd = cow_image_open_fd(path, writable, err);
+	if (c->fd < 0)
+		return c->fd;
+	int rc = cow_lock_take(c->fd, writable, path, err);
+	if (rc < 0)
+		close(c->fd);
+	return rc;
+}
+
+void cow_checker_close(struct checker *c)
+{
+	close(c->fd);
+	free(c->extensions.backing_name);
+	free(c->reftable);
+	free(c->references);
+	free(c->block);
+	free(c->l2);
+	free(c->seen.slots);
 }
 
 int cow_check(const char *path, struct cow_check *out, struct err *err)
 {
-	struct checker c = {.out = out, .block_index = UINT64_MAX};
-	*out = (struct cow_check){0};
-	c.fd = cow_image_open_fd(path, false, err);
-	if (c.fd < 0)
-		return c.fd;
-	int rc = cow_lock_take(c.fd, false, path, err);
-	if (rc == 0) {
-		rc = run_check(&c, err);
-		if (rc < 0)
-			err_prefix(err, "%s", path);
-	}
-	close(c.fd);
-	free(c.extensions.backing_name);
-	free(c.reftable);
-	free(c.references);
-	free(c.block);
-	free(c.l2);
-	free(c.seen.slots);
+	struct checker c;
+	int rc = cow_checker_open(&c, path, false, out, err);
+	if (rc < 0)
+		return rc;
+	rc = cow_checker_collect(&c, true, err);
+	if (rc == 0)
+		rc = compare(&c, err);
+	if (rc < 0)
+		err_prefix(err, "%s", path);
+	cow_checker_close(&c);
 	return rc;
 }

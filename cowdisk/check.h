@@ -14,8 +14,27 @@ struct cow_check {
 };
 int cow_check(const char *path, struct cow_check *out, struct err *err);
 
+/*
+ * Writes the reference counts anew, from what the tables refer to, beside the old ones, and turns the header to them; then sets the copied flags
+ * right, and clears the marks "dirty" and "corrupt" if nothing is wrong any more. Nothing that an entry of a table refers to is freed, moved or
+ * overwritten; entries that lead nowhere stay as they are, and are counted in *after. Where a table cannot be followed counts are only raised. A crash
+ * leaves the file no worse than it was. Needs the file to itself (-EBUSY).
+ */
+int cow_repair(const char *path, struct cow_check *before, struct cow_check *after, struct err *err);
+
 /* The backing file that the image's header names, relative names resolved (malloc); NULL if it has none, or is no qcow2 image. Reads the header
  * only, takes no lock, so that it works on images in use. -ENOTSUP: the backing is no local file. Any thread. */
 int cow_backing(const char *path, char **backing, struct err *err);
+
+struct cow_second_opinion {
+	uint64_t compared_bytes, different_bytes;
+	uint64_t skipped_bytes;	   /* what libqcow is known to misread */
+	uint64_t first_difference; /* offset on the disk */
+};
+/*
+ * Reads the chain through libqcow too, and compares. -ENOTSUP, ERR_FAILED with the reason where it must not be asked: see second_opinion.c. Damage that
+ * only libqcow sees is an error (ERR_DAMAGED), a difference is not: it is in *out.
+ */
+int cow_second_opinion(const char *path, struct cow_second_opinion *out, struct err *err);
 
 #endif

@@ -70,7 +70,7 @@ static void waiter_done(struct flush_wait *wait, int result)
 	w->result = result;
 }
 
-static int make_clean(struct image *image)
+int cow_disk_make_clean(struct image *image)
 {
 	for (int n = 0; n < CLEAN_ROUNDS && !cow_image_clean(image); n++) {
 		struct waiter w = {.wait.done = waiter_done};
@@ -96,7 +96,7 @@ int cow_close(struct cow_disk *disk, struct err *err)
 	if (!disk)
 		return 0;
 	for (struct image *i = disk->top; i && !i->sealed; i = i->backing) {
-		int rc = make_clean(i);
+		int rc = cow_disk_make_clean(i);
 		if (rc < 0 && result == 0)
 			result = err_sys(err, rc, "%s: writing back metadata", i->path);
 	}

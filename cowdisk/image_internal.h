@@ -263,6 +263,9 @@ void table_mark_dirty(struct table *table, uint64_t index);
 int qcow2_get_refcount(struct image *image, uint64_t cluster, uint64_t *out);
 /* The count at `index` of a block, or of a slice of one. */
 uint64_t qcow2_decode_count(const uint8_t *data, unsigned order, uint64_t index);
+void qcow2_encode_count(uint8_t *data, unsigned order, uint64_t index, uint64_t value);
+/* More entries, zero; in memory only. */
+int table_extend(struct table *table, uint64_t count);
 int qcow2_set_refcount(struct image *image, uint64_t cluster, uint64_t value);
 /* Makes sure that the count of `cluster` has a place. *taken: the new block was put into that very cluster. */
 int qcow2_ensure_refblock(struct image *image, uint64_t cluster, bool *taken);

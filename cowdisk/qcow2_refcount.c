@@ -38,7 +38,7 @@ uint64_t qcow2_decode_count(const uint8_t *data, unsigned order, uint64_t index)
 	}
 }
 
-static void encode_count(uint8_t *data, unsigned order, uint64_t index, uint64_t value)
+void qcow2_encode_count(uint8_t *data, unsigned order, uint64_t index, uint64_t value)
 {
 	switch (order) {
 	case 3:
@@ -98,7 +98,7 @@ int qcow2_set_refcount(struct image *image, uint64_t cluster, uint64_t value)
 		return rc;
 	if (!s)
 		return qcow2_damaged(image, "no reference count block for cluster %" PRIu64, cluster);
-	encode_count(s->data, image->q.header.refcount_order, index, value);
+	qcow2_encode_count(s->data, image->q.header.refcount_order, index, value);
 	slice_mark_dirty(s);
 	return 0;
 }
@@ -119,7 +119,7 @@ int qcow2_zero_cluster(struct image *image, uint64_t cluster)
 	return file_pwrite_full(image->fd, zeroes, (size_t)bytes, offset, NULL);
 }
 
-static int extend_table(struct table *t, uint64_t count)
+int table_extend(struct table *t, uint64_t count)
 {
 	size_t sectors = (size_t)div_round_up(count, TABLE_SECTOR),
 	       old_sectors = (size_t)div_round_up(t->count, TABLE_SECTOR);
@@ -162,7 +162,7 @@ static int grow_reftable(struct image *image, uint64_t needed)
 	if (q->growing || clusters * cluster > QCOW2_MAX_REFTABLE_BYTES)
 		return -EFBIG;
 	/* Room in memory first: the blocks that count the new table are entered there. */
-	int rc = extend_table(&q->reftable, clusters * cluster / 8);
+	int rc = table_extend(&q->reftable, clusters * cluster / 8);
 	if (rc < 0)
 		return rc;
 	uint64_t first;

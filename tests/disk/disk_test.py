@@ -393,6 +393,146 @@ def test_export():
         check("exists" in tool("export", top, "out.raw", "raw", status=1).stderr, "overwrote a file")
 
 
+# Repair and resize.
+
+def entries_of(image, offset, count):
+    return [int.from_bytes(image[offset + n * 8:offset + n * 8 + 8], "big") for n in range(count)]
+
+
+def spoil(name, rng):
+    """Wrong reference counts, wrong copied flags, marks in the header; what the tables lead to stays."""
+    with open(name, "rb") as file:
+        image = bytearray(file.read())
+    cluster = 1 << int.from_bytes(image[20:24], "big")
+    mask = 0x00fffffffffffe00
+    for block in entries_of(image, int.from_bytes(image[48:56], "big"), cluster // 8):
+        for _ in range(rng.randrange(6) if 0 < block & mask < len(image) else 0):
+            at = (block & mask) + rng.randrange(min(cluster, 64))
+            image[at] = rng.choice([0, 0, 1, 2, 255])
+        if block & mask and rng.random() < 0.1:
+            at = int.from_bytes(image[48:56], "big")
+            image[at:at + 8] = bytes(8)
+    l1 = int.from_bytes(image[40:48], "big")
+    for n, entry in enumerate(entries_of(image, l1, int.from_bytes(image[36:40], "big"))):
+        if entry and rng.random() < 0.3:
+            image[l1 + n * 8] ^= 0x80
+        for _ in range(rng.randrange(5) if entry else 0):
+            at = (entry & mask) + rng.randrange(cluster // 8) * 8
+            if image[at:at + 8] != bytes(8) and not image[at] & 0x40:
+                image[at] ^= 0x80
+    if int.from_bytes(image[4:8], "big") == 3:
+        image[79] |= rng.choice([0, 1, 2])
+    with open(name, "wb") as file:
+        file.write(image)
+
+
+def test_repair():
+    """Whatever the counts and flags say, after a repair the image is clean and reads as before, its snapshots too."""
+    repaired = 0
+    for n in range(int(80 * SCALE)):
+        rng = random.Random(f"repair {SEED} {n}")
+        fresh()
+        cluster = rng.choice([512, 4096, 65536])
+        options = rng.choice(["compat=0.10", "compat=1.1", "compat=1.1,refcount_bits=64", "compat=1.1,refcount_bits=8"]) + f",cluster_size={cluster}"
+        create("a.qcow2", 2 * MIB + 512, options)
+        scribble("a.qcow2", 2 * MIB + 512, f"{n}")
+        snapshot = rng.random() < 0.5
+        if snapshot:
+            run("qemu-img", "snapshot", "-c", "s", "a.qcow2")
+            scribble("a.qcow2", 2 * MIB + 512, f"again {n}")
+            run("qemu-img", "convert", "-l", "s", "-O", "raw", "a.qcow2", "snap.raw")
+        run("qemu-img", "convert", "-O", "raw", "a.qcow2", "before.raw")
+        spoil("a.qcow2", rng)
+        tool("read", "a.qcow2", "ours.raw")
+        check(filecmp.cmp("ours.raw", "before.raw", shallow=False), "the test has spoilt more than counts")
+        first = tool("repair", "a.qcow2")
+        qemu_check("a.qcow2")
+        same_content("a.qcow2", "before.raw")
+        if snapshot:
+            run("qemu-img", "convert", "-l", "s", "-O", "raw", "a.qcow2", "snap-after.raw")
+            check(filecmp.cmp("snap.raw", "snap-after.raw", shallow=False), "the snapshot has changed")
+        check("before 0 leaks 0 corruptions" in tool("repair", "a.qcow2").stdout, "repaired twice")
+        tool("write", "a.qcow2", 0, 512)
+        repaired += "before 0 leaks 0 " not in first.stdout
+    check(repaired > 40 * SCALE, "hardly anything was to be repaired")
+    # What cannot be followed: nothing is freed, and it is said.
+    fresh()
+    create("a.qcow2", 2 * MIB, "compat=1.1,cluster_size=512")
+    qemu_io("a.qcow2", "write -P 1 0 1M")
+    with open("a.qcow2", "r+b") as file:
+        header = file.read(64)
+        l1 = int.from_bytes(header[40:48], "big")
+        file.seek(l1)
+        first = file.read(8)
+        file.seek(l1)
+        file.write((1 << 50).to_bytes(8, "big"))
+    check(" 1 corruptions" in tool("repair", "a.qcow2", status=5).stdout.split("after")[1], "more than the one entry is wrong")
+    with open("a.qcow2", "r+b") as file:
+        file.seek(l1)
+        file.write(first)
+    check(" corruptions 0" in tool("check", "a.qcow2").stdout, "what the lost table led to was freed")
+
+
+def test_second_opinion():
+    """libqcow agrees, wherever it may be asked."""
+    asked = 0
+    for n in range(int(40 * SCALE)):
+        rng = random.Random(f"opinion {SEED} {n}")
+        fresh()
+        name = merge_chain(rng, MIB + 512 * rng.randrange(5))[-1]
+        process = tool("opinion", name, status=None)
+        if "without libqcow" in process.stderr:
+            raise Skip("built without libqcow")
+        check(process.returncode == 0 or (process.returncode == 1 and "no second opinion" in process.stderr), f"{n}: {process.stdout}{process.stderr}")
+        asked += process.returncode == 0 and "compared 0 " not in process.stdout
+    check(asked > 3 * SCALE, "libqcow was hardly asked anything")
+    tool("pattern", "base.raw", MIB, 3)
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "base.raw", "packed.qcow2")
+    check("different 0" in tool("opinion", "packed.qcow2").stdout, "compressed")
+    create("zero.qcow2", MIB, "compat=1.1")
+    qemu_io("zero.qcow2", "write -P 1 0 512k", "write -z 64k 64k")
+    check("compared 983040 skipped 65536 " in tool("opinion", "zero.qcow2").stdout, "zero clusters are compared")
+
+
+def test_resize():
+    for n in range(int(48 * SCALE)):
+        rng = random.Random(f"resize {SEED} {n}")
+        fresh()
+        old = MIB + 512 * rng.randrange(2000)
+        new = old + 512 * rng.choice([1, 7, 2000, 40000])
+        cluster = rng.choice(CLUSTERS)
+        longer = old + 512 * rng.randrange(1, 3000)
+        backing = rng.choice([None, "qcow2", "raw"])
+        if backing:
+            tool("pattern", "base.raw", longer, n)
+            run("qemu-img", "convert", "-f", "raw", "-O", backing, "base.raw", "base")
+        compat = rng.choice(["0.10", "1.1"])
+        create("a.qcow2", old, f"compat={compat},cluster_size={cluster}", *(("base", backing) if backing else ()))
+        scribble("a.qcow2", old, f"{n}")
+        snapshot = compat == "1.1" and rng.random() < 0.3
+        if snapshot:
+            run("qemu-img", "snapshot", "-c", "s", "a.qcow2")
+            scribble("a.qcow2", old, f"again {n}")
+        run("qemu-img", "convert", "-O", "raw", "a.qcow2", "before.raw")
+        if rng.random() < 0.5:
+            process = tool("resize", "a.qcow2", new, env={"VMCP_FAULT": rng.choice(["122", "123"])}, status=None)
+            if process.returncode == KILLED:
+                wait_unlocked()
+                qemu_check("a.qcow2", leaks=True)
+                same_content("a.qcow2", "before.raw")
+        tool("resize", "a.qcow2", new)
+        os.truncate("before.raw", new)
+        same_content("a.qcow2", "before.raw")
+        qemu_check("a.qcow2", leaks=True)
+        tool("write", "a.qcow2", new - 512, 512)
+        qemu_check("a.qcow2", leaks=True)
+        check("only grow" in tool("resize", "a.qcow2", old, status=2).stderr, "shrunk")
+    tool("pattern", "r.raw", MIB, 1)
+    tool("resize", "r.raw", 2 * MIB)
+    check(os.path.getsize("r.raw") == 2 * MIB, "raw")
+    check("raw size 2097152" in tool("info", "r.raw").stdout, "info")
+
+
 # Crashes and errors.
 
 def wait_unlocked():
@@ -776,6 +916,7 @@ GROUPS = {
     "stress": [test_stress, test_stress_large],
     "initial": [test_stress_initial],
     "merge": [test_merge, test_merge_rules, test_export],
+    "repair": [test_repair, test_second_opinion, test_resize],
     "sim": [test_crash_sim],
     "crash": [test_kill, test_kill_random],
     "errors": [test_errors, test_full],

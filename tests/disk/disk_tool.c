@@ -9,6 +9,10 @@
  *     disk_tool write IMAGE OFFSET LENGTH
  *     disk_tool check IMAGE            prints "allocated N leaks N corruptions N: FIRST"
  *     disk_tool pattern RAW BYTES SEED
+ *     disk_tool repair IMAGE           prints "before N leaks N corruptions after N leaks N corruptions"
+ *     disk_tool resize IMAGE BYTES
+ *     disk_tool info IMAGE             the chain, a line each
+ *     disk_tool opinion IMAGE          prints "compared N skipped N different N"
  *     disk_tool merge IMAGE LAYERS [BYTES_PER_SECOND]
  *     disk_tool export IMAGE FILE qcow2|raw [CLUSTER]
  *     disk_tool stress IMAGE key=value...
@@ -28,6 +32,7 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "cowdisk/check.h"
+#include "cowdisk/info.h"
 #include "cowdisk/io_internal.h"
 #include "cowdisk/merge.h"
 #include "cowdisk/overlay.h"
@@ -141,6 +146,50 @@ static int check_image(const char *path)
 	return c.corruptions ? ERR_DAMAGED : 0;
 }
 
+static int repair_image(const char *path)
+{
+	struct err err = ERR_INIT;
+	struct cow_check before, after;
+	if (cow_repair(path, &before, &after, &err) < 0)
+		return report(&err);
+	printf("before %llu leaks %llu corruptions after %llu leaks %llu corruptions %s\n",
+	       (unsigned long long)before.leaks, (unsigned long long)before.corruptions,
+	       (unsigned long long)after.leaks, (unsigned long long)after.corruptions, after.first);
+	return after.corruptions ? ERR_DAMAGED : 0;
+}
+
+static int resize(struct cow_disk *disk, char **args, struct err *err)
+{
+	return cow_resize(disk, strtoull(args[0], NULL, 0), err);
+}
+
+static int info(const char *path)
+{
+	struct err err = ERR_INIT;
+	struct cow_info *chain;
+	size_t count;
+	if (cow_info(path, &chain, &count, &err) < 0)
+		return report(&err);
+	for (size_t i = 0; i < count; i++)
+		printf("%s %s size %llu cluster %u version %u refcount_bits %u snapshots %u backing %s\n", chain[i].path,
+		       chain[i].format == COW_FORMAT_RAW ? "raw" : "qcow2", (unsigned long long)chain[i].size_bytes,
+		       chain[i].cluster_bytes, chain[i].version, chain[i].refcount_bits, chain[i].snapshots,
+		       chain[i].backing ? chain[i].backing : "-");
+	cow_info_free(chain, count);
+	return 0;
+}
+
+static int opinion(const char *path)
+{
+	struct err err = ERR_INIT;
+	struct cow_second_opinion o;
+	if (cow_second_opinion(path, &o, &err) < 0)
+		return report(&err);
+	printf("compared %llu skipped %llu different %llu\n", (unsigned long long)o.compared_bytes,
+	       (unsigned long long)o.skipped_bytes, (unsigned long long)o.different_bytes);
+	return o.different_bytes ? ERR_DAMAGED : 0;
+}
+
 static int create(char **args, int count)
 {
 	struct err err = ERR_INIT;
@@ -252,6 +301,14 @@ int main(int argc, char **argv)
 		return check_image(argv[2]);
 	if (strcmp(command, "pattern") == 0 && count == 2)
 		return stress_pattern(argv[2], strtoull(args[0], NULL, 0), strtoull(args[1], NULL, 0));
+	if (strcmp(command, "repair") == 0)
+		return repair_image(argv[2]);
+	if (strcmp(command, "opinion") == 0)
+		return opinion(argv[2]);
+	if (strcmp(command, "resize") == 0 && count == 1)
+		return with_disk(argv[2], 0, resize, args);
+	if (strcmp(command, "info") == 0)
+		return info(argv[2]);
 	if (strcmp(command, "merge") == 0 && (count == 1 || count == 2))
 		return merge(argv[2], args, count);
 	if (strcmp(command, "export") == 0 && (count == 2 || count == 3))
