@@ -78,6 +78,6 @@ void cli_progress_end(struct cli_progress *progress);
 extern const struct cli_command cli_run, cli_ps, cli_console, cli_pause, cli_resume, cli_stop, cli_kill, cli_stats, cli_balloon;
 extern const struct cli_command cli_checkpoint, cli_cancel, cli_revert, cli_tag;
 extern const struct cli_command cli_rm, cli_gc;
-extern const struct cli_command cli_log, cli_show, cli_doctor, cli_version, cli_help;
+extern const struct cli_command cli_disk, cli_log, cli_show, cli_doctor, cli_version, cli_help;
 
 #endif

@@ -7,6 +7,7 @@ TOOL is disk_tool. Everything is seeded; a failing case says how to run it again
 """
 
 import filecmp
+import json
 import os
 import random
 import shutil
@@ -533,6 +534,52 @@ def test_resize():
     check("raw size 2097152" in tool("info", "r.raw").stdout, "info")
 
 
+# vmcp disk.
+
+def vmcp(*argv, status=0):
+    program = os.path.join(os.path.dirname(TOOL), "..", "..", "cli", "vmcp")
+    if not os.path.exists(program):
+        raise Skip("no vmcp beside the tests")
+    return run(program, "--store", os.path.abspath("nowhere"), *argv, status=status)
+
+
+def test_cli():
+    fresh()
+    create("b.qcow2", 10 * MIB, "compat=1.1")
+    qemu_io("b.qcow2", "write -P 1 0 1M")
+    create("a.qcow2", 10 * MIB, "compat=1.1", "b.qcow2")
+    qemu_io("a.qcow2", "write -P 2 512k 1M")
+    run("qemu-img", "convert", "-O", "raw", "a.qcow2", "before")
+    chain = json.loads(vmcp("disk", "info", "--json", "a.qcow2").stdout)["chain"]
+    check([i["path"] for i in chain] == ["a.qcow2", "b.qcow2"] and chain[0]["size_bytes"] == 10 * MIB, f"info: {chain}")
+    check(json.loads(vmcp("disk", "check", "--json", "a.qcow2").stdout)["ok"], "check")
+    check(vmcp("disk", "export", "a.qcow2", "x.raw", "--format", "raw").returncode == 0, "export")
+    check(filecmp.cmp("x.raw", "before", shallow=False), "the exported file differs")
+    vmcp("disk", "export", "a.qcow2", "x.qcow2")
+    same_content("x.qcow2", "before")
+    vmcp("disk", "export", "a.qcow2", "x.qcow2", status=1)
+    with Held("a.qcow2"):
+        check("checkpoint" in vmcp("disk", "export", "a.qcow2", "y.qcow2", status=4).stderr, "no hint for a disk in use")
+    vmcp("disk", "resize", "a.qcow2", "20M")
+    vmcp("disk", "resize", "a.qcow2", "2M", status=2)
+    os.truncate("before", 20 * MIB)
+    same_content("a.qcow2", "before")
+    vmcp("disk", "info", "nothere", status=3)
+    vmcp("disk", "info", "web:root", status=3)
+    vmcp("disk", "polish", "a.qcow2", status=2)
+    vmcp("disk", "export", "a.qcow2", status=2)
+    with open("b.qcow2", "r+b") as file:
+        file.seek(int.from_bytes(open("b.qcow2", "rb").read(64)[48:56], "big"))
+        block = int.from_bytes(file.read(8), "big")
+        file.seek(block + 2 * 6)
+        file.write(bytes(4))
+    vmcp("disk", "check", "a.qcow2", status=5)
+    check(not json.loads(vmcp("disk", "check", "--json", "a.qcow2", status=5).stdout)["ok"], "damage is ok")
+    vmcp("disk", "check", "--repair", "b.qcow2")
+    vmcp("disk", "check", "a.qcow2")
+    same_content("a.qcow2", "before")
+
+
 # Crashes and errors.
 
 def wait_unlocked():
@@ -916,7 +963,7 @@ GROUPS = {
     "stress": [test_stress, test_stress_large],
     "initial": [test_stress_initial],
     "merge": [test_merge, test_merge_rules, test_export],
-    "repair": [test_repair, test_second_opinion, test_resize],
+    "repair": [test_repair, test_second_opinion, test_resize, test_cli],
     "sim": [test_crash_sim],
     "crash": [test_kill, test_kill_random],
     "errors": [test_errors, test_full],
