@@ -2,7 +2,7 @@
  * The disk engine without a guest: so many requests of one size in flight on one image, and how long they take.
  *
  *     disk_bench IMAGE [key=value...]
- *         op=read|write  block=4096  depth=16  count=100000  seq=0  seed=1  flush=0 (after so many writes)
+ *         op=read|write  block=4096  depth=16  count=100000  seq=0  step=BYTES (instead of random)  seed=1  flush=0 (after so many writes)
  *         direct=0  threads=0  span=BYTES (of the disk, 0: all)  plug=1
  *
  * Prints one line: "ns N requests N open_ns N". bench/disk_bench.py compares it with `qemu-img bench`.
@@ -17,7 +17,7 @@
 #include "cowdisk/io_internal.h"
 
 struct bench {
-	uint64_t block, depth, count, seq, seed, flush, direct, threads, span, plug;
+	uint64_t block, depth, count, seq, step, seed, flush, direct, threads, span, plug;
 	bool write;
 	struct cow_io *io;
 	struct cow_disk *disk;
@@ -34,6 +34,13 @@ struct slot {
 static uint64_t next_offset(struct bench *b)
 {
 	uint64_t blocks = b->span / b->block;
+	if (b->step) {
+		uint64_t offset = b->position;
+		b->position += b->step;
+		if (b->position + b->block > b->span)
+			b->position %= b->span - b->block + 1; /* as qemu-img bench does */
+		return offset / COW_SECTOR_BYTES * COW_SECTOR_BYTES;
+	}
 	if (b->seq)
 		return b->position++ % blocks * b->block;
 	b->random = b->random * 6364136223846793005ull + 1442695040888963407ull;
@@ -109,9 +116,9 @@ static int parse(struct bench *b, int count, char **args)
 	const struct {
 		const char *key;
 		uint64_t *value;
-	} keys[] = {{"block", &b->block},     {"depth", &b->depth}, {"count", &b->count}, {"seq", &b->seq},
-		    {"seed", &b->seed},	      {"flush", &b->flush}, {"span", &b->span},	  {"direct", &b->direct},
-		    {"threads", &b->threads}, {"plug", &b->plug}};
+	} keys[] = {{"block", &b->block},   {"depth", &b->depth},     {"count", &b->count}, {"seq", &b->seq},
+		    {"step", &b->step},	    {"seed", &b->seed},	      {"flush", &b->flush}, {"span", &b->span},
+		    {"direct", &b->direct}, {"threads", &b->threads}, {"plug", &b->plug}};
 	for (int i = 0; i < count; i++) {
 		char *value = strchr(args[i], '=');
 		bool known = false;

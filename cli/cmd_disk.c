@@ -312,7 +312,7 @@ static int run_export(struct cli *cli, const struct source *source, struct err *
 	int rc = cow_export(&e, err);
 	cli_progress_end(&progress);
 	if (rc)
-		return rc == -EBUSY ? err_hint(err, "it is in use; take a checkpoint and export that") : rc;
+		return rc;
 	if (cli->json)
 		cli_print_json(json_pack("{s:s, s:s}", "path", e.path, "format", format_name(e.format)));
 	return 0;

@@ -559,7 +559,7 @@ def test_cli():
     same_content("x.qcow2", "before")
     vmcp("disk", "export", "a.qcow2", "x.qcow2", status=1)
     with Held("a.qcow2"):
-        check("checkpoint" in vmcp("disk", "export", "a.qcow2", "y.qcow2", status=4).stderr, "no hint for a disk in use")
+        check("another process" in vmcp("disk", "export", "a.qcow2", "y.qcow2", status=4).stderr, "exported while in use")
     vmcp("disk", "resize", "a.qcow2", "20M")
     vmcp("disk", "resize", "a.qcow2", "2M", status=2)
     os.truncate("before", 20 * MIB)

@@ -404,6 +404,14 @@ def test_raw_and_base_disks(env):
     guest.check()
     env.vmcp("kill", "based")
     check_equal(os.stat(base).st_mtime_ns, before, "the base was written to")
+    for source in ("based:data", taken["id"] + ":data"):
+        check(env.vmcp_json("disk", "check", source)["ok"], f"{source} is damaged")
+        check_equal(env.vmcp_json("disk", "info", source)["chain"][-1]["path"], base, f"the base of {source}")
+    env.vmcp("disk", "resize", taken["id"] + ":data", "64M", status=4)
+    env.vmcp("disk", "info", "based:nothing", status=3)
+    flat = env.path("flat.raw")
+    env.vmcp("disk", "export", taken["id"] + ":data", flat, "--format", "raw")
+    check_equal(os.path.getsize(flat), 32 << 20, "the exported file")
 
 
 def test_second_vm_from_a_checkpoint(env):
