@@ -6,6 +6,8 @@
  * Parking: park_count is raised and lowered under the lock and read without it between callbacks (one load). The
  * loop's thread sets `parked` under the lock and stands until the count is 0. It counts as parked, too, while the
  * state is IDLE: loop_run looks at the count before its first callback, so a loop that starts in between parks at once.
+ * And while it sleeps in epoll_wait (`asleep`, under the lock): whatever wakes it, it looks at the count first. So an
+ * idle loop is parked without being woken.
  *
  * No wakeup is lost: whoever raises the count, posts or stops does so before it writes the eventfd, and the loop's
  * thread looks at all three after it read the eventfd and before it sleeps in epoll_wait.
@@ -61,6 +63,7 @@ struct loop {
 	/* Under lock. */
 	enum loop_state state;
 	bool parked;
+	bool asleep; /* in epoll_wait, or on the way in or out */
 	const void *parker; /* thread_mark() of who raised park_count from 0 */
 	struct task *tasks;
 	struct task **tasks_end;
@@ -186,12 +189,9 @@ void loop_remove(struct loop *loop, struct loop_source *source)
 
 /* --- parking --- */
 
-/* Every place between two callbacks. */
-static void park_point(struct loop *loop)
+/* Under lock. */
+static void stand(struct loop *loop)
 {
-	if (__builtin_expect(atomic_load_explicit(&loop->park_count, memory_order_acquire) == 0, 1))
-		return;
-	pthread_mutex_lock(&loop->lock);
 	while (atomic_load_explicit(&loop->park_count, memory_order_relaxed) > 0) {
 		if (!loop->parked) {
 			loop->parked = true;
@@ -200,6 +200,15 @@ static void park_point(struct loop *loop)
 		pthread_cond_wait(&loop->released, &loop->lock);
 	}
 	loop->parked = false;
+}
+
+/* Every place between two callbacks. */
+static void park_point(struct loop *loop)
+{
+	if (__builtin_expect(atomic_load_explicit(&loop->park_count, memory_order_acquire) == 0, 1))
+		return;
+	pthread_mutex_lock(&loop->lock);
+	stand(loop);
 	pthread_mutex_unlock(&loop->lock);
 }
 
@@ -208,7 +217,7 @@ void loop_park_request(struct loop *loop)
 	pthread_mutex_lock(&loop->lock);
 	if (atomic_fetch_add_explicit(&loop->park_count, 1, memory_order_release) == 0)
 		loop->parker = thread_mark();
-	bool running = loop->state == LOOP_RUNNING && !loop->parked;
+	bool running = loop->state == LOOP_RUNNING && !loop->parked && !loop->asleep;
 	pthread_mutex_unlock(&loop->lock);
 	if (running)
 		wake(loop);
@@ -218,7 +227,7 @@ void loop_park_wait(struct loop *loop)
 {
 	pthread_mutex_lock(&loop->lock);
 	assert(atomic_load(&loop->park_count) > 0 && !loop_in_thread(loop));
-	while (loop->state != LOOP_IDLE && !loop->parked)
+	while (loop->state != LOOP_IDLE && !loop->parked && !loop->asleep)
 		pthread_cond_wait(&loop->standing, &loop->lock);
 	pthread_mutex_unlock(&loop->lock);
 }
@@ -365,12 +374,23 @@ static void drain_wake(struct loop *loop)
 		;
 }
 
-static bool tasks_wait(struct loop *loop)
+/* Returns whether tasks wait. */
+static bool fall_asleep(struct loop *loop)
 {
 	pthread_mutex_lock(&loop->lock);
+	stand(loop);
+	loop->asleep = true;
 	bool wait = loop->tasks != NULL;
 	pthread_mutex_unlock(&loop->lock);
 	return wait;
+}
+
+static void wake_up(struct loop *loop)
+{
+	pthread_mutex_lock(&loop->lock);
+	stand(loop);
+	loop->asleep = false;
+	pthread_mutex_unlock(&loop->lock);
 }
 
 static void dispatch(struct loop *loop)
@@ -391,11 +411,13 @@ static int run(struct loop *loop, struct err *err)
 		run_tasks(loop);
 		if (atomic_load(&loop->stop))
 			break;
-		int n = epoll_wait(loop->epoll_fd, loop->batch, BATCH, tasks_wait(loop) ? 0 : -1);
-		if (n < 0 && errno == EINTR)
+		int n = epoll_wait(loop->epoll_fd, loop->batch, BATCH, fall_asleep(loop) ? 0 : -1);
+		int number = errno;
+		wake_up(loop);
+		if (n < 0 && number == EINTR)
 			continue;
 		if (n < 0)
-			return err_sys(err, errno, "event loop: epoll_wait");
+			return err_sys(err, number, "event loop: epoll_wait");
 		loop->batch_length = n;
 		for (int i = 0; i < n; i++) {
 			if (loop->batch[i].data.ptr == NULL)

@@ -2,6 +2,7 @@
  * variables, which is right only where parking excludes callbacks. */
 #include <errno.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -239,6 +240,53 @@ static void test_parks_nest(void)
 	loop_destroy(loop);
 }
 
+/* Times that a thread of this process has gone to sleep. */
+static unsigned long count_sleeps(pid_t tid)
+{
+	char path[64], line[128];
+	unsigned long count = 0;
+	snprintf(path, sizeof(path), "/proc/self/task/%d/status", (int)tid);
+	FILE *file = fopen(path, "r");
+	CHECK(file != NULL);
+	while (file && fgets(line, sizeof(line), file))
+		sscanf(line, "voluntary_ctxt_switches: %lu", &count);
+	if (file)
+		fclose(file);
+	CHECK(count > 0);
+	return count;
+}
+
+static void take_tid(void *opaque) { *(pid_t *)opaque = gettid(); }
+
+static void test_an_idle_loop_sleeps_through_a_park(void)
+{
+	struct loop *loop = create();
+	pthread_t thread = start(loop);
+	pid_t tid = 0;
+	unsigned note = 0;
+
+	loop_call(loop, take_tid, &tid);
+	usleep(50000);
+	unsigned long before = count_sleeps(tid);
+	for (unsigned i = 0; i < 1000; i++) {
+		loop_park_request(loop);
+		loop_park_wait(loop);
+		loop_unpark(loop);
+	}
+	CHECK(count_sleeps(tid) - before < 100);
+	/* But it does not run while it is parked, whatever wakes it. */
+	loop_park_request(loop);
+	loop_park_wait(loop);
+	CHECK(loop_post(loop, take_note, &note) == 0);
+	usleep(20000);
+	CHECK(note == 0);
+	loop_unpark(loop);
+	loop_call(loop, take_note, &note);
+	CHECK(note == 2);
+	stop(loop, thread);
+	loop_destroy(loop);
+}
+
 /* Nobody but the parker gets at a loop that is parked and does not run. */
 static void *call_once(void *opaque)
 {
@@ -468,6 +516,7 @@ int main(void)
 	test_a_stop_before_the_run_is_not_lost();
 	test_a_loop_that_does_not_run_is_parked();
 	test_parks_nest();
+	test_an_idle_loop_sleeps_through_a_park();
 	test_calls_to_a_parked_loop_that_does_not_run();
 	test_a_parked_loop_stops_when_unparked();
 	test_stress();
