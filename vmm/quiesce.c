@@ -91,6 +91,23 @@ int vm_quiesce_wait(struct vm *vm, struct err *err)
 	return r;
 }
 
+int vm_quiesce_discard(struct vm *vm, struct err *err)
+{
+	if (!vm->started)
+		return err_set(err, ERR_STATE, EINVAL, "the VM is not started");
+	if (vm->quiesced)
+		return 0;
+	atomic_store(&vm->discard, true);
+	vm_quiesce_request(vm);
+	wait_until_standing(vm);
+	atomic_store(&vm->discard, false);
+	vm->stood_ns = clock_now_ns();
+	vm->quiesced = true;
+	for (unsigned i = 0; i < vm->cpus; i++)
+		vm->vcpu[i].state_broken = true;
+	return 0;
+}
+
 static void wait_until_left(struct vm *vm)
 {
 	vm_spin_until(vm, &vm->leaving, 0);

@@ -237,7 +237,7 @@ static void stand_still(struct vcpu *vcpu)
 	if (atomic_load(&vm->hold) & VM_HOLD_EXIT)
 		return;
 	vcpu->save_err = ERR_INIT;
-	if (!vcpu->state_applied)
+	if (!vcpu->state_applied && !atomic_load(&vm->discard))
 		vcpu_arch_save(vcpu, &vcpu->save_err);
 
 	pthread_mutex_lock(&vm->lock);

@@ -82,6 +82,12 @@ void vm_quiesce_request(struct vm *vm);
  * state. On failure the VM is still quiesced and may be resumed. Idempotent: quiesces nest not; a second call while
  * quiesced does nothing. */
 int vm_quiesce_wait(struct vm *vm, struct err *err);
+/*
+ * Quiesces a running VM whose state is about to be replaced: request and wait, but nothing is saved. The caller either applies
+ * a state to every one of vm_components, or resumes the VM, which goes on as if nothing had been; it captures nothing before.
+ * A VM that is quiesced already stays as it is. Allocates nothing.
+ */
+int vm_quiesce_discard(struct vm *vm, struct err *err);
 /* All vCPUs run again. Allocates nothing. `wait`: return only when the last vCPU thread is on its way into the
  * guest; that takes a scheduler's time slices where there are more vCPUs than host processors, though the others run
  * meanwhile. Does nothing to a VM that was not asked to quiesce. */

@@ -39,7 +39,7 @@ struct vcpu {
 	bool io_unfinished; /* vCPU's thread: the last exit is handled, but KVM has not ended its instruction yet */
 	struct vcpu_state *state; /* vCPU's thread while it stops, the controlling thread while it stands still */
 	bool state_applied;	  /* `state` was applied and the vCPU has not run since: nothing to save. As `state` */
-	bool state_broken;	  /* an apply failed half-way: `state` is not what KVM holds. As `state` */
+	bool state_broken;	  /* an apply failed half-way, or nothing was saved: `state` is not what KVM holds. As `state` */
 	struct err save_err;	  /* of the last stop. As `state` */
 	struct kvm_msrs *msr_buffer; /* as `state` */
 	_Atomic bool has_run;	     /* KVM refuses some settings from then on */
@@ -77,6 +77,7 @@ struct vm {
 	/* Controlling thread; vm_time_ns reads the atomic ones in any. */
 	bool started;
 	_Atomic bool quiesced;
+	_Atomic bool discard;	   /* vCPUs that stop need save nothing */
 	_Atomic uint64_t stood_ns; /* since when the guest's time and the host's agree no more */
 
 	_Atomic uint64_t first_entry_ns;

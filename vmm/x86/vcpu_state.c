@@ -89,10 +89,10 @@ int vcpu_save_rest(struct vcpu *vcpu, struct err *err)
 	memset(&regs, 0, sizeof(regs));
 	if ((r = CALL(vcpu, KVM_GET_MP_STATE, &mp, err)) < 0 || (r = CALL(vcpu, KVM_GET_REGS, &regs, err)) < 0)
 		return r;
-	if ((vcpu->state_applied || memcmp(&regs, &state->regs, sizeof(regs)) != 0) &&
+	if ((vcpu->state_applied || vcpu->state_broken || memcmp(&regs, &state->regs, sizeof(regs)) != 0) &&
 	    (r = vcpu_arch_save(vcpu, err)) < 0)
 		return r;
-	vcpu->state_applied = false;
+	vcpu->state_applied = vcpu->state_broken = false;
 	state->mp_state = mp.mp_state;
 	memset(&state->events, 0, sizeof(state->events));
 	if ((r = CALL(vcpu, KVM_GET_VCPU_EVENTS, &state->events, err)) < 0 ||

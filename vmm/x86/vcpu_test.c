@@ -262,6 +262,51 @@ Test(vcpu, goes_back_in_place, .timeout = 60)
 	teardown(&m);
 }
 
+/* Where the state is to be replaced it need not be saved; a VM that is resumed instead has noticed nothing. */
+Test(vcpu, a_quiesce_that_saves_nothing, .timeout = 60)
+{
+	NEED_KVM();
+	struct machine m;
+	struct err err = ERR_INIT;
+	setup(&m, 2, count_guest, sizeof(count_guest));
+	vm_resume(m.vm, true);
+	for (unsigned round = 0; round < 20; round++) {
+		unsigned start = m.ins;
+		WAIT_FOR(m.ins > start + 20);
+		quiesce(&m);
+		capture(&m);
+		uint64_t rcx[2] = {vcpu_state(&m, 0)->regs.rcx, vcpu_state(&m, 1)->regs.rcx};
+		start = m.ins;
+		vm_resume(m.vm, true);
+		WAIT_FOR(m.ins > start + 20);
+		cr_assert_eq(vm_quiesce_discard(m.vm, &err), 0, "%s", err.message);
+		cr_assert(vm_is_quiesced(m.vm));
+		if (round % 2 == 0)
+			apply(&m, &m);
+		unsigned counted = round % 2 == 0 ? 0 : m.ins - start;
+		start = m.ins;
+		vm_resume(m.vm, true);
+		WAIT_FOR(m.ins > start + 20);
+		quiesce(&m);
+		capture(&m);
+		uint64_t more = vcpu_state(&m, 0)->regs.rcx - rcx[0] + vcpu_state(&m, 1)->regs.rcx - rcx[1];
+		uint64_t least = m.ins - start + counted;
+		cr_assert(more + 4 >= least && more <= least + 4, "round %u: %llu counted after %llu reads", round,
+			  (unsigned long long)more, (unsigned long long)least);
+		vm_resume(m.vm, true);
+	}
+	/* One that stands already keeps what it has saved. */
+	quiesce(&m);
+	CLEANUP_BUF struct buf first = BUF_INIT, second = BUF_INIT;
+	capture(&m);
+	encode(&m, &first);
+	cr_assert_eq(vm_quiesce_discard(m.vm, &err), 0);
+	capture(&m);
+	encode(&m, &second);
+	cr_expect(first.length == second.length && memcmp(first.data, second.data, first.length) == 0);
+	teardown(&m);
+}
+
 Test(vcpu, a_fresh_vm_takes_the_state, .timeout = 60)
 {
 	NEED_KVM();
