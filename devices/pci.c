@@ -387,6 +387,23 @@ int pci_validate(struct pci_device *dev, const struct pci_state *state, struct e
 	return 0;
 }
 
+static bool bars_stand(const struct pci_device *dev)
+{
+	for (unsigned i = 0; i < PCI_BARS; i++) {
+		if (dev->bars[i].bytes != 0 && dev->bars[i].mapped_at != bar_address(dev, i))
+			return false;
+	}
+	return true;
+}
+
+static void unmap_stale(struct pci_bus *bus)
+{
+	for (unsigned i = 0; i < PCI_DEVICES; i++) {
+		if (bus->devices[i] != NULL && bus->devices[i]->stale)
+			bars_unmap(bus->devices[i]);
+	}
+}
+
 int pci_apply(struct pci_device *dev, const struct pci_state *state, struct err *err)
 {
 	struct err unreachable = ERR_INIT;
@@ -394,6 +411,11 @@ int pci_apply(struct pci_device *dev, const struct pci_state *state, struct err 
 
 	pthread_mutex_lock(&dev->bus->config_lock);
 	memcpy(dev->config, state->config, sizeof(dev->config));
+	/* BARs move as if none had been mapped, so that none is in another's old place. But taking a doorbell out of KVM and putting it in
+	 * again costs 2 ms, and mostly nothing has moved. */
+	if (!bars_stand(dev))
+		unmap_stale(dev->bus);
+	dev->stale = false;
 	/* A guest may have laid two BARs over each other. That must not make its checkpoint one that nobody can go back to. */
 	if (bars_update(dev, &unreachable) < 0)
 		log_warn("%s; the guest cannot reach it there", unreachable.message);
@@ -445,7 +467,7 @@ static int bus_apply(void *opaque, const void *state, struct err *err)
 	bus->config_address = s->config_address;
 	for (unsigned i = 0; i < PCI_DEVICES; i++) {
 		if (bus->devices[i] != NULL)
-			bars_unmap(bus->devices[i]);
+			bus->devices[i]->stale = true;
 	}
 	pthread_mutex_unlock(&bus->config_lock);
 	return pci_apply(bus->devices[0], &s->bridge, err);

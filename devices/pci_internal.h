@@ -62,6 +62,7 @@ struct pci_device {
 	unsigned last_link;	  /* offset of the byte that will point to it */
 	struct pci_bar bars[PCI_BARS];
 	bool warned_bar;
+	bool stale; /* the bus's state was put back, this function's was not yet: its BARs are where they were before */
 
 	pthread_mutex_t irq_lock;
 	/* under irq_lock */

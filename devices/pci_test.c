@@ -285,6 +285,64 @@ Test(pci, state_goes_there_and_back)
 	card_destroy(card);
 }
 
+/* To go back to a state in which nothing lies elsewhere moves nothing: a doorbell is dear to move. */
+Test(pci, bars_that_stay_are_left_alone)
+{
+	struct card *card = card_create();
+	struct component bus = pci_bus_component(card->rig.pci);
+	CLEANUP_FREE void *bus_state = xcalloc(1, bus.table->size);
+	struct pci_state saved;
+	struct err err = ERR_INIT;
+
+	memset(&saved, 0, sizeof(saved));
+	cr_assert_eq(bus.capture(bus.opaque, bus_state, NULL), 0);
+	pci_capture(card->dev, &saved);
+	uint64_t place = card->moved_to[1];
+	card->moved_to[1] = card->moved_to[4] = 42;
+	cr_assert_eq(bus.apply(bus.opaque, bus_state, &err), 0, "%s", err.message);
+	cr_assert_eq(pci_apply(card->dev, &saved, &err), 0, "%s", err.message);
+	cr_expect_eq(card->moved_to[1], 42);
+	cr_expect_eq(card->moved_to[4], 42);
+	uint8_t v[4] = {7};
+	bus_write(card->rig.mmio, place, v, 4);
+	cr_expect_eq(card->stored[0], 7, "and they still work");
+	card_destroy(card);
+}
+
+/* Where one function's BAR goes back to lies another one's now, which is put back later. */
+Test(pci, bars_of_two_functions_change_places)
+{
+	struct card *card = card_create(), other = {0};
+	struct rig *rig = &card->rig;
+	struct component bus = pci_bus_component(rig->pci);
+	CLEANUP_FREE void *bus_state = xcalloc(1, bus.table->size);
+	struct pci_state saved[2];
+	struct err err = ERR_INIT;
+	const struct pci_config config = {.name = "other", .vendor = 1, .device = 2, .opaque = &other, .bar_moved = card_moved};
+
+	cr_assert_eq(pci_device_create(rig->pci, &config, &other.dev, &err), 0);
+	cr_assert_eq(pci_device_add_bar(other.dev, 1, false, 0x1000, &card_ops, &other, &err), 0);
+	cr_assert_eq(pci_device_place(other.dev, &err), 0, "%s", err.message);
+	uint32_t place[2] = {(uint32_t)card->moved_to[1], (uint32_t)other.moved_to[1]};
+	memset(saved, 0, sizeof(saved));
+	cr_assert_eq(bus.capture(bus.opaque, bus_state, NULL), 0);
+	pci_capture(card->dev, &saved[0]);
+	pci_capture(other.dev, &saved[1]);
+	rig_config_write(rig, 1, 4, 0, 2);
+	rig_config_write(rig, 2, 0x14, place[0], 4);
+	rig_config_write(rig, 1, 0x14, place[1], 4);
+	rig_config_write(rig, 1, 4, 2, 2);
+	cr_assert_eq(card->moved_to[1], place[1]);
+	cr_assert_eq(other.moved_to[1], place[0]);
+	cr_assert_eq(bus.apply(bus.opaque, bus_state, &err), 0, "%s", err.message);
+	cr_assert_eq(pci_apply(card->dev, &saved[0], &err), 0, "%s", err.message);
+	cr_assert_eq(pci_apply(other.dev, &saved[1], &err), 0, "%s", err.message);
+	cr_expect_eq(card->moved_to[1], place[0]);
+	cr_expect_eq(other.moved_to[1], place[1]);
+	pci_device_destroy(other.dev);
+	card_destroy(card);
+}
+
 Test(pci, state_is_encoded_and_decoded)
 {
 	struct card *card = card_create();
