@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "base/buf.h"
 #include "base/bytes.h"
@@ -129,6 +130,24 @@ int cow_replace(struct cow_disk *disk, const char *path, struct err *err)
 	cow_chain_free(disk->top);
 	attach_chain(disk, top);
 	return 0;
+}
+
+static bool is_file(const struct image *image, const char *path)
+{
+	struct stat st;
+	return stat(path, &st) == 0 && st.st_dev == image->device && st.st_ino == image->inode;
+}
+
+bool cow_is_empty_overlay(const struct cow_disk *disk, const char *path, const char *layer_path)
+{
+	const struct image *top = disk->top;
+	if (disk->inflight > 0 || disk->overlays || top->format != COW_FORMAT_QCOW2 || top->readonly || top->damaged ||
+	    top->lost_error != 0 || !top->backing || !top->backing->sealed)
+		return false;
+	for (uint64_t i = 0; i < top->q.l1.count; i++)
+		if (top->q.l1.entries[i] != 0)
+			return false;
+	return is_file(top, path) && is_file(top->backing, layer_path);
 }
 
 uint64_t cow_size(const struct cow_disk *disk) { return disk->size; }

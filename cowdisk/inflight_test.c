@@ -439,6 +439,59 @@ Test(inflight, overlapping_allocations_wait_for_each_other)
 	teardown(&f);
 }
 
+Test(inflight, an_overlay_is_empty_until_it_is_written)
+{
+	struct fixture f;
+	struct pending p;
+	setup(&f);
+	CLEANUP_FREE char *layer = path_of(&f, "layer.qcow2");
+	CLEANUP_FREE char *top = path_of(&f, "top.qcow2");
+	CLEANUP_FREE char *other = path_of(&f, "third.qcow2");
+	cr_expect(!cow_is_empty_overlay(f.disk, layer, layer), "no overlay at all");
+	start(&f, &p, COW_WRITE, 0, 4096, 0x11);
+	cr_expect_eq(finish(&f, &p), 0);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	cow_overlay_switch(o);
+	cr_expect(!cow_is_empty_overlay(f.disk, top, layer), "its layer is not sealed yet");
+	seal(o);
+	cr_expect(cow_is_empty_overlay(f.disk, top, layer));
+	cr_expect(!cow_is_empty_overlay(f.disk, layer, layer), "the path is of another file");
+	cr_expect(!cow_is_empty_overlay(f.disk, other, layer), "the path is of none");
+	cr_expect(!cow_is_empty_overlay(f.disk, top, top), "it stands on another layer");
+	/* Reads and flushes leave it as it is. */
+	cr_expect(disk_holds(&f, 0, 4096, 0x11));
+	cr_assert_eq(cow_flush_sync(f.disk, NULL), 0);
+	cr_expect(cow_is_empty_overlay(f.disk, top, layer));
+	f.hold = KIND(IO_WRITE);
+	start(&f, &p, COW_WRITE, 8 * CLUSTER, 4096, 0x22);
+	settle(&f);
+	cr_expect(!cow_is_empty_overlay(f.disk, top, layer), "a write is in flight");
+	f.hold = 0;
+	cow_io_release_held(f.io);
+	cr_expect_eq(finish(&f, &p), 0);
+	cr_expect(!cow_is_empty_overlay(f.disk, top, layer));
+	teardown(&f);
+}
+
+Test(inflight, a_discard_is_content_too)
+{
+	struct fixture f;
+	struct pending p;
+	setup(&f);
+	CLEANUP_FREE char *layer = path_of(&f, "layer.qcow2");
+	CLEANUP_FREE char *top = path_of(&f, "top.qcow2");
+	start(&f, &p, COW_WRITE, 0, CLUSTER, 0x11);
+	cr_expect_eq(finish(&f, &p), 0);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	cow_overlay_switch(o);
+	seal(o);
+	start(&f, &p, COW_WRITE_ZEROES, 0, CLUSTER, 0);
+	cr_expect_eq(finish(&f, &p), 0);
+	cr_expect(disk_holds(&f, 0, CLUSTER, 0));
+	cr_expect(!cow_is_empty_overlay(f.disk, top, layer));
+	teardown(&f);
+}
+
 Test(inflight, replace_drops_what_was_not_written_back)
 {
 	struct fixture f;

@@ -50,6 +50,13 @@ bool cow_is_touched(const struct cow_disk *disk);
 unsigned cow_chain_length(const struct cow_disk *disk);
 
 /*
+ * True if the disk stands on an overlay without any content, found at `path`, right on the layer at `layer_path`: then it reads as that layer, in
+ * memory and in the file, and a fresh overlay would be no different. No error of a write is owed to the guest, nothing is in flight. I/O
+ * thread parked or inside it.
+ */
+bool cow_is_empty_overlay(const struct cow_disk *disk, const char *path, const char *layer_path);
+
+/*
  * Puts another image in the place of the disk's whole chain (revert): no request in flight, I/O thread parked or inside it. The old chain is closed
  * without writing back anything (its content is dropped by the caller's wish). On failure the disk is unchanged.
  */
