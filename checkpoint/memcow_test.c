@@ -183,6 +183,7 @@ static void apply_layer(struct machine *m, struct memcow *cow, int fd, int sums_
 			wrong_zero += test_page_zero(page);
 		}
 	}
+	page_sums_close(&sums);
 	CHECK(wrong_sums == 0);
 	CHECK(wrong_zero == 0);
 }

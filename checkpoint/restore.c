@@ -33,6 +33,7 @@ void restore_close(struct restore_layers *layers)
 	for (uint32_t i = 0; layers->layers && i < layers->index->layer_count; i++) {
 		if (layers->layers[i].fd >= 0)
 			close(layers->layers[i].fd);
+		page_sums_close(&layers->layers[i].sums);
 		if (layers->layers[i].sums.fd >= 0)
 			close(layers->layers[i].sums.fd);
 	}
@@ -112,11 +113,23 @@ static int check_pages(struct restore_layers *layers, uint32_t number, uint64_t 
 	return 0;
 }
 
+int restore_read(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, uint8_t *data, struct err *err)
+{
+	int r = read_pages(layers, number, first, count, data, err);
+	return r == 0 ? check_pages(layers, number, first, count, data, err) : r;
+}
+
+unsigned restore_open_layers(const struct restore_layers *layers)
+{
+	unsigned open = 0;
+	for (uint32_t i = 0; layers->layers && i < layers->index->layer_count; i++)
+		open += layers->layers[i].fd >= 0;
+	return open;
+}
+
 int restore_read_page(struct restore_layers *layers, uint64_t page, uint8_t *data, struct err *err)
 {
-	uint32_t number = page_index_find(layers->index, page)->layer;
-	int r = read_pages(layers, number, page, 1, data, err);
-	return r == 0 ? check_pages(layers, number, page, 1, data, err) : r;
+	return restore_read(layers, page_index_find(layers->index, page)->layer, page, 1, data, err);
 }
 
 static uint8_t *alloc_chunk(struct err *err)
@@ -182,12 +195,13 @@ int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_
 	return r;
 }
 
-/* Puts back the pages of a run that differ: a page that is not written stays as it is for whoever tracks writes. */
+/* Puts back the pages of a run that differ: a page that is not written stays as it is for whoever tracks writes. They were checked
+ * before, but are read anew, so they are checked anew. */
 static int put_back_run(struct mem *mem, struct restore_layers *layers, const struct run *run, uint8_t *chunk,
 			uint64_t *changed, struct err *err)
 {
 	uint8_t *base = mem_base(mem) + run->first * PAGE_BYTES;
-	int r = read_pages(layers, run->layer, run->first, run->count, chunk, err);
+	int r = restore_read(layers, run->layer, run->first, run->count, chunk, err);
 	for (uint64_t i = 0; i < run->count && r == 0; i++) {
 		if (memcmp(base + i * PAGE_BYTES, chunk + i * PAGE_BYTES, PAGE_BYTES) == 0)
 			continue;

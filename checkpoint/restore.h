@@ -36,6 +36,10 @@ int restore_layer_fd(struct restore_layers *layers, uint32_t number, int *fd, st
 /* Reads those pages of [first, end) that the index takes from a layer and checks them against their checksums. which: bitmap,
  * NULL: all. A page that does not check: ERR_DAMAGED, naming layer and page. */
 int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_t first, uint64_t end, struct err *err);
+/* Reads pages [first, first + count), at most RESTORE_CHUNK_PAGES, of layer `number` (from 1) into `data` and checks them. */
+int restore_read(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, uint8_t *data, struct err *err);
+/* Layers whose files are open. */
+unsigned restore_open_layers(const struct restore_layers *layers);
 /* Reads one page that the index takes from a layer into `data`, PAGE_BYTES, and checks it. */
 int restore_read_page(struct restore_layers *layers, uint64_t page, uint8_t *data, struct err *err);
 /* Makes the pages of `which` what the index says. `fresh`: memory is all zero, and each page is checked against its checksum on the

@@ -1,6 +1,7 @@
 #include "checkpoint/sums.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -11,6 +12,7 @@
 #define VERSION	     1u
 #define HEADER_BYTES 32u
 #define ENTRY_BYTES  16u
+#define WINDOW_ENTRIES 256u
 
 /* Entries gathered for one write. */
 struct gather {
@@ -75,61 +77,135 @@ int page_sums_open(struct page_sums *s, int fd, struct err *err)
 	if (get_le32(header + 12) != 0 || get_le64(header + 24) != 0 || s->count > UINT64_MAX / 2 / ENTRY_BYTES ||
 	    (uint64_t)st.st_size != HEADER_BYTES + s->count * ENTRY_BYTES)
 		return err_set(err, ERR_DAMAGED, EINVAL, "page checksums: the length does not fit the header");
-	return 0;
+	if (s->count == 0)
+		return 0;
+	r = file_pread_full(fd, header, ENTRY_BYTES, HEADER_BYTES + (s->count - 1) * ENTRY_BYTES, err);
+	s->end_page = get_le64(header);
+	return r;
 }
 
-/* Reads `count` entries from number `at` on; entries past the end are left as they are. */
+void page_sums_close(struct page_sums *s)
+{
+	free(s->window);
+	s->window = NULL;
+}
+
 static int read_entries(const struct page_sums *s, uint64_t at, uint64_t count, uint8_t *out, struct err *err)
 {
-	if (at >= s->count)
-		return 0;
-	count = min_u64(count, s->count - at);
 	return file_pread_full(s->fd, out, count * ENTRY_BYTES, HEADER_BYTES + at * ENTRY_BYTES, err);
 }
 
-/* The number of the first entry whose page is not below `page`. */
-static int find(const struct page_sums *s, uint64_t page, uint64_t *at, struct err *err)
+/* --- the window: entries around the last one that was looked for --- */
+
+static int load_window(struct page_sums *s, uint64_t at, uint64_t count, struct err *err)
 {
-	uint64_t low = 0, high = s->count;
+	if (!s->window)
+		s->window = malloc(WINDOW_ENTRIES * ENTRY_BYTES);
+	s->window_count = 0;
+	if (!s->window)
+		return err_sys(err, ENOMEM, "page checksums");
+	int r = read_entries(s, at, count, s->window, err);
+	s->window_at = at;
+	s->window_count = r == 0 ? count : 0;
+	return r;
+}
+
+static uint64_t window_page(const struct page_sums *s, uint64_t i) { return get_le64(s->window + i * ENTRY_BYTES); }
+
+/* How many entries of the window are of pages below `page`. */
+static uint64_t count_below(const struct page_sums *s, uint64_t page)
+{
+	uint64_t low = 0, high = s->window_count;
 	while (low < high) {
-		uint8_t entry[ENTRY_BYTES];
 		uint64_t middle = low + (high - low) / 2;
-		int r = read_entries(s, middle, 1, entry, err);
-		if (r != 0)
-			return r;
-		if (get_le64(entry) < page)
+		if (window_page(s, middle) < page)
 			low = middle + 1;
 		else
 			high = middle;
+	}
+	return low;
+}
+
+/* --- finding --- */
+
+/* Where `page` would be if the pages of entries [low, high) lay evenly: a layer's mostly do. */
+static uint64_t guess(uint64_t low, uint64_t high, uint64_t low_page, uint64_t high_page, uint64_t page)
+{
+	if (page <= low_page || page >= high_page)
+		return page <= low_page ? low : high - 1;
+	__extension__ typedef unsigned __int128 wide;
+	return low + (uint64_t)((wide)(page - low_page) * (high - low) / (high_page - low_page));
+}
+
+/*
+ * The number of the first entry whose page is not below `page`: it is in [low, high]. A window is read where it is guessed, then in the middle of
+ * what is left, in turns: mostly one read is enough, and never are there more than twice those of a bisection.
+ */
+static int find(struct page_sums *s, uint64_t page, uint64_t *at, struct err *err)
+{
+	uint64_t low = 0, high = s->count, low_page = 0, high_page = s->end_page;
+	for (unsigned turn = 0; low < high; turn++) {
+		uint64_t middle = turn % 2 == 0 ? guess(low, high, low_page, high_page, page) : low + (high - low) / 2;
+		uint64_t first = max_u64(low, middle - min_u64(middle, WINDOW_ENTRIES / 2));
+		int r = load_window(s, first, min_u64(high - first, WINDOW_ENTRIES), err);
+		if (r != 0)
+			return r;
+		uint64_t below = count_below(s, page), end = first + s->window_count;
+		if (below > 0) {
+			low = first + below;
+			low_page = window_page(s, below - 1);
+		}
+		if (first + below < end) {
+			high = first + below;
+			high_page = window_page(s, below);
+		}
 	}
 	*at = low;
 	return 0;
 }
 
-/* Entries [at, at + count) if they are those of the pages; -ENOENT if not. */
+/* Copies the sums if the entries are those of the pages; -ENOENT if not. */
+static int take(const uint8_t *entries, uint64_t first, uint64_t count, uint64_t *sums)
+{
+	for (uint64_t i = 0; i < count; i++) {
+		if (get_le64(entries + i * ENTRY_BYTES) != first + i)
+			return -ENOENT;
+		sums[i] = get_le64(entries + i * ENTRY_BYTES + 8);
+	}
+	return 0;
+}
+
+/* From entries [at, at + count); -ENOENT if they are of other pages. */
 static int read_at(struct page_sums *s, uint64_t at, uint64_t first, uint64_t count, uint64_t *sums, struct err *err)
 {
 	uint8_t entries[PAGE_SUMS_MAX_READ * ENTRY_BYTES];
 	if (s->count < count || at > s->count - count)
 		return -ENOENT;
 	int r = read_entries(s, at, count, entries, err);
-	for (uint64_t i = 0; i < count && r == 0; i++) {
-		if (get_le64(entries + i * ENTRY_BYTES) != first + i)
-			r = -ENOENT;
-		sums[i] = get_le64(entries + i * ENTRY_BYTES + 8);
-	}
 	if (r == 0)
+		r = take(entries, first, count, sums);
+	if (r == 0) {
 		s->next = at + count;
+		s->next_page = first + count;
+	}
 	return r;
+}
+
+static int take_from_window(const struct page_sums *s, uint64_t first, uint64_t count, uint64_t *sums)
+{
+	uint64_t at = count_below(s, first);
+	return at + count <= s->window_count ? take(s->window + at * ENTRY_BYTES, first, count, sums) : -ENOENT;
 }
 
 int page_sums_read(struct page_sums *s, uint64_t first, uint64_t count, uint64_t *sums, struct err *err)
 {
-	int r = read_at(s, s->next, first, count, sums, err);
+	if (take_from_window(s, first, count, sums) == 0)
+		return 0;
+	int r = first == s->next_page ? read_at(s, s->next, first, count, sums, err) : -ENOENT;
 	if (r == -ENOENT) {
 		uint64_t at;
 		r = find(s, first, &at, err);
-		if (r == 0)
+		if (r == 0 && take_from_window(s, first, count, sums) != 0)
 			r = read_at(s, at, first, count, sums, err);
 	}
 	if (r == -ENOENT)

@@ -17,11 +17,16 @@ int page_sums_write(int fd, const uint64_t *saved, const uint64_t *sums, uint64_
 struct page_sums {
 	int fd; /* the caller's */
 	uint64_t count;
-	uint64_t next; /* where the last read ended: most reads go on from there */
+	uint64_t end_page; /* of the last entry, untrusted: to guess where a page is */
+	uint64_t next, next_page; /* where the last read ended: most go on from there */
+	uint8_t *window;	  /* malloc: entries [window_at, window_at + window_count) */
+	uint64_t window_at, window_count;
 };
 
 /* -EINVAL, ERR_DAMAGED if it is no such file. */
 int page_sums_open(struct page_sums *s, int fd, struct err *err);
+/* Frees what is kept. The descriptor stays open. */
+void page_sums_close(struct page_sums *s);
 /* Sums of the pages [first, first + count), count up to PAGE_SUMS_MAX_READ. -EINVAL, ERR_DAMAGED if the layer has none for
  * one of them. */
 #define PAGE_SUMS_MAX_READ 256u

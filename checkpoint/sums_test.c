@@ -44,6 +44,35 @@ Test(sums, every_page_is_found_in_any_order)
 		cr_assert_eq(r, is_saved(page) ? 0 : -EINVAL, "page %llu", (unsigned long long)page);
 		cr_assert(r != 0 || sum == page * 3 + 1, "page %llu", (unsigned long long)page);
 	}
+	page_sums_close(&s);
+	close(fd);
+}
+
+/* Pages that lie as unevenly as can be, so that every guess is wrong. */
+Test(sums, uneven_layers)
+{
+	enum { COUNT = 1u << 20 };
+	uint64_t *saved = calloc(BITMAP_WORDS(COUNT), sizeof(*saved)), *values = calloc(COUNT, sizeof(*values));
+	struct page_sums s;
+	int fd = scratch();
+	for (uint64_t p = 0; p < COUNT; p++) {
+		bool in = p < 3000 || (p & (p - 1)) == 0 || p > COUNT - 700;
+		saved[p / 64] |= (uint64_t)in << (p % 64);
+		values[p] = p ^ 0x5555;
+	}
+	cr_assert_eq(page_sums_write(fd, saved, values, COUNT, NULL), 0);
+	cr_assert_eq(page_sums_open(&s, fd, NULL), 0);
+	for (uint64_t i = 0, page = 1; i < 20000; i++) {
+		page = i % 3 == 0 ? (uint64_t)1 << (i % 20) : (page * 2654435761u + i) % COUNT;
+		page = i % 3 == 1 ? page % 4000 : page;
+		uint64_t sum = 0;
+		bool in = saved[page / 64] >> (page % 64) & 1;
+		cr_assert_eq(page_sums_read(&s, page, 1, &sum, NULL), in ? 0 : -EINVAL, "page %llu", (unsigned long long)page);
+		cr_assert(!in || sum == values[page]);
+	}
+	page_sums_close(&s);
+	free(saved);
+	free(values);
 	close(fd);
 }
 
@@ -60,6 +89,7 @@ Test(sums, runs)
 	cr_assert_eq(page_sums_read(&s, 2499, 5, sums, &err), -EINVAL, "the run ends in pages that were not saved");
 	cr_assert_eq(err.class, ERR_DAMAGED);
 	cr_assert_eq(page_sums_read(&s, PAGES - 1, 5, sums, NULL), -EINVAL, "past the end");
+	page_sums_close(&s);
 	close(fd);
 }
 
@@ -72,6 +102,7 @@ Test(sums, an_empty_layer)
 	cr_assert_eq(page_sums_open(&s, fd, NULL), 0);
 	cr_assert_eq(s.count, 0);
 	cr_assert_eq(page_sums_read(&s, 0, 1, &sum, NULL), -EINVAL);
+	page_sums_close(&s);
 	close(fd);
 }
 
