@@ -14,6 +14,7 @@ static void free_engine(struct ckpt_engine *engine)
 	consolidated_free(engine->consolidated);
 	store_unpin(engine->pin);
 	memcow_destroy(engine->memcow);
+	revert_cache_free(engine);
 	tracker_destroy(engine->tracker);
 	state_set_free(&engine->captured);
 	for (unsigned i = 0; i < engine->disk_count; i++) {

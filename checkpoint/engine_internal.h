@@ -53,6 +53,8 @@ struct ckpt_engine {
 	struct planner_costs costs;   /* measured so far */
 	bool staged_last;	      /* so what copying costs is known */
 	struct histogram pauses;      /* of live checkpoints; read by any thread */
+	struct revert_cache *reverts; /* NULL before the first revert in place */
+	bool position_unrecorded;     /* the store could not be told of it */
 	struct err live_error;	   /* why memory cannot be protected on this host; number 0 if it can */
 	struct state_set captured; /* the buffers of the pause */
 	/* owner: who consolidates */
@@ -79,6 +81,8 @@ struct ckpt_engine {
 
 	volatile bool cancel; /* set by any thread, cleared by operation_begin; a flag, orders nothing */
 };
+
+struct revert_cache;
 
 struct take_disk {
 	struct engine_disk *disk;
@@ -181,5 +185,8 @@ uint64_t take_release_machine(struct take *take);
 /* Undoes everything that can be undone. The machine goes on. */
 void take_fail(struct take *take);
 void take_free(struct take *take);
+
+/* --- revert_node.c --- */
+void revert_cache_free(struct ckpt_engine *engine);
 
 #endif

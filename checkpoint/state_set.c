@@ -151,14 +151,19 @@ int state_set_decode(struct state_set *set, const void *data, size_t length, str
 	r = check_sections(set, sections, count, err);
 	for (unsigned i = 0; i < set->count && r == 0; i++)
 		r = decode_component(set, i, sections, count, err);
-	for (unsigned i = 0; i < set->count && r == 0; i++) {
-		const struct component *c = &set->components[i];
-		r = c->validate ? c->validate(c->opaque, set->states[i], err) : 0;
-		if (r != 0)
-			err_prefix(err, "%s %u", c->id, c->instance);
-	}
 	free(sections);
-	return r;
+	return r == 0 ? state_set_validate(set, err) : r;
+}
+
+int state_set_validate(const struct state_set *set, struct err *err)
+{
+	for (unsigned i = 0; i < set->count; i++) {
+		const struct component *c = &set->components[i];
+		int r = c->validate ? c->validate(c->opaque, set->states[i], err) : 0;
+		if (r != 0)
+			return err_prefix(err, "%s %u", c->id, c->instance);
+	}
+	return 0;
 }
 
 int state_set_apply(const struct state_set *set, struct err *err)

@@ -23,6 +23,8 @@ int state_set_encode(const struct state_set *set, struct buf *out, struct err *e
  * its own. Each component must have its section, and each section its component. The components are not changed.
  */
 int state_set_decode(struct state_set *set, const void *data, size_t length, struct err *err);
+/* Has every component look at its state once more: what was decoded is kept, and the machine may have changed since. */
+int state_set_validate(const struct state_set *set, struct err *err);
 /* Applies all states, in order. */
 int state_set_apply(const struct state_set *set, struct err *err);
 /* Applies the completion logs, in order. */

@@ -16,15 +16,20 @@
 /* Pages and words of the bitmap cleared with one call: KVM holds the lock of the VM's page tables, and a guest that faults waits. */
 #define CLEAR_PAGES 512u
 #define CLEAR_WORDS 1024u
+/* Words without a page in between that cost less than another call. */
+#define CLEAR_GAP_WORDS 2048u
 
 struct tracker {
 	struct vm *vm;
 	struct mem *mem;
 	struct loop *loop;
 	uint64_t words;
-	uint64_t *since, *fresh; /* one mapping: untouched parts cost nothing */
-	uint32_t *list;		 /* in it too: the words of `fresh` that are not 0 */
+	uint64_t *since, *fresh, *again; /* one mapping: untouched parts cost nothing */
+	uint32_t *list;			 /* in it too: the words of `fresh` that are not 0 */
 	uint64_t list_count;
+	/* Pages that changed before the last rewind: set in `again`. */
+	uint32_t *again_pages;
+	uint32_t again_count, again_room;
 	size_t mapped_bytes;
 	bool on, base;
 	uint64_t room_each_ns;
@@ -38,7 +43,7 @@ int tracker_create(struct vm *vm, struct loop *loop, struct tracker **out, struc
 	t->mem = vm_memory(vm);
 	t->loop = loop;
 	t->words = BITMAP_WORDS(mem_pages(t->mem));
-	t->mapped_bytes = t->words * (2 * sizeof(uint64_t) + sizeof(*t->list));
+	t->mapped_bytes = t->words * (3 * sizeof(uint64_t) + sizeof(*t->list));
 	void *maps = mmap(NULL, t->mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (maps == MAP_FAILED) {
 		free(t);
@@ -46,7 +51,8 @@ int tracker_create(struct vm *vm, struct loop *loop, struct tracker **out, struc
 	}
 	t->since = maps;
 	t->fresh = t->since + t->words;
-	t->list = (uint32_t *)(t->fresh + t->words);
+	t->again = t->fresh + t->words;
+	t->list = (uint32_t *)(t->again + t->words);
 	*out = t;
 	return 0;
 }
@@ -58,6 +64,7 @@ void tracker_destroy(struct tracker *t)
 	if (t->on)
 		vm_dirty_log_stop(t->vm);
 	munmap(t->since, t->mapped_bytes);
+	free(t->again_pages);
 	free(t);
 }
 
@@ -212,6 +219,73 @@ int tracker_rewind(struct tracker *t, struct err *err)
 		tracker_set_base(t);
 	else
 		tracker_drop_base(t);
+	return r;
+}
+
+bool tracker_collect_marks(struct tracker *t, uint64_t *words)
+{
+	bool any = mem_take_dirty(t->mem, words);
+	for (uint64_t w = 0; any && w < t->words; w++) {
+		t->since[w] |= words[w];
+		t->fresh[w] |= words[w];
+	}
+	return any;
+}
+
+static uint64_t bit_of(uint32_t page) { return (uint64_t)1 << (page % 64); }
+
+/* Those that changed become `again`. */
+static void note_again(struct tracker *t, const uint32_t *pages, uint32_t count, const bool *changed)
+{
+	for (uint32_t i = 0; i < t->again_count; i++)
+		t->again[t->again_pages[i] / 64] &= ~bit_of(t->again_pages[i]);
+	t->again_count = 0;
+	if (count > t->again_room) {
+		free(t->again_pages);
+		t->again_room = count * 2;
+		t->again_pages = xcalloc(t->again_room, sizeof(*t->again_pages));
+	}
+	for (uint32_t i = 0; i < count; i++) {
+		if (!changed[i])
+			continue;
+		t->again_pages[t->again_count++] = pages[i];
+		t->again[pages[i] / 64] |= bit_of(pages[i]);
+	}
+}
+
+/* The next stretch of words of `fresh` with pages in them, to be cleared by one call: [*first, *end). */
+static bool next_stretch(const struct tracker *t, const uint32_t *pages, uint32_t count, uint32_t *at, uint64_t *first, uint64_t *end)
+{
+	*first = *end = 0;
+	for (; *at < count; ++*at) {
+		uint64_t w = pages[*at] / 64;
+		if (t->fresh[w] == 0)
+			continue;
+		if (*end == 0)
+			*first = w;
+		else if (w > *end + CLEAR_GAP_WORDS)
+			break;
+		*end = w + 1;
+	}
+	return *end != 0;
+}
+
+int tracker_rewind_pages(struct tracker *t, const uint32_t *pages, uint32_t count, const bool *changed, struct err *err)
+{
+	uint64_t first, end;
+	uint32_t at = 0;
+	int r = 0;
+	/* `fresh` holds nothing but these pages. */
+	for (uint32_t i = 0; i < count; i++) {
+		t->since[pages[i] / 64] &= ~bit_of(pages[i]);
+		if (changed[i] && t->again[pages[i] / 64] & bit_of(pages[i]))
+			t->fresh[pages[i] / 64] &= ~bit_of(pages[i]);
+	}
+	while (r == 0 && next_stretch(t, pages, count, &at, &first, &end))
+		r = vm_dirty_log_clear(t->vm, first, end - first, t->fresh + first, err);
+	if (r == 0)
+		note_again(t, pages, count, changed);
+	t->base = r == 0 && t->on;
 	return r;
 }
 

@@ -6,7 +6,7 @@
  *
  * harvest, while the VM runs, moves what was written into `since` and protects it, so that a page written again is found again by
  * the next one: the caller copies the pages of `fresh` after it. collect does the same in the pause, where protecting is not needed:
- * those pages count as written to the next base as well, which costs a copy and is never wrong.
+ * those pages count as written to the next base as well, which costs a copy and is never wrong. rewind makes memory's present content the base's.
  *
  * Threads: the engine's operation, one at a time.
  */
@@ -64,6 +64,14 @@ struct tracker_timing {
 };
 struct tracker_timing tracker_timing(const struct tracker *t);
 
+/*
+ * The same where `pages`, sorted, are all that were written since the base, by the last collect and tracker_collect_marks. Those that
+ * changed (changed[i]) this time and the time before are not protected anew, but count as written from the start: a page that is
+ * written each time costs the guest no fault, and the next revert no call.
+ */
+int tracker_rewind_pages(struct tracker *t, const uint32_t *pages, uint32_t count, const bool *changed, struct err *err);
+/* Adds to `since`, and to `words`, what the VMM marked since the last collect. vCPUs stand since then, the loop is parked. Returns whether there was any. */
+bool tracker_collect_marks(struct tracker *t, uint64_t *words);
 /* It is not known any more what was written. */
 void tracker_drop_base(struct tracker *t);
 

@@ -271,11 +271,17 @@ static int revert(struct control_exchange *x, const json_t *params, json_t **res
 
 	if (!rc)
 		rc = machine_revert(x->target->machine, id, &reverted, err);
-	if (!rc)
-		*result = json_pack("{s:s, s:s, s:s, s:I, s:I}", "vm", x->target->name, "checkpoint", reverted.id,
-				    "mode", "in-place", "restored_pages", number(reverted.restored_pages), "revert_ns",
-				    number(reverted.revert_ns));
-	return rc;
+	if (rc)
+		return rc;
+	json_t *parts = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "check_ns", number(reverted.check_ns), "stop_ns",
+				  number(reverted.stop_ns), "pages_ns", number(reverted.pages_ns), "drain_ns",
+				  number(reverted.drain_ns), "memory_ns", number(reverted.memory_ns), "state_ns",
+				  number(reverted.state_ns), "disks_ns", number(reverted.disks_ns), "resume_ns",
+				  number(reverted.resume_ns));
+	*result = json_pack("{s:s, s:s, s:s, s:I, s:I, s:o}", "vm", x->target->name, "checkpoint", reverted.id, "mode",
+			    "in-place", "restored_pages", number(reverted.restored_pages), "revert_ns",
+			    number(reverted.revert_ns), "parts", parts);
+	return 0;
 }
 
 static void add_balloon(json_t *result, struct machine *machine)

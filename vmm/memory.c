@@ -235,9 +235,10 @@ void mem_mark_dirty(struct mem *mem, uint64_t gpa, uint64_t length)
 		mark_pages(mem, offset, length);
 }
 
-void mem_take_dirty(struct mem *mem, uint64_t *words)
+bool mem_take_dirty(struct mem *mem, uint64_t *words)
 {
 	uint64_t summaries = BITMAP_WORDS(BITMAP_WORDS(mem_pages(mem)));
+	bool any = false;
 	for (uint64_t s = 0; s < summaries; s++) {
 		if (atomic_load_explicit(&mem->dirty_summary[s], memory_order_acquire) == 0)
 			continue;
@@ -245,8 +246,10 @@ void mem_take_dirty(struct mem *mem, uint64_t *words)
 		for (; bits; bits &= bits - 1) {
 			uint64_t w = s * 64 + (unsigned)__builtin_ctzll(bits);
 			words[w] |= atomic_exchange_explicit(&mem->dirty[w], 0, memory_order_acq_rel);
+			any = true;
 		}
 	}
+	return any;
 }
 
 /* --- private memory --- */

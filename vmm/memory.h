@@ -63,9 +63,9 @@ int mem_write(struct mem *mem, uint64_t gpa, const void *data, uint64_t length, 
 /* Marks pages that are (or just were) written through a pointer or by asynchronous I/O. */
 void mem_mark_dirty(struct mem *mem, uint64_t gpa, uint64_t length);
 /* Takes the marks of what the VMM wrote, which KVM's dirty log does not see: adds them to `words`, one bit a ram page,
- * mem_pages / 64 words, and clears them. As a writer marks before it writes, the I/O threads stand still meanwhile. Costs what
- * was written, not what memory there is. */
-void mem_take_dirty(struct mem *mem, uint64_t *words);
+ * mem_pages / 64 words, and clears them. Returns whether there were any. As a writer marks before it writes, the I/O threads stand still
+ * meanwhile. Costs what was written, not what memory there is. */
+bool mem_take_dirty(struct mem *mem, uint64_t *words);
 /*
  * Private memory: pages [first_page, first_page + count) become those of the file, each at its natural offset. Nobody may write to the file or
  * cut it off while it is mapped: a page that cannot be read any more ends the VM (vmm/memory_guard.h). The descriptor stays the caller's, and

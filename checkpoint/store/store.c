@@ -250,6 +250,26 @@ int store_checkpoint_get(struct store *store, const char *id, struct store_check
 	return rc;
 }
 
+static uint64_t time_ns(struct timespec time) { return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec; }
+
+int store_checkpoint_stamp(struct store *store, const char *id, struct store_stamp *out, struct err *err)
+{
+	char name[STORE_ID_BYTES + 16];
+	struct stat st;
+
+	if (!store_is_id(id))
+		return err_set(err, ERR_NOT_FOUND, ENOENT, "checkpoint %s: there is none", id);
+	snprintf(name, sizeof(name), "%s/manifest", id);
+	if (fstatat(store->checkpoints_dir, name, &st, 0))
+		return err_sys(err, errno, "%s/checkpoints/%s", store->path, name);
+	*out = (struct store_stamp){.device = st.st_dev,
+				    .inode = st.st_ino,
+				    .bytes = (uint64_t)st.st_size,
+				    .modified_ns = time_ns(st.st_mtim),
+				    .changed_ns = time_ns(st.st_ctim)};
+	return 0;
+}
+
 int store_checkpoint_read(struct store *store, const struct store_checkpoint *checkpoint, const char *name,
 			  struct buf *out, struct err *err)
 {

@@ -149,6 +149,12 @@ void store_draft_abort(struct store_draft *draft);
 int store_resolve(struct store *store, const char *reference, char id[STORE_ID_BYTES], struct err *err);
 /* Reads and validates the manifest. Damaged: ERR_DAMAGED naming file and field. */
 int store_checkpoint_get(struct store *store, const char *id, struct store_checkpoint *out, struct err *err);
+/* What tells whether a checkpoint's manifest, and with it all that is sealed by its checksums, is still the one that was read. */
+struct store_stamp {
+	uint64_t device, inode, bytes, modified_ns, changed_ns;
+};
+/* Taken before store_checkpoint_get, it is that of what is read, or of something older. None: -ENOENT, ERR_NOT_FOUND. */
+int store_checkpoint_stamp(struct store *store, const char *id, struct store_stamp *out, struct err *err);
 /* All of a VM, or of all VMs (vm NULL), by creation time; from the catalogue: config_text and disks are NULL. *list malloc'ed, elements freed by store_checkpoint_free. */
 int store_checkpoint_list(struct store *store, const char *vm, struct store_checkpoint **list, size_t *count,
 			  struct err *err);
