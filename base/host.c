@@ -147,6 +147,44 @@ static void probe_pagemap_scan(struct host *host)
 		munmap(page, PAGE_BYTES);
 }
 
+static uint64_t read_number(const char *path)
+{
+	char line[64];
+
+	read_line(path, line, sizeof(line));
+	return strtoull(line, NULL, 10);
+}
+
+#define POOL "/sys/kernel/mm/hugepages/hugepages-2048kB/"
+
+struct host_huge_pages host_huge_pages(void)
+{
+	uint64_t free_pages = read_number(POOL "free_hugepages"), reserved = read_number(POOL "resv_hugepages");
+
+	return (struct host_huge_pages){
+		.total = read_number(POOL "nr_hugepages"),
+		.available = free_pages > reserved ? free_pages - reserved : 0,
+	};
+}
+
+#define THP "/sys/kernel/mm/transparent_hugepage/"
+
+/* Documentation/admin-guide/mm/transhuge.rst, "shmem / tmpfs": deny and force win over all; since Linux 6.10 each size has a switch of its own,
+ * which may inherit the common one. */
+bool host_thp_shmem(void)
+{
+	char all[128], own[128];
+
+	read_line(THP "shmem_enabled", all, sizeof(all));
+	read_line(THP "hugepages-2048kB/shmem_enabled", own, sizeof(own));
+	if (all[0] == '\0' || strstr(all, "[deny]") != NULL)
+		return false;
+	if (strstr(all, "[force]") != NULL)
+		return true;
+	const char *word = own[0] == '\0' || strstr(own, "[inherit]") != NULL ? all : own;
+	return strstr(word, "[never]") == NULL;
+}
+
 static void probe_memory(struct host *host)
 {
 	char line[256];
@@ -162,10 +200,10 @@ static void probe_memory(struct host *host)
 	if (file != NULL)
 		fclose(file);
 
-	read_line("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", line, sizeof(line));
-	host->hugetlb_2m_free = strtoull(line, NULL, 10);
-	read_line("/sys/kernel/mm/transparent_hugepage/shmem_enabled", line, sizeof(line));
-	host->thp_shmem = line[0] != '\0' && strstr(line, "[never]") == NULL && strstr(line, "[deny]") == NULL;
+	struct host_huge_pages pool = host_huge_pages();
+	host->hugetlb_2m_total = pool.total;
+	host->hugetlb_2m_available = pool.available;
+	host->thp_shmem = host_thp_shmem();
 }
 
 /* A number in a file of a control group; `missing` where there is none ("max", or no such file). */

@@ -26,10 +26,18 @@ struct host {
 	bool pagemap_scan;
 	char kernel_release[64];
 	uint64_t memory_bytes, memory_available_bytes;
-	uint64_t hugetlb_2m_free;
+	uint64_t hugetlb_2m_total, hugetlb_2m_available;
 	bool thp_shmem; /* transparent huge pages for memfds are possible */
 	unsigned cpus;
 };
+
+/* The pool of huge pages of 2 MiB: how many it has, and how many of these nobody uses or has reserved. */
+struct host_huge_pages {
+	uint64_t total, available;
+};
+struct host_huge_pages host_huge_pages(void);
+/* Whether a memfd gets transparent huge pages where madvise asks for them. */
+bool host_thp_shmem(void);
 
 /* Fills *out; what cannot be found out is false or 0. Never fails as a whole. */
 void host_probe(struct host *out);

@@ -55,6 +55,9 @@ static int start_protection(struct memcow *cow, struct err *err)
 	int r = fault_check(FAULT_MEMCOW_CREATE, err);
 	if (r != 0)
 		return r;
+	/* It can be protected, but by whole huge pages: each fault would copy 512 pages. docs/memory-cow.md has what that means. */
+	if (mem_backing(cow->mem) == MEM_BACKING_HUGETLB)
+		return err_set(err, ERR_HOST, ENOTSUP, "huge pages of the pool are not write-protected");
 	cow->uffd = uffd_open(err);
 	if (cow->uffd < 0)
 		return cow->uffd;
@@ -84,7 +87,6 @@ int memcow_create(struct mem *mem, bool protect, struct memcow **out, struct err
 	cow->base = mem_base(mem);
 	cow->pages = mem_pages(mem);
 	cow->blocks = BITMAP_WORDS(cow->pages);
-	cow->memfd = mem_fd(mem);
 	cow->uffd = cow->stop_event = -1;
 	pthread_mutex_init(&cow->lock, NULL);
 	pthread_mutex_init(&cow->done_lock, NULL);
@@ -295,16 +297,7 @@ int find_populated(const struct memcow *cow, uint64_t page, struct populated *at
 {
 	if (page < at->end)
 		return 0;
-	if (cow->memfd < 0) { /* private memory: to look costs little, as what is nowhere is the one page of zeroes */
-		*at = (struct populated){.first = page, .end = page + 1};
-		return 0;
-	}
-	off_t data = lseek(cow->memfd, (off_t)(page * PAGE_BYTES), SEEK_DATA);
-	if (data < 0 && errno != ENXIO)
-		return -errno;
-	at->first = data < 0 ? cow->pages : (uint64_t)data / PAGE_BYTES;
-	at->end = data < 0 ? cow->pages : at->first + 1;
-	return 0;
+	return mem_find_populated(cow->mem, page, &at->first, &at->end);
 }
 
 /* What failed first, in the fault thread or the writer, is the cause; else `r` as it is. */

@@ -56,7 +56,6 @@ struct memcow {
 	struct mem *mem;
 	uint8_t *base;
 	uint64_t pages, blocks; /* a block: 64 pages, one word of the bitmaps */
-	int memfd;
 	int uffd; /* -1: cannot protect */
 	int stop_event;
 	pthread_t fault_thread;
@@ -117,11 +116,7 @@ static inline unsigned popcount64(uint64_t bits) { return (unsigned)__builtin_po
 struct populated {
 	uint64_t first, end;
 };
-/*
- * Moves *at so that it ends behind `page`. Places must ascend; {0} at first. It is one page long: SEEK_HOLE would find the end of a
- * populated range, but walks over all of it in one go, several ms per GiB, and a kernel without full preemption lets nobody else
- * have the CPU meanwhile, a vCPU that shares it included. SEEK_DATA costs a fraction of a copied page. -errno.
- */
+/* Moves *at so that it ends behind `page`. Places must ascend; {0} at first. -errno. See mem_find_populated. */
 int find_populated(const struct memcow *cow, uint64_t page, struct populated *at);
 
 /* --- pages --- */

@@ -236,19 +236,15 @@ static void write_all(struct writer *w)
 	}
 }
 
-/*
- * The next run of blocks of RESERVE_BYTES that hold populated pages, at or after *end. 1, or 0 at the end. Without SEEK_HOLE: see
- * find_populated in memcow_internal.h.
- */
+/* The next run of blocks of RESERVE_BYTES that hold populated pages, at or after *end. 1, or 0 at the end. */
 static int find_run(const struct memcow *cow, uint64_t *first, uint64_t *end)
 {
-	uint64_t bytes = cow->pages * PAGE_BYTES, at = *end;
+	uint64_t bytes = cow->pages * PAGE_BYTES, at = *end, page, page_end;
 	bool found = false;
 	while (at < bytes) {
-		off_t data = lseek(cow->memfd, (off_t)at, SEEK_DATA);
-		if (data < 0 || (uint64_t)data >= bytes)
+		if (mem_find_populated(cow->mem, at / PAGE_BYTES, &page, &page_end) != 0 || page == cow->pages)
 			break;
-		uint64_t block = round_down((uint64_t)data, RESERVE_BYTES);
+		uint64_t block = round_down(page * PAGE_BYTES, RESERVE_BYTES);
 		if (!found)
 			*first = block;
 		else if (block != at)
@@ -268,10 +264,7 @@ static int no_space(int number, struct err *err)
 /* At most: pages may turn out to be zero. */
 static uint64_t bytes_to_save(const struct memcow *cow)
 {
-	struct stat st;
-	if (!cow->whole)
-		return cow->scope_pages * PAGE_BYTES;
-	return fstat(cow->memfd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
+	return cow->whole ? mem_allocated_bytes(cow->mem) : cow->scope_pages * PAGE_BYTES;
 }
 
 /*
@@ -289,8 +282,8 @@ static int reserve_space(struct writer *w, struct err *err)
 		return 0;
 	if ((uint64_t)fs.f_bavail < bytes_to_save(cow) / (uint64_t)fs.f_bsize)
 		return no_space(ENOSPC, err);
-	/* tmpfs would fill the space with pages. */
-	if (!cow->whole || fs.f_type == TMPFS_MAGIC)
+	/* tmpfs would fill the space with pages; of private memory it is not known what is populated. */
+	if (!cow->whole || fs.f_type == TMPFS_MAGIC || mem_fd(cow->mem) < 0)
 		return 0;
 	uint64_t first, end = 0;
 	for (;;) {

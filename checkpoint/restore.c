@@ -231,19 +231,6 @@ static int clear_run(struct mem *mem, uint64_t first, uint64_t count, struct err
 	return 0;
 }
 
-/* The next page before `end` that may not be zero; `end` if there is none. */
-static int find_next(struct mem *mem, uint64_t page, uint64_t end, uint64_t *populated, struct err *err)
-{
-	*populated = page;
-	if (mem_fd(mem) < 0)
-		return 0;
-	off_t data = lseek(mem_fd(mem), (off_t)(page * PAGE_BYTES), SEEK_DATA);
-	if (data < 0 && errno != ENXIO)
-		return err_sys(err, errno, "guest memory: cannot find populated pages");
-	*populated = data < 0 ? end : min_u64((uint64_t)data / PAGE_BYTES, end);
-	return 0;
-}
-
 /*
  * Pages that must be zero. Only populated ones are looked at: looking at others would populate them. Each is asked for: SEEK_HOLE
  * would walk over all populated pages behind it, see find_populated.
@@ -251,12 +238,14 @@ static int find_next(struct mem *mem, uint64_t page, uint64_t end, uint64_t *pop
 static int clear_pages(struct mem *mem, const struct run *zero, uint64_t *changed, struct err *err)
 {
 	uint64_t end = zero->first + zero->count, page = zero->first, run = 0; /* [page - run, page) is to be cleared */
+	struct populated at = {.first = 0};
 	int r = 0;
 	while (page < end && r == 0) {
-		uint64_t populated;
-		r = find_next(mem, page, end, &populated, err);
+		if (page >= at.end)
+			r = mem_find_populated(mem, page, &at.first, &at.end);
 		if (r != 0)
-			return r;
+			return err_sys(err, r, "guest memory: cannot find populated pages");
+		uint64_t populated = min_u64(max_u64(at.first, page), end);
 		if (populated == page && !page_is_zero(mem_base(mem) + page * PAGE_BYTES)) {
 			page++;
 			run++;

@@ -112,11 +112,26 @@ int revert_make_overlay(const char *temp_path, const char *layer_path, const str
 
 /* --- put back --- */
 
+/* Mapped from the layers, or read from them where huge pages leave no choice. */
+static int fill_memory(struct revert *rv, struct err *err)
+{
+	struct ckpt_engine *engine = rv->engine;
+	struct restore_layers layers;
+	uint64_t changed;
+	if (mem_fd(engine->mem) < 0)
+		return engine_map_memory(engine, rv->checkpoint.id, &rv->index, err);
+	int r = restore_init(&layers, engine->store, &rv->index, err);
+	if (r == 0)
+		r = restore_memory(engine->mem, &layers, NULL, true, &changed, err);
+	restore_close(&layers);
+	return r;
+}
+
 static int put_back_memory(struct revert *rv, struct err *err)
 {
 	struct ckpt_engine *engine = rv->engine;
 	struct err none = ERR_INIT;
-	int r = engine_map_memory(engine, rv->checkpoint.id, &rv->index, err);
+	int r = fill_memory(rv, err);
 	if (r != 0)
 		return r;
 	/* Before states are applied: these, and completion logs, write to memory. */

@@ -74,6 +74,13 @@ static size_t examine(const struct host *host, struct finding *list)
 	cli_format_size(size, host->memory_available_bytes);
 	snprintf(text, sizeof(text), "%s available", size);
 	add(list, &n, "memory", host->memory_available_bytes >= (256ull << 20), text, "guests do not fit", "free some");
+	add(list, &n, "huge pages, thp", host->thp_shmem, host->thp_shmem ? "for memfds where asked for" : "not for memfds",
+	    "memory_backing = thp gets small pages",
+	    "as root: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled");
+	snprintf(text, sizeof(text), "%llu of %llu in the pool are free", (unsigned long long)host->hugetlb_2m_available,
+		 (unsigned long long)host->hugetlb_2m_total);
+	add(list, &n, "huge pages, 2 MiB", host->hugetlb_2m_available > 0, text, "no VM with memory_backing = hugetlb can start",
+	    "as root: sysctl vm.nr_hugepages=N, N for each 2 MiB of guest memory");
 	snprintf(text, sizeof(text), "%u", host->cpus);
 	add(list, &n, "cpus", host->cpus >= 2, text,
 	    "the VM and the threads of a checkpoint share one CPU: longer pauses", "use 2 or more");

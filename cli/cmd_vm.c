@@ -144,7 +144,7 @@ static void print_figure(const char *key, const char *part, const json_t *value)
 
 	if (json_is_integer(value))
 		printf("%-28s %lld\n", name, (long long)json_integer_value(value));
-	else if (part && json_is_string(value))
+	else if ((part || !strcmp(key, "memory_backing")) && json_is_string(value))
 		printf("%-28s %s\n", name, json_string_value(value));
 }
 

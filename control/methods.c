@@ -311,8 +311,11 @@ static int stats(struct control_exchange *x, const json_t *params, json_t **resu
 	(void)params;
 	(void)err;
 	vm_get_counters(machine_vm(x->target->machine), &c);
+	const struct mem *mem = vm_memory(machine_vm(x->target->machine));
 	ckpt_history(machine_engine(x->target->machine), &history);
-	*result = json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:I, s:o}", "vm", x->target->name, "exits",
+	*result = json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:I, s:o}", "vm", x->target->name,
+			    "memory_backing", config_backing_name(mem_backing(mem)), "memory_allocated_bytes",
+			    number(mem_allocated_bytes(mem)), "exits",
 			    number(c.exits), "io_exits", number(c.io_exits), "mmio_exits", number(c.mmio_exits), "halts",
 			    number(c.halts), "signals", number(c.signals), "pause", latency_to_json(&history.pauses),
 			    "cow_fault", latency_to_json(&history.cow_faults), "throttled", number(history.throttled),

@@ -18,6 +18,7 @@ struct process_options {
 	const char *config_path; /* guest.cfg, or NULL with `from` */
 	const char *from;	 /* a reference to a checkpoint, or NULL */
 	const char *name;	 /* --name, or NULL: the configuration's */
+	const char *memory_backing; /* --memory-backing, or NULL: the configuration's */
 	const char *every;	 /* --every, or NULL: the configuration's */
 	const char *keep;	 /* --keep, or NULL */
 	bool detach;

@@ -389,6 +389,15 @@ static int check_disks(struct config_reading *r)
 	return rc;
 }
 
+/* Memory of the pool cannot be given back safely: it could be another's when the guest wants it again. */
+static int check_vm(struct config_reading *r)
+{
+	if (!r->config->balloon || r->config->memory_backing != MEM_BACKING_HUGETLB)
+		return 0;
+	config_fail(r, "balloon", "not with memory_backing = hugetlb, whose pages are reserved for the guest");
+	return err_hint(r->err, "choose one: balloon = no, or memory_backing = thp or small");
+}
+
 static int read_text(struct config_reading *r, const char *text, struct machine_config *out)
 {
 	int rc;
@@ -422,6 +431,8 @@ static int read_text(struct config_reading *r, const char *text, struct machine_
 		return err_hint(r->err, "write key = value, for example memory = 512M");
 	}
 	rc = end_section(r);
+	if (!rc)
+		rc = check_vm(r);
 	return rc ? rc : check_disks(r);
 }
 
@@ -548,8 +559,8 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
 	if (!rc && config->cmdline[0])
 		rc = append(out, err, "cmdline = %s\n", config->cmdline);
 	if (!rc)
-		rc = append(out, err, "cpu_model = %s\nmemory_backing = small\nconsole = %s\nrng = %s\nballoon = %s\n",
-			    config->cpu_model, config->console == CONFIG_CONSOLE_STDIO ? "stdio" : "socket",
+		rc = append(out, err, "cpu_model = %s\nmemory_backing = %s\nconsole = %s\nrng = %s\nballoon = %s\n",
+			    config->cpu_model, config_backing_name(config->memory_backing), config->console == CONFIG_CONSOLE_STDIO ? "stdio" : "socket",
 			    config->rng ? "yes" : "no", config->balloon ? "yes" : "no");
 	for (unsigned i = 0; !rc && i < config->disk_count; i++) {
 		const struct config_disk *disk = &config->disks[i];

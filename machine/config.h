@@ -12,6 +12,7 @@
 
 #include "base/buf.h"
 #include "base/err.h"
+#include "vmm/memory.h"
 
 #define CONFIG_MAX_DISKS 26
 #define CONFIG_NAME_BYTES 64
@@ -33,6 +34,7 @@ struct machine_config {
 	char name[CONFIG_NAME_BYTES];
 	char *source;  /* absolute path of the file, "" if it came from a checkpoint */
 	uint64_t memory_bytes;
+	enum mem_backing memory_backing;
 	unsigned cpus;
 	char *kernel;  /* absolute; NULL only where `need_kernel` was not asked for */
 	char *initrd;  /* absolute, or NULL */
@@ -59,6 +61,9 @@ int config_read_file(const char *path, struct machine_config *out, struct err *e
 int config_read_text(const char *what, const char *text, struct machine_config *out, struct err *err);
 /* Appends the canonical form: every key, absolute paths. */
 int config_to_text(const struct machine_config *config, struct buf *out, struct err *err);
+const char *config_backing_name(enum mem_backing backing);
+/* Another backing than the text says: -EINVAL, ERR_USAGE if `name` is none, or the configuration excludes it. */
+int config_choose_backing(struct machine_config *config, const char *name, struct err *err);
 void config_free(struct machine_config *config); /* leaves zeroes */
 
 #endif

@@ -168,15 +168,39 @@ static int set_initrd(struct config_reading *r, void *object, const char *key, c
 	return parse_path(r, key, value, &((struct machine_config *)object)->initrd);
 }
 
+static const char *const backing_names[] = {
+	[MEM_BACKING_SMALL] = "small", [MEM_BACKING_THP] = "thp", [MEM_BACKING_HUGETLB] = "hugetlb"};
+
+const char *config_backing_name(enum mem_backing backing) { return backing_names[backing]; }
+
+static bool parse_backing(const char *name, enum mem_backing *out)
+{
+	for (size_t i = 0; i < ARRAY_LENGTH(backing_names); i++)
+		if (!strcmp(name, backing_names[i])) {
+			*out = (enum mem_backing)i;
+			return true;
+		}
+	return false;
+}
+
+int config_choose_backing(struct machine_config *config, const char *name, struct err *err)
+{
+	if (!parse_backing(name, &config->memory_backing)) {
+		err_set(err, ERR_USAGE, EINVAL, "--memory-backing: '%s' is no memory backing", name);
+		return err_hint(err, "small, thp or hugetlb");
+	}
+	if (!config->balloon || config->memory_backing != MEM_BACKING_HUGETLB)
+		return 0;
+	err_set(err, ERR_USAGE, EINVAL, "--memory-backing: hugetlb is not possible for a VM with a balloon");
+	return err_hint(err, "choose thp or small");
+}
+
 static int set_backing(struct config_reading *r, void *object, const char *key, const char *value)
 {
-	(void)object;
-	if (!strcmp(value, "small"))
+	struct machine_config *config = object;
+
+	if (parse_backing(value, &config->memory_backing))
 		return 0;
-	if (!strcmp(value, "thp") || !strcmp(value, "hugetlb")) {
-		config_fail(r, key, "'%s' is not supported yet", value);
-		return err_hint(r->err, "this version knows memory_backing = small");
-	}
 	config_fail(r, key, "'%s' is no memory backing", value);
 	return err_hint(r->err, "small, thp or hugetlb");
 }

@@ -81,7 +81,7 @@ Test(config, every_key)
 				 "initrd = initrd\n"
 				 "cmdline = console=ttyS0 root=/dev/vda x#y=1 rw # the end\n"
 				 "cpu_model = host\n"
-				 "memory_backing = small\n"
+				 "memory_backing = thp\n"
 				 "console = socket\n"
 				 "rng = yes\n"
 				 "balloon = yes\n"
@@ -116,6 +116,7 @@ Test(config, every_key)
 	cr_assert_eq(config.console, CONFIG_CONSOLE_SOCKET);
 	cr_assert(config.rng);
 	cr_assert(config.balloon);
+	cr_assert_eq(config.memory_backing, MEM_BACKING_THP);
 	cr_assert_eq(config.disk_count, 3);
 	cr_assert_str_eq(config.disks[0].name, "root");
 	snprintf(path, sizeof(path), "%s/a.qcow2", work);
@@ -246,8 +247,7 @@ static const struct wrong wrongs[] = {
 	{VM "initrd = gone\n", 3, "gone: No such file", "relative"},
 	{VM "cpu_model = x86-64-v2\n", 3, "not supported yet", "cpu_model = host"},
 	{VM "cpu_model = \n", 3, "not supported", "host"},
-	{VM "memory_backing = thp\n", 3, "not supported yet", "small"},
-	{VM "memory_backing = hugetlb\n", 3, "not supported yet", "small"},
+	{VM "memory_backing = hugetlb\nballoon = yes\n", 4, "reserved", "thp or small"},
 	{VM "memory_backing = big\n", 3, "'big'", "small, thp or hugetlb"},
 	{VM "console = vga\n", 3, "'vga'", "stdio or socket"},
 	{VM "rng = true\n", 3, "'true'", "rng = yes or rng = no"},
@@ -519,6 +519,7 @@ static void expect_same(const struct machine_config *a, const struct machine_con
 	cr_assert_eq(a->console, b->console);
 	cr_assert_eq(a->rng, b->rng);
 	cr_assert_eq(a->balloon, b->balloon);
+	cr_assert_eq(a->memory_backing, b->memory_backing);
 	cr_assert_eq(a->disk_count, b->disk_count);
 	for (unsigned i = 0; i < a->disk_count; i++) {
 		cr_assert_str_eq(a->disks[i].name, b->disks[i].name);

@@ -245,7 +245,9 @@ static int build(struct machine *machine, struct err *err)
 	struct machine_config *config = machine->options.config;
 	struct vm_config vm = {
 		.memory_bytes = config->memory_bytes,
-		.private_memory = machine->options.from != NULL,
+		.memory_backing = config->memory_backing,
+		/* Files cannot be mapped as huge pages: such memory is read whole before the VM runs. */
+		.private_memory = machine->options.from != NULL && config->memory_backing == MEM_BACKING_SMALL,
 		.cpus = config->cpus,
 		.cpu_model = config->cpu_model,
 		.stopped = machine->options.stopped,

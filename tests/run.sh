@@ -96,7 +96,7 @@ fi
 VMCP_GUEST=$PWD/build/debian-guest
 export VMCP_GUEST
 part "the Debian guest: making it" examples/debian-guest/build.sh "$VMCP_GUEST"
-for name in boot_smp checkpoint_damage_revert stress_smp; do
+for name in boot_smp checkpoint_damage_revert balloon stress_smp; do
     part "the Debian guest: $name" debian_test "$name"
 done
 

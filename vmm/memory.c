@@ -7,16 +7,25 @@
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/bitmap.h"
 #include "base/buf.h"
 #include "base/bytes.h"
+#include "base/host.h"
+#include "base/log.h"
 
-#define MEM_ALIGN (2ull << 20)
+#define MEM_ALIGN  HUGE_BYTES
+#define HUGE_BYTES (2ull << 20)
+#define HUGE_PAGES (HUGE_BYTES / PAGE_BYTES)
+#ifndef MFD_HUGE_2MB
+#define MFD_HUGE_2MB (21u << 26)
+#endif
 
 struct mem {
 	uint64_t size;
+	enum mem_backing backing; /* of a memfd */
 	int fd;			 /* -1: private */
 	uint64_t *mapped;	 /* private: one bit per ram page at which a file is mapped. As `dirty` */
 	uint8_t *base;		 /* size bytes, 2 MiB aligned so that huge pages are possible */
@@ -44,6 +53,38 @@ static int check_size(uint64_t size_bytes, struct err *err)
 	return 0;
 }
 
+static void fall_back_to_small(struct mem *mem)
+{
+	log_warn("guest memory: this host gives no transparent huge pages to memfds: small pages are used; as root: "
+		 "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled");
+	mem->backing = MEM_BACKING_SMALL;
+}
+
+static int make_memfd(struct mem *mem, struct err *err)
+{
+	unsigned huge = mem->backing == MEM_BACKING_HUGETLB ? MFD_HUGETLB | MFD_HUGE_2MB : 0;
+	mem->fd = memfd_create("guest-memory", MFD_CLOEXEC | huge);
+	if (mem->fd < 0 && huge) {
+		err_set(err, ERR_HOST, errno, "guest memory: this kernel has no huge pages of 2 MiB (errno %d)", errno);
+		return err_hint(err, "write memory_backing = small");
+	}
+	if (mem->fd < 0)
+		return err_sys(err, errno, "guest memory: memfd_create");
+	if (ftruncate(mem->fd, (off_t)mem->size) < 0)
+		return err_sys(err, errno, "guest memory: size it to %llu bytes", (unsigned long long)mem->size);
+	return 0;
+}
+
+static int too_few_huge_pages(const struct mem *mem, struct err *err)
+{
+	struct host_huge_pages pool = host_huge_pages();
+	uint64_t needed = mem->size / HUGE_BYTES, missing = needed > pool.available ? needed - pool.available : 0;
+	err_set(err, ERR_HOST, ENOMEM, "guest memory: it needs %llu huge pages of 2 MiB, %llu more than are free",
+		(unsigned long long)needed, (unsigned long long)missing);
+	return err_hint(err, "as root: sysctl vm.nr_hugepages=%llu; or memory_backing = small or thp",
+			(unsigned long long)(pool.total + missing));
+}
+
 /* Reserves more than needed, places the mapping at the aligned address within, and gives the rest back. */
 static int map_aligned(struct mem *mem, struct err *err)
 {
@@ -52,10 +93,15 @@ static int map_aligned(struct mem *mem, struct err *err)
 	if (space == MAP_FAILED)
 		return err_sys(err, errno, "guest memory: reserve %zu bytes of address space", reserved);
 	uint8_t *base = (uint8_t *)round_up((uintptr_t)space, MEM_ALIGN);
-	int flags = mem->fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
-	if (mmap(base, mem->size, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE | MAP_FIXED, mem->fd, 0) == MAP_FAILED) {
+	int flags = MAP_FIXED | (mem->fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
+	/* Huge pages of the pool are reserved here, all of them: else the guest would end where the pool does. */
+	if (mem->backing != MEM_BACKING_HUGETLB)
+		flags |= MAP_NORESERVE;
+	if (mmap(base, mem->size, PROT_READ | PROT_WRITE, flags, mem->fd, 0) == MAP_FAILED) {
 		int number = errno;
 		munmap(space, reserved);
+		if (mem->backing == MEM_BACKING_HUGETLB && number == ENOMEM)
+			return too_few_huge_pages(mem, err);
 		return err_sys(err, number, "guest memory: map %llu bytes", (unsigned long long)mem->size);
 	}
 	size_t before = (size_t)(base - space), after = reserved - before - mem->size;
@@ -66,6 +112,8 @@ static int map_aligned(struct mem *mem, struct err *err)
 	mem->base = base;
 	/* Guest memory has no place in a core file of the VMM. */
 	madvise(base, mem->size, MADV_DONTDUMP);
+	if (mem->backing == MEM_BACKING_THP && madvise(base, mem->size, MADV_HUGEPAGE) != 0)
+		fall_back_to_small(mem);
 	return 0;
 }
 
@@ -79,16 +127,6 @@ static void lay_out(struct mem *mem)
 			(struct mem_region){.gpa = MEM_HOLE_END, .ram_offset = low, .bytes = mem->size - low};
 }
 
-static int make_memfd(struct mem *mem, struct err *err)
-{
-	mem->fd = memfd_create("guest-memory", MFD_CLOEXEC);
-	if (mem->fd < 0)
-		return err_sys(err, errno, "guest memory: memfd_create");
-	if (ftruncate(mem->fd, (off_t)mem->size) < 0)
-		return err_sys(err, errno, "guest memory: size it to %llu bytes", (unsigned long long)mem->size);
-	return 0;
-}
-
 /* One bit a page. */
 static int map_bitmap(struct mem *mem, void *out, struct err *err)
 {
@@ -99,18 +137,21 @@ static int map_bitmap(struct mem *mem, void *out, struct err *err)
 	return 0;
 }
 
-static int create(uint64_t size_bytes, bool private, struct mem **out, struct err *err)
+static int create(uint64_t size_bytes, enum mem_backing backing, bool private, struct mem **out, struct err *err)
 {
 	int r = check_size(size_bytes, err);
 	if (r < 0)
 		return r;
 	struct mem *mem = xcalloc(1, sizeof(*mem));
 	mem->size = size_bytes;
+	mem->backing = backing;
 	mem->fd = -1;
 	uint64_t words = BITMAP_WORDS(size_bytes >> PAGE_SHIFT);
 	mem->bitmap_bytes = (words + BITMAP_WORDS(words)) * sizeof(uint64_t);
 	lay_out(mem);
 	pthread_mutex_init(&mem->discard_lock, NULL);
+	if (backing == MEM_BACKING_THP && !host_thp_shmem())
+		fall_back_to_small(mem);
 	if (!private)
 		r = make_memfd(mem, err);
 	if (r == 0)
@@ -128,11 +169,19 @@ static int create(uint64_t size_bytes, bool private, struct mem **out, struct er
 	return 0;
 }
 
-int mem_create(uint64_t size_bytes, struct mem **out, struct err *err) { return create(size_bytes, false, out, err); }
+int mem_create(uint64_t size_bytes, struct mem **out, struct err *err)
+{
+	return create(size_bytes, MEM_BACKING_SMALL, false, out, err);
+}
+
+int mem_create_backed(uint64_t size_bytes, enum mem_backing backing, struct mem **out, struct err *err)
+{
+	return create(size_bytes, backing, false, out, err);
+}
 
 int mem_create_private(uint64_t size_bytes, struct mem **out, struct err *err)
 {
-	return create(size_bytes, true, out, err);
+	return create(size_bytes, MEM_BACKING_SMALL, true, out, err);
 }
 
 void mem_destroy(struct mem *mem)
@@ -155,6 +204,55 @@ uint64_t mem_size(const struct mem *mem) { return mem->size; }
 uint64_t mem_pages(const struct mem *mem) { return mem->size >> PAGE_SHIFT; }
 int mem_fd(const struct mem *mem) { return mem->fd; }
 uint8_t *mem_base(const struct mem *mem) { return mem->base; }
+enum mem_backing mem_backing(const struct mem *mem) { return mem->backing; }
+
+uint64_t mem_allocated_bytes(const struct mem *mem)
+{
+	struct stat st;
+	return mem->fd >= 0 && fstat(mem->fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
+}
+
+/*
+ * Of hugetlbfs SEEK_DATA calls everything data. But a page of it is populated if and only if our mapping, the only one, has it: all, KVM
+ * included, populate through that, it is never swapped, and nothing is unmapped before the end.
+ */
+static int find_populated_huge(const struct mem *mem, uint64_t page, uint64_t *first, uint64_t *end)
+{
+	for (uint64_t at = round_down(page, HUGE_PAGES); at < mem_pages(mem); at += HUGE_PAGES) {
+		unsigned char there;
+		if (mincore(mem->base + (at << PAGE_SHIFT), PAGE_BYTES, &there) != 0)
+			return -errno;
+		if (!(there & 1))
+			continue;
+		*first = max_u64(at, page);
+		*end = at + HUGE_PAGES;
+		return 0;
+	}
+	*first = *end = mem_pages(mem);
+	return 0;
+}
+
+/*
+ * One page: SEEK_HOLE would find the end, but walks over all of a populated range in one go, several ms per GiB, and a kernel without full
+ * preemption lets nobody else have the CPU meanwhile, a vCPU that shares it included.
+ */
+int mem_find_populated(const struct mem *mem, uint64_t page, uint64_t *first, uint64_t *end)
+{
+	if (mem->backing == MEM_BACKING_HUGETLB)
+		return find_populated_huge(mem, page, first, end);
+	if (mem->fd < 0) { /* to look costs little, as what is nowhere is the one page of zeroes */
+		*first = page;
+		*end = min_u64(page + 1, mem_pages(mem));
+		return 0;
+	}
+	off_t data = page < mem_pages(mem) ? lseek(mem->fd, (off_t)(page << PAGE_SHIFT), SEEK_DATA) : -1;
+	if (data < 0 && page < mem_pages(mem) && errno != ENXIO)
+		return -errno;
+	*first = data < 0 ? mem_pages(mem) : (uint64_t)data >> PAGE_SHIFT;
+	*end = data < 0 ? *first : *first + 1;
+	return 0;
+}
+
 
 unsigned mem_regions(const struct mem *mem, struct mem_region out[2])
 {
@@ -311,7 +409,10 @@ int mem_discard(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err
 			       (unsigned long long)bytes, (unsigned long long)ram_offset);
 	if (mem->fd < 0)
 		return discard_private(mem, ram_offset >> PAGE_SHIFT, (ram_offset + bytes) >> PAGE_SHIFT, err);
-	if (bytes > 0 && fallocate(mem->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)ram_offset, (off_t)bytes) != 0)
+	/* Given back to the pool it could be another's when the guest wants it again, and the guest would end. */
+	if (mem->backing == MEM_BACKING_HUGETLB)
+		memset(mem->base + ram_offset, 0, bytes);
+	else if (bytes > 0 && fallocate(mem->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)ram_offset, (off_t)bytes) != 0)
 		return err_sys(err, errno, "guest memory: give %llu bytes back", (unsigned long long)bytes);
 	return 0;
 }

@@ -34,6 +34,13 @@
 
 struct mem;
 
+/* Pages of the host behind it. What each costs: docs/memory-cow.md. */
+enum mem_backing {
+	MEM_BACKING_SMALL,   /* 4 KiB */
+	MEM_BACKING_THP,     /* 2 MiB where the host has them at hand, 4 KiB elsewhere */
+	MEM_BACKING_HUGETLB, /* 2 MiB, reserved from the host's pool for all of it */
+};
+
 struct mem_region {
 	uint64_t gpa;
 	uint64_t ram_offset;
@@ -42,6 +49,10 @@ struct mem_region {
 
 /* size_bytes: a multiple of 2 MiB within MEM_MIN_BYTES..MEM_MAX_BYTES (else -EINVAL, ERR_USAGE). Memory is zero. */
 int mem_create(uint64_t size_bytes, struct mem **out, struct err *err);
+/* The same with a choice of backing. THP on a host that has it off: small pages instead, and a warning. HUGETLB without enough free huge
+ * pages: -ENOMEM, ERR_HOST, and what to do. */
+int mem_create_backed(uint64_t size_bytes, enum mem_backing backing, struct mem **out, struct err *err);
+enum mem_backing mem_backing(const struct mem *mem); /* what is in use */
 /* The same without a memfd, for mem_map_file. */
 int mem_create_private(uint64_t size_bytes, struct mem **out, struct err *err);
 void mem_destroy(struct mem *mem);
@@ -49,6 +60,13 @@ void mem_destroy(struct mem *mem);
 uint64_t mem_size(const struct mem *mem);  /* bytes of RAM */
 uint64_t mem_pages(const struct mem *mem); /* mem_size / 4096 */
 int mem_fd(const struct mem *mem);	   /* the memfd, -1 of private memory; stays the memory's */
+uint64_t mem_allocated_bytes(const struct mem *mem); /* what a memfd takes of the host's memory now; 0: not known, private memory */
+/*
+ * The first populated pages at or after `page`: [*first, *end), at least one, or *first == mem_pages if there are none. All others read as
+ * zero. It may end before the populated pages do, as to find out where they do costs much. A fraction of the time to copy a page. Of
+ * private memory every page counts as populated. -errno.
+ */
+int mem_find_populated(const struct mem *mem, uint64_t page, uint64_t *first, uint64_t *end);
 /* The whole RAM as the VMM maps it, by ram offset. For the checkpoint engine; it reads and restores pages by it. */
 uint8_t *mem_base(const struct mem *mem);
 /* The ranges in guest-physical order. Returns how many (1 or 2). */
@@ -72,7 +90,8 @@ bool mem_take_dirty(struct mem *mem, uint64_t *words);
  * may be closed. The VM stands, or has never run.
  */
 int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, struct err *err);
-/* The pages read as zero from here on, and the host has theirs back where it can. Marks nothing as dirty. A whole number of pages within RAM. */
+/* The pages read as zero from here on, and the host has theirs back where it can; pages of the pool (hugetlb) stay.
+ * Marks nothing as dirty. A whole number of pages within RAM. */
 int mem_discard(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err *err);
 /*
  * The guest gives these pages back (balloon, free page reporting): marks them as dirty, then discards them. From an I/O thread, as every

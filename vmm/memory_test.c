@@ -2,6 +2,7 @@
 
 #include <criterion/criterion.h>
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -253,3 +254,59 @@ Test(memory, what_is_discarded_is_zero)
 	close(fd);
 	mem_destroy(mem);
 }
+
+Test(memory, finds_what_is_populated)
+{
+	struct mem *mem = create(16 * MIB);
+	uint64_t first, end;
+	cr_expect_eq(mem_find_populated(mem, 0, &first, &end), 0);
+	cr_expect_eq(first, mem_pages(mem));
+	mem_base(mem)[100 * 4096] = 1;
+	mem_base(mem)[4095 * 4096] = 1;
+	cr_expect_eq(mem_find_populated(mem, 0, &first, &end), 0);
+	cr_expect(first == 100 && end == 101, "%llu", (unsigned long long)first);
+	cr_expect_eq(mem_find_populated(mem, 101, &first, &end), 0);
+	cr_expect(first == 4095 && end == 4096);
+	cr_expect_eq(mem_find_populated(mem, 4096, &first, &end), 0);
+	cr_expect_eq(first, mem_pages(mem));
+	cr_expect_eq(mem_allocated_bytes(mem), 2 * 4096);
+	mem_destroy(mem);
+}
+
+Test(memory, huge_pages_that_are_not_there)
+{
+	struct mem *mem = NULL;
+	struct err err = ERR_INIT;
+	cr_assert_eq(mem_create_backed(MEM_MAX_BYTES, MEM_BACKING_HUGETLB, &mem, &err), -ENOMEM, "%s", err.message);
+	cr_expect_eq(err.class, ERR_HOST);
+	cr_expect_not_null(strstr(err.message, "needs 524288 huge pages"), "%s", err.message);
+	cr_expect_not_null(strstr(err.hint, "vm.nr_hugepages="), "%s", err.hint);
+	cr_expect_null(mem);
+}
+
+static void check_backing(enum mem_backing backing)
+{
+	struct mem *mem = NULL;
+	struct err err = ERR_INIT;
+	uint64_t first, end;
+	if (mem_create_backed(16 * MIB, backing, &mem, &err) != 0) {
+		fprintf(stderr, "SKIP: %s\n", err.message);
+		return;
+	}
+	if (mem_backing(mem) != backing)
+		fprintf(stderr, "SKIP: no transparent huge pages here\n");
+	memset(mem_base(mem) + 4 * MIB + 4096, 0x5a, 4 * MIB);
+	cr_expect_eq(mem_find_populated(mem, 0, &first, &end), 0);
+	cr_expect(first == (mem_backing(mem) == MEM_BACKING_SMALL ? 1025u : 1024u) && end > first);
+	for (uint64_t page = 1024; page < 2049; page = end)
+		cr_assert(mem_find_populated(mem, page, &first, &end) == 0 && first <= page + 1 && end > page);
+	cr_expect_eq(mem_discard(mem, 5 * MIB, MIB, &err), 0, "%s", err.message);
+	cr_expect_eq(mem_base(mem)[5 * MIB - 1], 0x5a);
+	cr_expect_eq(mem_base(mem)[5 * MIB], 0);
+	cr_expect_eq(mem_base(mem)[6 * MIB - 1], 0);
+	cr_expect_eq(mem_base(mem)[6 * MIB], 0x5a);
+	mem_destroy(mem);
+}
+
+Test(memory, transparent_huge_pages) { check_backing(MEM_BACKING_THP); }
+Test(memory, huge_pages_of_the_pool) { check_backing(MEM_BACKING_HUGETLB); }

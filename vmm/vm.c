@@ -81,7 +81,7 @@ static int create_memory(struct vm *vm, const struct vm_config *config, struct e
 {
 	if (config->private_memory)
 		return mem_create_private(config->memory_bytes, &vm->memory, err);
-	int r = mem_create(config->memory_bytes, &vm->memory, err);
+	int r = mem_create_backed(config->memory_bytes, config->memory_backing, &vm->memory, err);
 	return r < 0 ? r : vm_map_memory(vm, false, err);
 }
 

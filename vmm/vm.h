@@ -47,6 +47,7 @@ struct vm;
 
 struct vm_config {
 	uint64_t memory_bytes;
+	enum mem_backing memory_backing; /* not of private memory, whose pages are small */
 	bool private_memory; /* mem_create_private: files will be mapped into it, see vm_show_memory */
 	unsigned cpus;
 	const char *cpu_model; /* "host" or NULL; another name is refused until baselines exist: ERR_USAGE */

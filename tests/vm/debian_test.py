@@ -25,7 +25,7 @@ COMPLAINTS = ("lockup|stall|hung_task|blocked for more|I/O error|EXT4-fs error|t
               "Call Trace|NMI watchdog: (BUG|Watchdog)|ACPI (Error|Warning|BIOS)|virtio.*error")
 
 
-def config(env, cpus=1, memory="384M", name="debian"):
+def config(env, cpus=1, memory="384M", name="debian", extra=""):
     guest = os.environ["VMCP_GUEST"]
     disk = env.path("root.qcow2")
     if not os.path.exists(disk):
@@ -38,6 +38,7 @@ kernel = {guest}/vmlinuz
 initrd = {guest}/initrd.img
 cmdline = console=ttyS0 root=/dev/vda rootfstype=ext4 rw quiet loglevel=5{GUEST_WORDS}
 rng = yes
+{extra}
 [disk root]
 path = {disk}
 """)
@@ -138,6 +139,47 @@ def test_checkpoint_damage_revert(env):
     console = attach(env)
     check_equal(console.check("sha256sum /data/* /dev/shm/mem/secret | sha256sum").strip(), sums, "content after the start")
     check_log(console, "after the start from a checkpoint")
+    env.vmcp("kill", "debian")
+
+
+def test_balloon(env):
+    """The stock driver reports free pages and follows the balloon's size; what comes back after a revert is what was there."""
+    console = boot(env, extra="balloon = yes")
+    check("virtio_balloon" in console.check("ls -l /sys/bus/virtio/devices/*/driver"), "the guest has no driver for the balloon")
+
+    def stats():
+        return env.vmcp_json("stats", "debian")
+
+    def wait_for(what, condition):
+        deadline = time.monotonic() + 120
+        while not condition(stats()):
+            check(time.monotonic() < deadline, f"not within 120 s: {what}: {stats()}")
+            time.sleep(0.5)
+
+    # All of memory is used once, and then free.
+    console.check("head -c 150M /dev/zero | tr '\\0' x > /dev/shm/used", 180)
+    used = stats()["memory_allocated_bytes"]
+    console.check("rm /dev/shm/used")
+    wait_for(f"free pages given back of {used} bytes", lambda s: s["memory_allocated_bytes"] < used - (100 << 20))
+    check(stats()["reported_bytes"] > 100 << 20, f"too few pages were reported: {stats()}")
+    env.vmcp("balloon", "debian", "256M")
+    wait_for("the balloon's size", lambda s: s["balloon_bytes"] == 128 << 20 and s["balloon_pending_bytes"] == 0)
+    console.check("head -c 10M /dev/urandom > /dev/shm/secret")
+    secret = console.check("sha256sum /dev/shm/secret").strip()
+    env.vmcp_json("checkpoint", "--live", "--tag", "small", timeout=120)
+    env.vmcp("balloon", "debian", "384M")
+    wait_for("the balloon's end", lambda s: s["balloon_bytes"] == 0)
+    console.check("rm /dev/shm/secret; head -c 150M /dev/zero | tr '\\0' y > /dev/shm/used", 180)
+    env.vmcp_json("checkpoint", "--live", "debian", timeout=120)
+    env.vmcp_json("revert", "small", timeout=120)
+    console.sync(60)
+    check_equal(stats()["balloon_bytes"], 128 << 20, "the balloon after the revert")
+    check_equal(console.check("sha256sum /dev/shm/secret").strip(), secret, "content after the revert")
+    env.vmcp("balloon", "debian", "384M")
+    wait_for("the balloon's end after the revert", lambda s: s["balloon_bytes"] == 0)
+    console.check("head -c 150M /dev/zero | tr '\\0' x > /dev/shm/used; rm /dev/shm/used", 180)
+    check_equal(console.check("sha256sum /dev/shm/secret").strip(), secret, "content at the end")
+    check_log(console, "with a balloon")
     env.vmcp("kill", "debian")
 
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Whole VMs with the tiny guest, on any KVM. The guest checks its own memory and disk against what it did."""
 
+import contextlib
 import filecmp
 import hashlib
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -402,6 +404,116 @@ def test_pages_given_back_under_checkpoints(env):
         check(not wrong, f"memory differs: pages {wrong[:20]}")
         guest.set("go")
         time.sleep(0.3)
+    guest.check()
+    env.vmcp("kill", "tiny")
+
+
+POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB/"
+THP = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+
+
+def read_text(path):
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()
+
+
+def write_text(path, text):
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def huge_pages(count):
+    """`count` free huge pages in the pool; what had to be added is taken away afterwards."""
+    try:
+        before, free = int(read_text(POOL + "nr_hugepages")), int(read_text(POOL + "free_hugepages")) - int(read_text(POOL + "resv_hugepages"))
+        added = max(0, count - free)
+        if added:
+            write_text(POOL + "nr_hugepages", str(before + added))
+    except OSError as error:
+        raise Skip(f"no huge pages can be reserved here: {error}") from error
+    try:
+        if int(read_text(POOL + "nr_hugepages")) < before + added:
+            raise Skip(f"this host has no {count} huge pages of 2 MiB left")
+        yield
+    finally:
+        if added:
+            write_text(POOL + "nr_hugepages", str(max(0, int(read_text(POOL + "nr_hugepages")) - added)))
+
+
+@contextlib.contextmanager
+def transparent_huge_pages():
+    try:
+        before = re.search(r"\[(\w+)\]", read_text(THP)).group(1)
+        write_text(THP, "advise")
+    except OSError as error:
+        raise Skip(f"transparent huge pages cannot be switched on for memfds here: {error}") from error
+    try:
+        yield
+    finally:
+        write_text(THP, before)
+
+
+def check_backing(env, backing, held):
+    """`held`: how memory is held where there is too much to stage. What memory_backing must not change: live checkpoints in every way, damage, reverts, the oracle, a start from a checkpoint."""
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(cmdline=BUSY.replace("rate=20000", "rate=2000"), disks=[("data", disk)], extra=f"memory_backing = {backing}")
+    check_equal(env.vmcp_json("stats", "tiny")["memory_backing"], backing, "the backing in use")
+    taken = []
+    for number, (how, plans) in enumerate(((["--live"], [f"{held}-all"]), (["--live"], ["stage", held]), ([], ["stopped"]), (["--live", "--full"], [f"{held}-all"]),
+                                           (["--full"], ["stopped-all"]), (["--live", "--full", "--instant", "settled"], ["settle-all"]), (["--live"], ["stage", held]))):
+        time.sleep(0.3)
+        one = env.vmcp_json("checkpoint", *how, "tiny")
+        check(one["memory"]["plan"] in plans, f"plan of {how}: {one['memory']['plan']}, want one of {plans}")
+        taken.append(one["id"])
+        guest.check()
+        guest.epoch(number + 1)
+    for number, one in enumerate(reversed(taken)):
+        env.vmcp_json("revert", one)
+        guest.check()
+        guest.epoch(number + 10)
+    for full in ([], ["--full"]), (["--full"], []):
+        env.vmcp("pause", "tiny")
+        live, stopped = (env.vmcp_json("checkpoint", *way, *whole, "tiny") for way, whole in zip((["--live"], []), full))
+        env.vmcp("resume", "tiny")
+        wrong = store_memory.differences(env.store, live["id"], stopped["id"])
+        check(not wrong, f"memory differs: pages {wrong[:20]}")
+    guest.check()
+    env.vmcp("kill", "tiny")
+    env.vmcp_json("revert", taken[1])
+    guest = env.attach_tiny("tiny")
+    check_equal(guest.check()["epoch"], "1", "epoch")
+    env.vmcp_json("checkpoint", "--live", "tiny")
+    env.vmcp_json("revert", taken[3])
+    guest.check()
+    env.vmcp("kill", "tiny")
+    image_check(disk)
+    env.vmcp("run", "--from", taken[2], "--memory-backing", "small", "--detach")
+    check_equal(env.vmcp_json("stats", "tiny")["memory_backing"], "small", "the backing chosen at the start")
+    env.attach_tiny("tiny").check()
+    env.vmcp("kill", "tiny")
+
+
+def test_huge_pages_of_the_pool(env):
+    with huge_pages(128):
+        check_backing(env, "hugetlb", "settle")
+    config = env.tiny_config(name="greedy", memory="1024G", extra="memory_backing = hugetlb")
+    refused = env.vmcp("run", "--detach", config, status=6)
+    check("huge pages" in refused.err and "vm.nr_hugepages" in refused.err, f"too few huge pages: {refused}")
+
+
+def test_transparent_huge_pages(env):
+    with transparent_huge_pages():
+        check_backing(env, "thp", "protect")
+
+
+def test_transparent_huge_pages_that_are_off(env):
+    """A warning, and small pages."""
+    if "[never]" not in read_text(THP):
+        raise Skip("this host has them on")
+    guest = env.start_tiny(cmdline="report=0", extra="memory_backing = thp")
+    check_equal(env.vmcp_json("stats", "tiny")["memory_backing"], "small", "the backing in use")
+    check("shmem_enabled" in env.stderr_text(), f"no warning: {env.stderr_text()}")
     guest.check()
     env.vmcp("kill", "tiny")
 
