@@ -121,34 +121,45 @@ static void make_index(const struct rig *rig, struct page_index *out)
 	}
 }
 
-static void rig_make(struct rig *rig, unsigned longest)
+/* A checkpoint that has `layer` as its own, and `index`. */
+static void commit(struct rig *rig, unsigned layer, const struct page_index *index)
 {
 	struct err err = ERR_INIT;
 	struct store_draft *draft;
 	CLEANUP_BUF struct buf file = BUF_INIT;
-	struct page_index index;
-	snprintf(rig->dir, sizeof(rig->dir), "loader_test.XXXXXX");
-	CHECK(mkdtemp(rig->dir) != NULL);
-	rig->reference = xcalloc(1, MEMORY_BYTES);
-	choose_layers(rig, longest);
-	CHECK(store_open(rig->dir, true, &rig->store, &err) == 0);
-	CHECK(store_draft_begin(rig->store, &draft, &err) == 0);
-	for (unsigned layer = 1; layer <= LAYERS; layer++)
-		make_layer(rig, draft, layer);
-	make_index(rig, &index);
-	CHECK(page_index_encode(&index, &file, &err) == 0);
-	page_index_free(&index);
-	CHECK(store_draft_put(draft, "index", file.data, file.length, &err) == 0);
-	CHECK(store_draft_put(draft, "state", "the state", 9, &err) == 0);
 	struct store_checkpoint c = {.cpus = 1,
 				     .vm = "toy",
 				     .vm_uuid = "00000000-0000-0000-0000-000000000000",
 				     .memory_bytes = MEMORY_BYTES,
 				     .config_text = xstrdup("[vm]\nname = toy\n")};
-	memcpy(c.memory_layer, rig->layers[LAYERS - 1], STORE_ID_BYTES);
+	struct page_index full;
+	CHECK(store_draft_begin(rig->store, &draft, &err) == 0);
+	make_layer(rig, draft, layer);
+	if (!index)
+		make_index(rig, &full);
+	CHECK(page_index_encode(index ? index : &full, &file, &err) == 0);
+	if (!index)
+		page_index_free(&full);
+	CHECK(store_draft_put(draft, "index", file.data, file.length, &err) == 0);
+	CHECK(store_draft_put(draft, "state", "the state", 9, &err) == 0);
+	memcpy(c.memory_layer, rig->layers[layer - 1], STORE_ID_BYTES);
 	CHECK(store_draft_commit(draft, &c, &err) == 0);
 	memcpy(rig->id, c.id, STORE_ID_BYTES);
 	store_checkpoint_free(&c);
+}
+
+static void rig_make(struct rig *rig, unsigned longest)
+{
+	struct err err = ERR_INIT;
+	struct index_extent zeroes = {.count = PAGES};
+	const struct page_index nothing = {.page_count = PAGES, .extent_count = 1, .extents = &zeroes};
+	snprintf(rig->dir, sizeof(rig->dir), "loader_test.XXXXXX");
+	CHECK(mkdtemp(rig->dir) != NULL);
+	rig->reference = xcalloc(1, MEMORY_BYTES);
+	choose_layers(rig, longest);
+	CHECK(store_open(rig->dir, true, &rig->store, &err) == 0);
+	for (unsigned layer = 1; layer <= LAYERS; layer++)
+		commit(rig, layer, layer < LAYERS ? &nothing : NULL);
 }
 
 static void rig_free(struct rig *rig)
