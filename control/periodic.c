@@ -17,6 +17,8 @@
 
 /* Removals in one go; what is left over comes next time. */
 #define MOST_REMOVALS 64
+/* So many wait to be removed, at most: on a busy host taking them is faster than removing, and the store must stay bounded. Intervals are skipped then. */
+#define MOST_WAITING 40
 /* Disk layers of removed checkpoints are looked for at most this often: all headers are read. */
 #define DISK_SWEEP_NS 30000000000ull
 #define HOUSE_WAIT_NS 200000000ull
@@ -30,7 +32,8 @@ struct periodic {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	/* under lock */
-	bool work; /* for the keeper */
+	bool work;	  /* for the keeper */
+	uint64_t waiting; /* to be removed: what the keeper found, and what was taken since */
 	uint64_t taken, skipped, failed, cancelled, removed, removed_bytes;
 	uint64_t consolidations, merged_layers, copied_pages;
 	char last[STORE_ID_BYTES];
@@ -139,6 +142,7 @@ static void take_one(struct periodic *p)
 	pthread_mutex_lock(&p->lock);
 	if (rc == 0) {
 		p->taken++;
+		p->waiting++;
 		memcpy(p->last, result.id, sizeof(p->last));
 		p->work = true;
 		pthread_cond_broadcast(&p->changed);
@@ -174,6 +178,10 @@ static void *taker_main(void *opaque)
 		wait_until(p, next, false);
 		if (p->stop)
 			break;
+		if (p->waiting >= MOST_WAITING) {
+			p->skipped++;
+			continue;
+		}
 		pthread_mutex_unlock(&p->lock);
 		take_one(p);
 		pthread_mutex_lock(&p->lock);
@@ -183,6 +191,23 @@ static void *taker_main(void *opaque)
 }
 
 /* --- keeping house --- */
+
+/* What a look at the store found: all that waits, unless it is as many as were asked for. */
+static void note_waiting(struct periodic *p, size_t found)
+{
+	pthread_mutex_lock(&p->lock);
+	if (found < MOST_REMOVALS || found > p->waiting)
+		p->waiting = found;
+	pthread_mutex_unlock(&p->lock);
+}
+
+static void note_removal(struct periodic *p)
+{
+	pthread_mutex_lock(&p->lock);
+	if (p->waiting > 0)
+		p->waiting--;
+	pthread_mutex_unlock(&p->lock);
+}
 
 static int remove_surplus(struct periodic *p, struct err *err)
 {
@@ -194,6 +219,7 @@ static int remove_surplus(struct periodic *p, struct err *err)
 
 	if (rc)
 		return rc;
+	note_waiting(p, count);
 	for (size_t i = 0; i < count && !rc && !p->stop; i++) {
 		struct err one = ERR_INIT;
 
@@ -203,6 +229,7 @@ static int remove_surplus(struct periodic *p, struct err *err)
 			rc = 0;
 		else if (rc && err)
 			*err = one;
+		note_removal(p);
 	}
 	free(ids);
 	p->disk_layers |= freed.disk_layers > 0;
