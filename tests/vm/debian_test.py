@@ -71,6 +71,11 @@ def attach(env, name="debian"):
     return console
 
 
+def said(console, command):
+    """What a command prints, without what the kernel says on the console in between."""
+    return re.sub(r"\[ *\d+\.\d{6}\] [^\n]*\n", "", console.check(command)).strip()
+
+
 def check_log(console, what):
     # Filtered in the guest: each byte on the console is an exit, which costs a nested machine most of a millisecond.
     lines, *bad = console.check(f"dmesg | wc -l; dmesg | grep -i -E '{COMPLAINTS}' | head -n 20").splitlines()
@@ -97,7 +102,7 @@ def test_boot_smp(env):
     """1, 2 and 4 vCPUs; every device is found; the power button and poweroff work."""
     for cpus in (1, 2, 4):
         console = boot(env, cpus=cpus, name=f"smp{cpus}")
-        check_equal(console.check("nproc").strip(), str(cpus), "nproc")
+        check_equal(said(console, "nproc"), str(cpus), "nproc")
         check_equal(console.check("cat /sys/devices/system/clocksource/clocksource0/current_clocksource").strip() in ("kvm-clock", "tsc"), True, "clocksource")
         check("virtio_rng" in console.check("cat /sys/class/misc/hw_random/rng_current"), "no virtio rng")
         check_log(console, f"{cpus} vCPUs")
@@ -114,7 +119,7 @@ def test_checkpoint_damage_revert(env):
     console = boot(env)
     console.check("mkdir -p /data /dev/shm/mem && for i in $(seq 50); do head -c 20000 /dev/urandom > /data/$i; done; "
                   "head -c 3000000 /dev/urandom > /dev/shm/mem/secret; sync", 120)
-    sums = console.check("sha256sum /data/* /dev/shm/mem/secret | sha256sum").strip()
+    sums = said(console, "sha256sum /data/* /dev/shm/mem/secret | sha256sum")
     console.check("(i=0; while :; do i=$((i+1)); echo $i >> /var/log/counter; done) & echo $! > /run/pid; sleep 1")
     taken = env.vmcp_json("checkpoint", "--live", "--tag", "good", timeout=120)
     uptime = float(console.check("cat /proc/uptime").split()[0])
@@ -123,7 +128,7 @@ def test_checkpoint_damage_revert(env):
     console.wait_for(re.compile(rb"Kernel panic|sysrq: Trigger a crash"), 60)
     env.vmcp_json("revert", "good", timeout=120)
     console.sync(60)
-    check_equal(console.check("sha256sum /data/* /dev/shm/mem/secret | sha256sum").strip(), sums, "content after the revert")
+    check_equal(said(console, "sha256sum /data/* /dev/shm/mem/secret | sha256sum"), sums, "content after the revert")
     last = "tail -n 2 /var/log/counter | head -n 1"  # the line written last may still be in the making
     first = int(console.check(last))
     check(int(console.check("sleep 1; " + last)) > first, "the process does not go on")
@@ -137,7 +142,7 @@ def test_checkpoint_damage_revert(env):
     back = env.vmcp_json("revert", "good", timeout=120)
     check_equal(back["mode"], "started", "mode")
     console = attach(env)
-    check_equal(console.check("sha256sum /data/* /dev/shm/mem/secret | sha256sum").strip(), sums, "content after the start")
+    check_equal(said(console, "sha256sum /data/* /dev/shm/mem/secret | sha256sum"), sums, "content after the start")
     check_log(console, "after the start from a checkpoint")
     env.vmcp("kill", "debian")
 
@@ -165,7 +170,7 @@ def test_balloon(env):
     env.vmcp("balloon", "debian", "256M")
     wait_for("the balloon's size", lambda s: s["balloon_bytes"] == 128 << 20 and s["balloon_pending_bytes"] == 0)
     console.check("head -c 10M /dev/urandom > /dev/shm/secret")
-    secret = console.check("sha256sum /dev/shm/secret").strip()
+    secret = said(console, "sha256sum /dev/shm/secret")
     env.vmcp_json("checkpoint", "--live", "--tag", "small", timeout=120)
     env.vmcp("balloon", "debian", "384M")
     wait_for("the balloon's end", lambda s: s["balloon_bytes"] == 0)
@@ -174,11 +179,11 @@ def test_balloon(env):
     env.vmcp_json("revert", "small", timeout=120)
     console.sync(60)
     check_equal(stats()["balloon_bytes"], 128 << 20, "the balloon after the revert")
-    check_equal(console.check("sha256sum /dev/shm/secret").strip(), secret, "content after the revert")
+    check_equal(said(console, "sha256sum /dev/shm/secret"), secret, "content after the revert")
     env.vmcp("balloon", "debian", "384M")
     wait_for("the balloon's end after the revert", lambda s: s["balloon_bytes"] == 0)
     console.check("head -c 150M /dev/zero | tr '\\0' x > /dev/shm/used; rm /dev/shm/used", 180)
-    check_equal(console.check("sha256sum /dev/shm/secret").strip(), secret, "content at the end")
+    check_equal(said(console, "sha256sum /dev/shm/secret"), secret, "content at the end")
     check_log(console, "with a balloon")
     env.vmcp("kill", "debian")
 
