@@ -24,6 +24,8 @@ static inline void bitmap_clear(_Atomic uint64_t *map, uint64_t bit)
 	atomic_fetch_and_explicit(&map[bit / 64], ~((uint64_t)1 << (bit % 64)), memory_order_acq_rel);
 }
 
+/* Of one owner. */
+static inline bool bitmap_has(const uint64_t *map, uint64_t bit) { return map[bit / 64] >> (bit % 64) & 1; }
 /* Of one owner: sets the bits [first, first + count). */
 static inline void bitmap_fill(uint64_t *map, uint64_t first, uint64_t count)
 {

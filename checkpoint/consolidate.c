@@ -8,6 +8,7 @@
 #include <unistd.h>
 #include <xxhash.h>
 
+#include "base/bitmap.h"
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/fault.h"
@@ -22,7 +23,6 @@
 #define LITTLE_PAGES   1024u
 #define CHUNK_PAGES    PAGE_SUMS_MAX_READ
 #define WRITEBACK_BYTES (4u << 20)
-#define ROOM_EACH_NS   200000u
 
 /* --- what is worth it --- */
 
@@ -119,6 +119,7 @@ static void merge_free(struct merge *m)
 	for (uint32_t i = 0; m->sources && i < m->index.layer_count; i++) {
 		if (m->sources[i].fd >= 0)
 			close(m->sources[i].fd);
+		page_sums_close(&m->sources[i].sums);
 		if (m->sources[i].sums.fd >= 0)
 			close(m->sources[i].sums.fd);
 	}
@@ -254,8 +255,7 @@ static int write_run(struct merge *m, uint64_t first, uint64_t count, struct err
 	int r = file_pwrite_full(m->fd, m->chunk, count * PAGE_BYTES, first * PAGE_BYTES, err);
 	if (r != 0)
 		return r;
-	for (uint64_t p = first; p < first + count; p++)
-		m->saved[p / 64] |= (uint64_t)1 << (p % 64);
+	bitmap_fill(m->saved, first, count);
 	m->copied += count;
 	m->unflushed += count * PAGE_BYTES;
 	/* A little at a time, so that a checkpoint's sync does not find all of it still to be written. */
@@ -305,7 +305,7 @@ static int copy_extent(struct merge *m, const struct index_extent *e, struct err
 			return r;
 		}
 		done += count;
-		priority_give_way_each(ROOM_EACH_NS, &m->room_ns);
+		priority_give_way_each(SCHEDULING_ROOM_EACH_NS, &m->room_ns);
 	}
 	note(&m->made->from, e, done);
 	return 0;
@@ -375,7 +375,7 @@ int ckpt_consolidate(struct ckpt_engine *engine, const _Atomic bool *stop, struc
 {
 	struct merge m = {.engine = engine, .stop = stop, .fd = -1, .sums_fd = -1};
 	struct store_pin *pin = NULL;
-	struct scheduling before;
+	cpu_set_t before;
 	struct err local = ERR_INIT;
 	*done = (struct ckpt_consolidation){0};
 	pthread_mutex_lock(&engine->lock);

@@ -13,6 +13,7 @@
 #include "checkpoint/memcow.h"
 #include "checkpoint/planner.h"
 #include "checkpoint/restore.h"
+#include "checkpoint/scheduling.h"
 #include "checkpoint/state_set.h"
 #include "checkpoint/tracker.h"
 
@@ -133,20 +134,6 @@ int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint 
 
 /* Maps a checkpoint's memory into a VM that never ran. Takes over *index. */
 int engine_map_memory(struct ckpt_engine *engine, const char *checkpoint, struct page_index *index, struct err *err);
-
-/* --- take.c --- */
-/* How a thread that works for the engine is scheduled otherwise. */
-struct scheduling {
-	cpu_set_t processors;
-	int nice;
-};
-/*
- * The calling thread, and those that it starts, keep off the processors on which vCPUs run, as long as others are left. A guest's processor
- * that such a thread has taken is not had back before the next tick, or before the kernel is through with the thread's system call:
- * milliseconds. Returns true if it shares them, as no others are left. *busy, if not NULL: those of the vCPUs.
- */
-bool scheduling_leave_vcpus(struct vm *vm, struct scheduling *before, cpu_set_t *busy);
-void scheduling_restore(const struct scheduling *before);
 
 /* --- take_memory.c --- */
 /* Chooses how the instant of memory is held, and prepares it; the VM may run. take->armed tells whether to abandon. */

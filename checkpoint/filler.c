@@ -25,7 +25,6 @@ struct filler {
 	uint8_t data[PAGE_BYTES] __attribute__((aligned(PAGE_BYTES)));
 };
 
-static bool is_set(const uint64_t *map, uint64_t page) { return map[page / 64] >> (page % 64) & 1; }
 static void *address_of(struct filler *f, uint64_t page) { return mem_base(f->mem) + page * PAGE_BYTES; }
 
 static int add_range(struct filler *f, uint64_t first, uint64_t end, struct err *err)
@@ -51,10 +50,10 @@ static int register_all(struct filler *f, const uint64_t *mapped, struct err *er
 	for (uint64_t page = 0; page < f->page_count && r == 0; page++) {
 		if (page % 64 == 0 && (f->pages[page / 64] | mapped[page / 64]) == 0) {
 			page += 63;
-		} else if (is_set(f->pages, page)) {
+		} else if (bitmap_has(f->pages, page)) {
 			first = min_u64(first, page);
 			end = page + 1;
-		} else if (is_set(mapped, page) && first != UINT64_MAX) {
+		} else if (bitmap_has(mapped, page) && first != UINT64_MAX) {
 			r = add_range(f, first, end, err);
 			first = UINT64_MAX;
 		}
@@ -107,7 +106,7 @@ static int answer(struct filler *f, struct err *err)
 	int r;
 	while ((r = uffd_next_missing(f->uffd, &address)) == 0) {
 		uint64_t page = (address - (uint64_t)(uintptr_t)mem_base(f->mem)) / PAGE_BYTES;
-		if (is_set(f->pages, page))
+		if (bitmap_has(f->pages, page))
 			r = fill_page(f, page, err);
 		else if ((r = uffd_fill(f->uffd, address_of(f, page), NULL, PAGE_BYTES)) != 0)
 			err_sys(err, -r, "fill page %llu of guest memory", (unsigned long long)page);
@@ -126,7 +125,7 @@ int filler_run(struct filler *f, struct err *err)
 			page += 63;
 			continue;
 		}
-		if (!is_set(f->pages, page))
+		if (!bitmap_has(f->pages, page))
 			continue;
 		r = fill_page(f, page, err);
 		if (r == 0 && ++step % STEP_PAGES == 0)

@@ -17,6 +17,7 @@
 #include "base/priority.h"
 #include "checkpoint/filler.h"
 #include "checkpoint/restore.h"
+#include "checkpoint/scheduling.h"
 #include "checkpoint/working_set.h"
 
 /* A run this long is mapped: to map it costs about what copying so many pages does. */
@@ -27,7 +28,6 @@
 #define COPY_MAX_PAGES 512u
 /* Checked before the thread looks around. */
 #define SLICE_PAGES RESTORE_CHUNK_PAGES
-#define ROOM_EACH_NS 200000u
 /* Gaps that are read ahead along with what surrounds them: a disk reads 128 KiB about as fast as 4. */
 #define READ_AHEAD_GAP_PAGES 32u
 /* What the guest touched so long after its start is recorded; of a run that ended sooner, if it lasted half a second. */
@@ -113,19 +113,6 @@ static int fill_memory(struct loader *l, struct err *err)
 
 /* --- the thread --- */
 
-/* Off the processors on which the vCPUs run, if others are left: see docs/memory-cow.md, "Processors". */
-static void keep_off_vcpus(struct loader *l)
-{
-	cpu_set_t all, busy, left;
-	if (sched_getaffinity(0, sizeof(all), &all) != 0)
-		return;
-	vm_busy_processors(l->vm, &busy);
-	CPU_AND(&busy, &busy, &all);
-	CPU_XOR(&left, &all, &busy);
-	if (CPU_COUNT(&left) > 0)
-		sched_setaffinity(0, sizeof(left), &left);
-}
-
 /* The recorded pages that are mapped; NULL if there is no record. */
 static uint64_t *read_working_set(struct loader *l)
 {
@@ -154,7 +141,7 @@ static bool next_stretch(const uint64_t *which, uint64_t pages, uint64_t gap, ui
 	for (; page < pages && !(found && page - last > gap); page++) {
 		if (page % 64 == 0 && which[page / 64] == 0) {
 			page += 63;
-		} else if (which[page / 64] >> (page % 64) & 1) {
+		} else if (bitmap_has(which, page)) {
 			*first = found ? *first : page;
 			last = page;
 			found = true;
@@ -186,7 +173,7 @@ static int check_pages(struct loader *l, const uint64_t *which, struct err *err)
 	int r = 0;
 	for (uint64_t first = 0; first < pages && r == 0; first += SLICE_PAGES) {
 		r = l->stop ? -ECANCELED : restore_verify(&l->layers, which, first, min_u64(first + SLICE_PAGES, pages), err);
-		priority_give_way_each(ROOM_EACH_NS, &l->made_room_ns);
+		priority_give_way_each(SCHEDULING_ROOM_EACH_NS, &l->made_room_ns);
 	}
 	return r;
 }
@@ -247,7 +234,7 @@ static void *loader_main(void *opaque)
 	if (l->filler)
 		fill_scattered(l);
 	priority_background();
-	keep_off_vcpus(l);
+	scheduling_leave_vcpus(l->vm, NULL, NULL);
 	if (set)
 		r = check_pages(l, set, &err);
 	for (uint64_t w = 0; set && w < l->words; w++)

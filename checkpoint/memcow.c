@@ -13,6 +13,7 @@
 #include "base/fault.h"
 #include "base/priority.h"
 #include "checkpoint/memcow_internal.h"
+#include "checkpoint/scheduling.h"
 #include "checkpoint/uffd.h"
 
 /*
@@ -373,7 +374,7 @@ static int set_phase(struct memcow *cow, enum memcow_phase phase, struct err *er
 
 void memcow_set_processors(struct memcow *cow, const cpu_set_t *busy, bool shared)
 {
-	cow->room_each_ns = shared ? 0 : MEMCOW_ROOM_EACH_NS;
+	cow->room_each_ns = shared ? 0 : SCHEDULING_ROOM_EACH_NS;
 	if (cow->stop_event >= 0 && CPU_COUNT(busy) > 0)
 		pthread_setaffinity_np(cow->fault_thread, sizeof(*busy), busy);
 }

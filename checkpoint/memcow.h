@@ -55,8 +55,6 @@ void memcow_destroy(struct memcow *cow);
  * have to be woken from idleness first. Threads that share them make room for the vCPUs after each block of pages.
  */
 void memcow_set_processors(struct memcow *cow, const cpu_set_t *busy, bool shared);
-/* Threads that share no processor with the vCPUs, as far as is known, make room this often: vCPUs may move. */
-#define MEMCOW_ROOM_EACH_NS 200000u
 
 /* Whether memcow_arm can work: not without userfaultfd, nor after protection was given up for good. */
 bool memcow_can_protect(struct memcow *cow);

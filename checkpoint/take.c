@@ -1,6 +1,5 @@
 /* Taking a checkpoint: stage and pause. What comes after is in persist.c. */
 #include <errno.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -229,37 +228,14 @@ static int capture(struct take *take, struct err *err)
 	return r == 0 ? fault_check(FAULT_TAKE_RESUMED, err) : r;
 }
 
-bool scheduling_leave_vcpus(struct vm *vm, struct scheduling *before, cpu_set_t *busy)
-{
-	cpu_set_t theirs, left;
-	before->nice = priority_nice();
-	if (sched_getaffinity(0, sizeof(before->processors), &before->processors) != 0)
-		CPU_ZERO(&before->processors);
-	vm_busy_processors(vm, &theirs);
-	CPU_AND(&theirs, &theirs, &before->processors);
-	CPU_XOR(&left, &before->processors, &theirs);
-	bool shared = CPU_COUNT(&left) == 0;
-	if (CPU_COUNT(&theirs) > 0 && !shared)
-		shared = sched_setaffinity(0, sizeof(left), &left) != 0;
-	if (busy)
-		*busy = theirs;
-	return shared;
-}
-
-void scheduling_restore(const struct scheduling *before)
-{
-	if (CPU_COUNT(&before->processors) > 0)
-		sched_setaffinity(0, sizeof(before->processors), &before->processors);
-}
-
 /* This thread makes room often, and with a short slice has its processor back at once. */
-static void prepare_scheduling(struct ckpt_engine *engine, struct scheduling *before)
+static void prepare_scheduling(struct ckpt_engine *engine, cpu_set_t *before)
 {
 	cpu_set_t busy;
 	bool shared = scheduling_leave_vcpus(engine->vm, before, &busy);
 	priority_short_slice();
 	memcow_set_processors(engine->memcow, &busy, shared);
-	tracker_make_room(engine->tracker, shared ? 0 : MEMCOW_ROOM_EACH_NS);
+	tracker_make_room(engine->tracker, shared ? 0 : SCHEDULING_ROOM_EACH_NS);
 }
 
 int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, struct ckpt_result *result,
@@ -277,11 +253,12 @@ int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, st
 	engine->periodic = request->periodic;
 	pthread_mutex_unlock(&engine->lock);
 	struct take *take = take_new(engine, request);
-	struct scheduling before;
+	cpu_set_t before;
+	int nice = priority_nice();
 	prepare_scheduling(engine, &before);
 	r = capture(take, err);
 	scheduling_restore(&before);
-	priority_restore(before.nice);
+	priority_restore(nice);
 	if (r == 0 && take->live && request->wait == CKPT_WAIT_CAPTURED) {
 		*result = take->result;
 		/* The thread ends the operation and frees the take. Without a thread the rest happens here. */

@@ -15,8 +15,6 @@
 #define HEADER_BYTES 40u
 #define RUN_BYTES    16u
 
-static bool is_set(const uint64_t *set, uint64_t page) { return set[page / 64] >> (page % 64) & 1; }
-
 static int append_run(struct buf *out, uint64_t first, uint64_t count, struct err *err)
 {
 	uint8_t run[RUN_BYTES];
@@ -35,7 +33,7 @@ int working_set_encode(const uint64_t *set, uint64_t pages, struct buf *out, str
 			page += 64;
 			continue;
 		}
-		while (page < pages && is_set(set, page))
+		while (page < pages && bitmap_has(set, page))
 			page++;
 		if (page > first)
 			r = append_run(out, first, page - first, err);
@@ -95,7 +93,7 @@ int working_set_find(const struct mem *mem, const uint64_t *which, uint64_t *set
 			continue;
 		r = file_pread_full(fd, entries, count * sizeof(entries[0]), (base + first) * sizeof(entries[0]), err);
 		for (uint64_t i = 0; i < count && r == 0; i++)
-			if ((entries[i] & PAGEMAP_THERE) && is_set(which, first + i))
+			if ((entries[i] & PAGEMAP_THERE) && bitmap_has(which, first + i))
 				set[(first + i) / 64] |= (uint64_t)1 << ((first + i) % 64);
 	}
 	close(fd);

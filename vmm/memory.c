@@ -369,8 +369,8 @@ int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, s
 /* Up to `end`, the pages from `page` on that are alike: a file is mapped at all of them, or at none. */
 static uint64_t run_end(const struct mem *mem, uint64_t page, uint64_t end, bool *mapped)
 {
-	*mapped = mem->mapped[page / 64] >> (page % 64) & 1;
-	while (page < end && (mem->mapped[page / 64] >> (page % 64) & 1) == *mapped)
+	*mapped = bitmap_has(mem->mapped, page);
+	while (page < end && bitmap_has(mem->mapped, page) == *mapped)
 		page++;
 	return page;
 }
