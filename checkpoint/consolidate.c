@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include "base/bitmap.h"
 #include "base/buf.h"
@@ -111,7 +110,8 @@ struct merge {
 	int fd, sums_fd;
 	uint64_t *saved, *sums; /* bitmap, by page */
 	uint8_t *chunk;
-	uint64_t copied, unflushed, room_ns;
+	uint64_t copied, unflushed;
+	struct priority_room room;
 };
 
 static void merge_free(struct merge *m)
@@ -218,7 +218,7 @@ static int make_layer(struct merge *m, struct err *err)
 	memcpy(m->made->from.layers, m->index.layers, m->index.layer_count * sizeof(*m->index.layers));
 	int r = store_draft_begin(m->engine->store, &m->made->draft, err);
 	if (r == 0)
-		r = store_draft_memory_layer(m->made->draft, pages * PAGE_BYTES, m->made->layer, &m->fd, &m->sums_fd, err);
+		r = store_draft_memory_layer(m->made->draft, m->made->layer, &m->fd, &m->sums_fd, err);
 	if (r != 0)
 		m->fd = m->sums_fd = -1; /* closed by whom failed */
 	return r == 0 ? fault_check(FAULT_CONSOLIDATE_LAYER_MADE, err) : r;
@@ -237,22 +237,25 @@ static void spoil(struct merge *m, uint32_t number, const struct err *why)
 static int read_run(struct merge *m, uint32_t number, uint64_t first, uint64_t count, struct err *err)
 {
 	struct source *source = &m->sources[number - 1];
-	int r = file_pread_full(source->fd, m->chunk, count * PAGE_BYTES, first * PAGE_BYTES, err);
+	struct page_entry entries[CHUNK_PAGES];
+	int r = page_sums_read(&source->sums, first, count, entries, err);
 	if (r == 0)
-		r = page_sums_read(&source->sums, first, count, m->sums + first, err);
+		r = file_pread_full(source->fd, m->chunk, count * PAGE_BYTES, entries[0].place * PAGE_BYTES, err);
 	if (r == -ENODATA || r == -EINVAL)
 		return -EBADMSG;
-	for (uint64_t i = 0; i < count && r == 0; i++)
-		if (m->sums[first + i] != XXH3_64bits(m->chunk + i * PAGE_BYTES, PAGE_BYTES)) {
+	for (uint64_t i = 0; i < count && r == 0; i++) {
+		m->sums[first + i] = page_sum(first + i, m->chunk + i * PAGE_BYTES);
+		if (m->sums[first + i] != entries[i].sum) {
 			err_set(err, ERR_DAMAGED, EBADMSG, "page %llu has a wrong checksum", (unsigned long long)(first + i));
 			r = -EBADMSG;
 		}
+	}
 	return r;
 }
 
 static int write_run(struct merge *m, uint64_t first, uint64_t count, struct err *err)
 {
-	int r = file_pwrite_full(m->fd, m->chunk, count * PAGE_BYTES, first * PAGE_BYTES, err);
+	int r = file_pwrite_full(m->fd, m->chunk, count * PAGE_BYTES, m->copied * PAGE_BYTES, err);
 	if (r != 0)
 		return r;
 	bitmap_fill(m->saved, first, count);
@@ -305,7 +308,7 @@ static int copy_extent(struct merge *m, const struct index_extent *e, struct err
 			return r;
 		}
 		done += count;
-		priority_give_way_each(SCHEDULING_ROOM_EACH_NS, &m->room_ns);
+		priority_give_way_each(SCHEDULING_ROOM_EACH_NS, &m->room);
 	}
 	note(&m->made->from, e, done);
 	return 0;
@@ -322,7 +325,7 @@ static int copy_all(struct merge *m, struct err *err)
 			note(&m->made->from, e, 0);
 	}
 	if (r == 0)
-		r = page_sums_write(m->sums_fd, m->saved, m->sums, m->index.page_count, err);
+		r = page_sums_write(m->sums_fd, m->saved, m->saved, m->sums, m->index.page_count, err);
 	if (r == 0)
 		r = fault_check(FAULT_CONSOLIDATE_COPIED, err);
 	if (r == 0 && (fsync(m->fd) != 0 || fsync(m->sums_fd) != 0))

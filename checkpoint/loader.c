@@ -47,7 +47,7 @@ struct loader {
 	uint64_t words;
 	uint64_t *mapped, *copied; /* bitmaps: pages that are to be checked, and those that are copied in */
 	struct filler *filler;	   /* copies them, NULL: they are there */
-	uint64_t made_room_ns;
+	struct priority_room room;
 	pthread_t thread;
 	bool started;
 	pthread_mutex_t lock;
@@ -79,6 +79,7 @@ static int map_extents(struct loader *l, uint64_t *copied_pages, struct err *err
 	*copied_pages = 0;
 	for (uint64_t i = 0; i < l->index.extent_count && r == 0; i++) {
 		const struct index_extent *e = &l->index.extents[i];
+		uint64_t place;
 		int fd;
 		if (e->layer == INDEX_ZERO_LAYER)
 			continue;
@@ -88,9 +89,9 @@ static int map_extents(struct loader *l, uint64_t *copied_pages, struct err *err
 			continue;
 		}
 		bitmap_fill(l->mapped, e->first, e->count);
-		r = restore_layer_fd(&l->layers, e->layer, &fd, err);
+		r = restore_find(&l->layers, e, &fd, &place, err);
 		if (r == 0)
-			r = mem_map_file(l->mem, e->first, e->count, fd, err);
+			r = mem_map_file(l->mem, e->first, e->count, fd, place, err);
 	}
 	return r;
 }
@@ -158,11 +159,12 @@ static void read_ahead(struct loader *l, const uint64_t *set)
 	while (!l->stop && next_stretch(set, l->index.page_count, READ_AHEAD_GAP_PAGES, &first, &end)) {
 		for (uint64_t page = first; page < end;) {
 			const struct index_extent *e = page_index_find(&l->index, page);
-			uint64_t count = min_u64(end, e->first + e->count) - page;
+			struct index_extent part = {.first = page, .count = min_u64(end, e->first + e->count) - page, .layer = e->layer};
+			uint64_t place;
 			int fd;
-			if (e->layer != INDEX_ZERO_LAYER && restore_layer_fd(&l->layers, e->layer, &fd, NULL) == 0)
-				posix_fadvise(fd, (off_t)(page * PAGE_BYTES), (off_t)(count * PAGE_BYTES), POSIX_FADV_WILLNEED);
-			page += count;
+			if (e->layer != INDEX_ZERO_LAYER && restore_find(&l->layers, &part, &fd, &place, NULL) == 0)
+				posix_fadvise(fd, (off_t)(place * PAGE_BYTES), (off_t)(part.count * PAGE_BYTES), POSIX_FADV_WILLNEED);
+			page += part.count;
 		}
 	}
 }
@@ -173,7 +175,7 @@ static int check_pages(struct loader *l, const uint64_t *which, struct err *err)
 	int r = 0;
 	for (uint64_t first = 0; first < pages && r == 0; first += SLICE_PAGES) {
 		r = l->stop ? -ECANCELED : restore_verify(&l->layers, which, first, min_u64(first + SLICE_PAGES, pages), err);
-		priority_give_way_each(SCHEDULING_ROOM_EACH_NS, &l->made_room_ns);
+		priority_give_way_each(SCHEDULING_ROOM_EACH_NS, &l->room);
 	}
 	return r;
 }

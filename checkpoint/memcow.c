@@ -335,7 +335,7 @@ static int protect_run_politely(void *opaque, uint64_t first, uint64_t count)
 	int r = 0;
 	for (; first < end && r == 0; first += ARM_CHUNK_PAGES) {
 		r = protect_run(cow, first, min_u64(end - first, ARM_CHUNK_PAGES));
-		priority_give_way_each(cow->room_each_ns, &cow->made_room_ns);
+		priority_give_way_each(cow->room_each_ns, &cow->room);
 	}
 	return r;
 }
@@ -513,7 +513,7 @@ static int stage_pages(struct memcow *cow, const struct page_words *pages, bool 
 				bitmap_clear(cow->claimed, page);
 			page_copy(to, cow->base + page * PAGE_BYTES);
 			if (++*copied % STAGE_CHUNK_PAGES == 0 && politely)
-				priority_give_way_each(cow->room_each_ns, &cow->made_room_ns);
+				priority_give_way_each(cow->room_each_ns, &cow->room);
 		}
 	}
 	return 0;
@@ -557,7 +557,7 @@ static int settle_pages(struct memcow *cow, const struct page_words *pages, stru
 			if (segment->count == SEGMENT_PAGES) {
 				pool_push(cow->pool, segment);
 				segment = NULL;
-				priority_give_way_each(cow->room_each_ns, &cow->made_room_ns);
+				priority_give_way_each(cow->room_each_ns, &cow->room);
 			}
 		}
 		if (cow->cancel && __atomic_load_n(cow->cancel, __ATOMIC_RELAXED))

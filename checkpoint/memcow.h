@@ -63,8 +63,8 @@ bool memcow_can_protect(struct memcow *cow);
 uint64_t memcow_kept_pages(const struct memcow *cow);
 
 struct memcow_target {
-	int fd;		       /* the layer file, written at natural offsets (page p at p * 4096) */
-	int sums_fd;	       /* empty: gets its page checksums (docs/format.md); -1 for none */
+	int fd;		       /* the layer file, empty */
+	int sums_fd;	       /* empty: gets the places and checksums of its pages (checkpoint/sums.h); -1 for none, which no reader can do without */
 	const uint64_t *scope; /* bitmap of the pages to save, copied; NULL: all */
 	uint64_t max_rate;     /* bytes a second to the file at most; 0: as fast as it goes */
 	uint64_t buffer_pages; /* stage and settle: how many copies there may be at a time; 0: a quarter more than the scope has, and 8 MiB */

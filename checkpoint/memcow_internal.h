@@ -7,6 +7,7 @@
 #include <stdatomic.h>
 
 #include "base/bitmap.h"
+#include "base/priority.h"
 #include "checkpoint/memcow.h"
 #include "checkpoint/pool.h"
 
@@ -85,7 +86,7 @@ struct memcow {
 
 	pthread_mutex_t done_lock; /* all below; a leaf */
 	pthread_cond_t done_cond;
-	uint64_t made_room_ns; /* the engine's thread, last time */
+	struct priority_room room; /* of the engine's thread */
 	uint64_t given_back;   /* the engine's thread: mem_given_back when the last pass of staging began */
 	uint64_t room_each_ns; /* how often the threads make room for others: 0 after each block */
 	uint64_t max_rate;

@@ -33,7 +33,7 @@ struct sweep {
 	struct memcow *cow;
 	struct segment *segment; /* empty, at hand */
 	struct populated at;
-	uint64_t made_room_ns;
+	struct priority_room room;
 };
 
 static int release_blocks(struct sweep *s, uint64_t block, uint64_t count)
@@ -148,7 +148,7 @@ static int sweep_all(struct sweep *s, struct err *err)
 		if (r != 0)
 			return err_sys(err, -r, "saving memory page %llu", (unsigned long long)block * 64);
 		block += count;
-		priority_give_way_each(cow->room_each_ns, &s->made_room_ns); /* a tick is milliseconds */
+		priority_give_way_each(cow->room_each_ns, &s->room); /* a tick is milliseconds */
 	}
 	return 0;
 }

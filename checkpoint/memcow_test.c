@@ -6,12 +6,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include "base/bitmap.h"
 #include "base/bytes.h"
@@ -133,15 +134,12 @@ static void machine_go(struct machine *m)
 	pthread_mutex_unlock(&m->lock);
 }
 
-static int make_file(uint64_t bytes)
+static int make_file(void)
 {
 	char path[] = "memcow_test.XXXXXX"; /* in the build tree: a real filesystem, so that O_DIRECT is met */
 	int fd = mkstemp(path);
-	if (fd >= 0) {
+	if (fd >= 0)
 		unlink(path);
-		if (ftruncate(fd, (off_t)bytes) != 0)
-			return -1;
-	}
 	return fd;
 }
 
@@ -168,7 +166,8 @@ static void apply_layer(struct machine *m, struct memcow *cow, int fd, int sums_
 	const _Atomic uint64_t *zero = memcow_zero_map(cow);
 	const uint64_t *scope = memcow_scope(cow);
 	struct page_sums sums;
-	uint64_t wrong_sums = 0, wrong_zero = 0, sum;
+	struct page_entry entry;
+	uint64_t wrong_sums = 0, wrong_zero = 0;
 	CHECK(page_sums_open(&sums, sums_fd, NULL) == 0);
 	for (uint64_t p = 0; p < m->pages; p++) {
 		uint8_t *page = m->image + p * PAGE_BYTES;
@@ -177,9 +176,9 @@ static void apply_layer(struct machine *m, struct memcow *cow, int fd, int sums_
 		} else if (bitmap_test(zero, p)) {
 			memset(page, 0, PAGE_BYTES);
 		} else {
-			CHECK(pread(fd, page, PAGE_BYTES, (off_t)(p * PAGE_BYTES)) == PAGE_BYTES);
-			wrong_sums +=
-				page_sums_read(&sums, p, 1, &sum, NULL) != 0 || sum != XXH3_64bits(page, PAGE_BYTES);
+			CHECK(page_sums_read(&sums, p, 1, &entry, NULL) == 0);
+			CHECK(pread(fd, page, PAGE_BYTES, (off_t)(entry.place * PAGE_BYTES)) == PAGE_BYTES);
+			wrong_sums += entry.sum != page_sum(p, page);
 			wrong_zero += test_page_zero(page);
 		}
 	}
@@ -233,7 +232,7 @@ static void run_round(struct machine *m, struct memcow *cow, enum way way, bool 
 {
 	struct err err = ERR_INIT;
 	struct memcow_stats stats;
-	int fd = make_file(m->pages * PAGE_BYTES), sums_fd = make_file(0);
+	int fd = make_file(), sums_fd = make_file();
 	CHECK(fd >= 0 && sums_fd >= 0);
 	int r = take(m, cow, way, all, fd, sums_fd, &err);
 	if (r == -ENOBUFS) {
@@ -281,7 +280,7 @@ static void check_progress(struct machine *m)
 static void run_abandon(struct machine *m, struct memcow *cow, unsigned stage, bool stage_way)
 {
 	struct err err = ERR_INIT;
-	int fd = make_file(m->pages * PAGE_BYTES), sums_fd = make_file(0);
+	int fd = make_file(), sums_fd = make_file();
 	struct memcow_target target = {.fd = fd, .sums_fd = sums_fd, .scope = stage_way ? m->since : NULL};
 	volatile bool cancel = true;
 	harvest(m);
@@ -314,19 +313,25 @@ static void run_abandon(struct machine *m, struct memcow *cow, unsigned stage, b
 static void run_write_error(struct machine *m, struct memcow *cow)
 {
 	struct err err = ERR_INIT;
-	int sums_fd = make_file(0);
-	int fd = open("/dev/full", O_RDWR | O_CLOEXEC);
+	int sums_fd = make_file();
+	int fd = make_file();
 	struct memcow_target target = {.fd = fd, .sums_fd = sums_fd};
-	CHECK(fd >= 0);
+	struct rlimit before, none;
+	CHECK(fd >= 0 && ftruncate(fd, (off_t)(m->pages * PAGE_BYTES)) == 0);
+	CHECK(getrlimit(RLIMIT_FSIZE, &before) == 0);
+	none = (struct rlimit){.rlim_cur = 0, .rlim_max = before.rlim_max};
+	signal(SIGXFSZ, SIG_IGN);
+	CHECK(setrlimit(RLIMIT_FSIZE, &none) == 0);
 	CHECK(memcow_arm(cow, &target, &err) == 0);
 	machine_stop(m);
 	CHECK(memcow_instant(cow, NULL, &err) == 0);
 	machine_go(m);
 	memcow_save(cow);
-	CHECK(memcow_finish(cow, NULL, &err) == -ENOSPC);
+	CHECK(memcow_finish(cow, NULL, &err) == -EFBIG);
 	check_progress(m);
 	memcow_abandon(cow);
 	check_progress(m);
+	CHECK(setrlimit(RLIMIT_FSIZE, &before) == 0);
 	close(fd);
 	close(sums_fd);
 }

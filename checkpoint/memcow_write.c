@@ -1,6 +1,9 @@
 /*
  * The writer: takes filled segments to the layer file, pages that follow each other with one request, through io_uring
  * where the host has it and O_DIRECT where the filesystem takes it. It computes each page's checksum on the way.
+ *
+ * A scope of some pages is packed: they lie in the file one behind the other, so that scattered pages need no request, and the file no extent,
+ * each. Of all memory each page is at its own number, as it is where the scope is not known before the last page is written (settle).
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -12,7 +15,6 @@
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include "base/buf.h"
 #include "base/bytes.h"
@@ -33,8 +35,9 @@ struct writer {
 	struct memcow *cow;
 	struct io_uring ring;
 	bool ring_ok, direct, reserved;
+	uint32_t *below; /* packed: pages of the scope below each block; NULL: not */
 	unsigned inflight;
-	uint64_t made_room_ns;
+	struct priority_room room;
 	uint64_t start_ns, submitted; /* bytes: for the highest rate */
 	struct segment *segment; /* being submitted: writes from `next` on are not yet */
 	uint32_t next;
@@ -45,6 +48,13 @@ static int compare_entries(const void *a, const void *b)
 {
 	uint64_t x = ((const struct segment_entry *)a)->page, y = ((const struct segment_entry *)b)->page;
 	return x < y ? -1 : x > y;
+}
+
+static uint64_t place_of(const struct writer *w, uint64_t page)
+{
+	if (!w->below)
+		return page;
+	return w->below[page / 64] + popcount64(w->cow->scope[page / 64] & (((uint64_t)1 << page % 64) - 1));
 }
 
 /* Sums, and as few writes as the entries allow. */
@@ -58,9 +68,9 @@ static void plan_segment(struct writer *w, struct segment *segment)
 	for (uint32_t i = 0; i < segment->count; i++) {
 		const struct segment_entry *entry = &segment->entries[i];
 		uint8_t *data = segment->data + (size_t)entry->slot * PAGE_BYTES;
-		uint64_t offset = entry->page * PAGE_BYTES;
+		uint64_t offset = place_of(w, entry->page) * PAGE_BYTES;
 		if (w->cow->sums)
-			w->cow->sums[entry->page] = XXH3_64bits(data, PAGE_BYTES);
+			w->cow->sums[entry->page] = page_sum(entry->page, data);
 		bool follows = write && write->offset + write->bytes == offset;
 		if (!follows) {
 			write = &segment->write[segment->writes++];
@@ -228,7 +238,7 @@ static void write_all(struct writer *w)
 			w->segment = NULL; /* what is left of it is not submitted any more */
 		bool more = w->segment != NULL;
 		submit_segment(w);
-		priority_give_way_each(w->cow->room_each_ns, &w->made_room_ns);
+		priority_give_way_each(w->cow->room_each_ns, &w->room);
 		if (w->inflight > 0)
 			reap(w, !more || w->inflight >= QUEUE_DEPTH);
 		else if (w->err.number != 0)
@@ -322,9 +332,26 @@ static void return_space(struct writer *w)
 	}
 }
 
-/* Nobody claims any more: what is of the scope and not zero is in the file. */
-static int write_sums(struct memcow *cow, struct err *err)
+/* Where pages go. The scope is unchanged from here on, unless it settles. */
+static int lay_out(struct writer *w, struct err *err)
 {
+	struct memcow *cow = w->cow;
+	uint64_t count = 0;
+	if (!cow->whole && cow->way != MEMCOW_SETTLE) {
+		w->below = xcalloc(cow->blocks, sizeof(*w->below));
+		for (uint64_t b = 0; b < cow->blocks; b++) {
+			w->below[b] = (uint32_t)count;
+			count += popcount64(cow->scope[b]);
+		}
+	}
+	/* Longer than it is, as a direct write that makes a file longer is a slow one. */
+	return ftruncate(cow->fd, (off_t)((w->below ? count : cow->pages) * PAGE_BYTES)) == 0 ? 0 : err_sys(err, errno, "memory layer: ftruncate");
+}
+
+/* Nobody claims any more: what is of the scope and not zero is in the file. */
+static int write_sums(const struct writer *w, struct err *err)
+{
+	struct memcow *cow = w->cow;
 	if (!cow->sums)
 		return 0;
 	int r = fault_check(FAULT_MEMCOW_SUMS, err);
@@ -332,7 +359,7 @@ static int write_sums(struct memcow *cow, struct err *err)
 	for (uint64_t b = 0; b < cow->blocks; b++)
 		saved[b] = cow->scope[b] & ~atomic_load_explicit(&cow->zero[b], memory_order_acquire);
 	if (r == 0)
-		r = page_sums_write(cow->sums_fd, saved, cow->sums, cow->pages, err);
+		r = page_sums_write(cow->sums_fd, saved, w->below ? cow->scope : NULL, cow->sums, cow->pages, err);
 	return r == 0 ? 0 : err_prefix(err, "writing the page checksums");
 }
 
@@ -367,15 +394,19 @@ void *memcow_writer_main(void *opaque)
 		memcow_fail(cow, &w.err);
 	signal_ready(cow);
 	/* Pages that are copied in the pause must not bring I/O into it. What settles is written before, and drained. */
-	if (cow->way == MEMCOW_SETTLE || memcow_wait_for_save(cow))
+	if (cow->way == MEMCOW_SETTLE || memcow_wait_for_save(cow)) {
+		if (lay_out(&w, &w.err) != 0)
+			memcow_fail(cow, &w.err);
 		write_all(&w);
+	}
 	if (w.err.number == 0 && !atomic_load_explicit(&cow->failed, memory_order_acquire)) {
 		if (w.reserved)
 			return_space(&w);
-		if (write_sums(cow, &w.err) != 0)
+		if (write_sums(&w, &w.err) != 0)
 			memcow_fail(cow, &w.err);
 	}
 	set_direct(&w, false);
+	free(w.below);
 	if (w.ring_ok)
 		io_uring_queue_exit(&w.ring);
 	signal_done(cow);

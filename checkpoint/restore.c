@@ -6,7 +6,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include "base/buf.h"
 #include "base/bytes.h"
@@ -47,7 +46,6 @@ static int open_layer(struct restore_layers *layers, uint32_t number, struct err
 {
 	const char *name = layers->index->layers[number - 1];
 	struct restore_layer *layer = &layers->layers[number - 1];
-	uint64_t bytes = layers->index->page_count * PAGE_BYTES;
 	struct stat st;
 	int fd = store_memory_layer_open(layers->store, name, err);
 	if (fd < 0)
@@ -55,14 +53,17 @@ static int open_layer(struct restore_layers *layers, uint32_t number, struct err
 	layer->fd = fd;
 	if (fstat(fd, &st) != 0)
 		return err_sys(err, errno, "memory layer %s", name);
-	if ((uint64_t)st.st_size < bytes)
-		return err_set(err, ERR_DAMAGED, EINVAL, "memory layer %s: its file has %llu bytes instead of %llu",
-			       name, (unsigned long long)st.st_size, (unsigned long long)bytes);
+	layer->pages = (uint64_t)st.st_size / PAGE_BYTES;
 	fd = store_memory_sums_open(layers->store, name, err);
 	if (fd < 0)
 		return fd;
 	int r = page_sums_open(&layer->sums, fd, err);
-	return r == 0 ? 0 : err_prefix(err, "memory layer %s", name);
+	if (r != 0)
+		return err_prefix(err, "memory layer %s", name);
+	if (layer->sums.count == 0 || layer->sums.end_place < layer->pages)
+		return 0;
+	return err_set(err, ERR_DAMAGED, EINVAL, "memory layer %s: its file has %llu bytes instead of %llu or more", name,
+		       (unsigned long long)st.st_size, (unsigned long long)(layer->sums.end_place + 1) * PAGE_BYTES);
 }
 
 /* Layers are opened when a page of theirs is needed: a long history has many of which this way back needs few. */
@@ -72,51 +73,55 @@ static int get_layer(struct restore_layers *layers, uint32_t number, struct rest
 	return (*out)->sums.fd >= 0 ? 0 : open_layer(layers, number, err);
 }
 
-int restore_layer_fd(struct restore_layers *layers, uint32_t number, int *fd, struct err *err)
+/* Of at most CHUNK_PAGES pages. */
+static int find_entries(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, struct restore_layer **layer,
+			struct page_entry *entries, struct err *err)
 {
-	struct restore_layer *layer;
-	int r = get_layer(layers, number, &layer, err);
-	*fd = r == 0 ? layer->fd : -1;
-	return r;
-}
-
-static int read_pages(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, uint8_t *data,
-		      struct err *err)
-{
-	struct restore_layer *layer;
-	int r = get_layer(layers, number, &layer, err);
+	int r = get_layer(layers, number, layer, err);
 	if (r != 0)
 		return r;
-	r = file_pread_full(layer->fd, data, count * PAGE_BYTES, first * PAGE_BYTES, err);
+	r = page_sums_read(&(*layer)->sums, first, count, entries, err);
+	if (r == 0 && !range_within(entries[0].place, count, (*layer)->pages))
+		r = err_set(err, ERR_DAMAGED, EINVAL, "page %llu is beyond the end of its file", (unsigned long long)first);
 	return r == 0 ? 0 : err_prefix(err, "memory layer %s", layers->index->layers[number - 1]);
 }
 
-static int check_pages(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count,
-		       const uint8_t *data, struct err *err)
+int restore_find(struct restore_layers *layers, const struct index_extent *part, int *fd, uint64_t *place, struct err *err)
 {
-	uint64_t sums[CHUNK_PAGES];
+	struct page_entry entry, last;
 	struct restore_layer *layer;
-	const char *name = layers->index->layers[number - 1];
-	int r = get_layer(layers, number, &layer, err);
+	int r = find_entries(layers, part->layer, part->first, 1, &layer, &entry, err);
+	if (r == 0 && part->count > 1)
+		r = find_entries(layers, part->layer, part->first + part->count - 1, 1, &layer, &last, err);
 	if (r != 0)
 		return r;
-	r = page_sums_read(&layer->sums, first, count, sums, err);
+	if (part->count > 1 && last.place - entry.place != part->count - 1)
+		return err_set(err, ERR_DAMAGED, EINVAL, "memory layer %s: pages from %llu on are not side by side",
+			       layers->index->layers[part->layer - 1], (unsigned long long)part->first);
+	*fd = layer->fd;
+	*place = entry.place;
+	return 0;
+}
+
+int restore_read(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, uint8_t *data, struct err *err)
+{
+	struct page_entry entries[CHUNK_PAGES];
+	struct restore_layer *layer;
+	const char *name = layers->index->layers[number - 1];
+	int r = find_entries(layers, number, first, count, &layer, entries, err);
+	if (r != 0)
+		return r;
+	r = file_pread_full(layer->fd, data, count * PAGE_BYTES, entries[0].place * PAGE_BYTES, err);
 	if (r != 0)
 		return err_prefix(err, "memory layer %s", name);
 	for (uint64_t i = 0; i < count; i++) {
-		if (sums[i] == XXH3_64bits(data + i * PAGE_BYTES, PAGE_BYTES))
+		if (entries[i].sum == page_sum(first + i, data + i * PAGE_BYTES))
 			continue;
 		err_set(err, ERR_DAMAGED, EINVAL, "memory layer %s: page %llu has a wrong checksum", name,
 			(unsigned long long)(first + i));
 		return err_hint(err, "checkpoints that do not share this layer are not affected: see `vmcp log`");
 	}
 	return 0;
-}
-
-int restore_read(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, uint8_t *data, struct err *err)
-{
-	int r = read_pages(layers, number, first, count, data, err);
-	return r == 0 ? check_pages(layers, number, first, count, data, err) : r;
 }
 
 unsigned restore_open_layers(const struct restore_layers *layers)
@@ -188,9 +193,7 @@ int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_
 	while (r == 0 && next_run(layers->index, which, end, &run)) {
 		if (run.layer == INDEX_ZERO_LAYER)
 			continue;
-		r = read_pages(layers, run.layer, run.first, run.count, chunk, err);
-		if (r == 0)
-			r = check_pages(layers, run.layer, run.first, run.count, chunk, err);
+		r = restore_read(layers, run.layer, run.first, run.count, chunk, err);
 	}
 	return r;
 }
@@ -215,9 +218,7 @@ static int load_run(struct mem *mem, struct restore_layers *layers, const struct
 		    struct err *err)
 {
 	uint8_t *base = mem_base(mem) + run->first * PAGE_BYTES;
-	int r = read_pages(layers, run->layer, run->first, run->count, base, err);
-	if (r == 0)
-		r = check_pages(layers, run->layer, run->first, run->count, base, err);
+	int r = restore_read(layers, run->layer, run->first, run->count, base, err);
 	*changed += run->count;
 	return r;
 }

@@ -24,6 +24,7 @@ struct restore_layers {
 	const struct page_index *index;
 	struct restore_layer {
 		int fd;
+		uint64_t pages; /* that its file has room for */
 		struct page_sums sums;
 	} *layers;
 };
@@ -31,8 +32,8 @@ struct restore_layers {
 int restore_init(struct restore_layers *layers, struct store *store, const struct page_index *index, struct err *err);
 /* All zero is allowed. */
 void restore_close(struct restore_layers *layers);
-/* The file of a layer, by its number in the index. Stays theirs. */
-int restore_layer_fd(struct restore_layers *layers, uint32_t number, int *fd, struct err *err);
+/* Where pages [first, first + count) of one extent are: the layer's file, which stays theirs, and the first one's place in it. */
+int restore_find(struct restore_layers *layers, const struct index_extent *part, int *fd, uint64_t *place, struct err *err);
 /* Reads those pages of [first, end) that the index takes from a layer and checks them against their checksums. which: bitmap,
  * NULL: all. A page that does not check: ERR_DAMAGED, naming layer and page. */
 int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_t first, uint64_t end, struct err *err);

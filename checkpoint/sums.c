@@ -4,12 +4,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <xxhash.h>
 
 #include "base/bytes.h"
 #include "base/file.h"
 
 #define MAGIC	     "vmcpsum\n"
-#define VERSION	     1u
+#define VERSION	     2u
 #define HEADER_BYTES 32u
 #define ENTRY_BYTES  16u
 #define WINDOW_ENTRIES 256u
@@ -30,22 +31,28 @@ static int flush(struct gather *g, struct err *err)
 	return r;
 }
 
-int page_sums_write(int fd, const uint64_t *saved, const uint64_t *sums, uint64_t pages, struct err *err)
+uint64_t page_sum(uint64_t page, const void *data) { return XXH3_64bits_withSeed(data, PAGE_BYTES, page); }
+
+int page_sums_write(int fd, const uint64_t *saved, const uint64_t *placed, const uint64_t *sums, uint64_t pages, struct err *err)
 {
 	struct gather g = {.fd = fd, .offset = HEADER_BYTES};
 	uint8_t header[HEADER_BYTES] = {0};
-	uint64_t count = 0;
+	uint64_t count = 0, placed_before = 0;
 	int r = 0;
 	for (uint64_t word = 0; word * 64 < pages; word++) {
 		for (uint64_t bits = saved[word]; bits && r == 0; bits &= bits - 1) {
-			uint64_t page = word * 64 + (unsigned)__builtin_ctzll(bits);
-			put_le64(g.data + g.length, page);
+			unsigned bit = (unsigned)__builtin_ctzll(bits);
+			uint64_t page = word * 64 + bit;
+			uint64_t place = placed ? placed_before + (unsigned)__builtin_popcountll(placed[word] & (((uint64_t)1 << bit) - 1)) : page;
+			put_le32(g.data + g.length, (uint32_t)page);
+			put_le32(g.data + g.length + 4, (uint32_t)place);
 			put_le64(g.data + g.length + 8, sums[page]);
 			g.length += ENTRY_BYTES;
 			count++;
 			if (g.length == sizeof(g.data))
 				r = flush(&g, err);
 		}
+		placed_before += placed ? (unsigned)__builtin_popcountll(placed[word]) : 0;
 	}
 	if (r == 0)
 		r = flush(&g, err);
@@ -80,7 +87,8 @@ int page_sums_open(struct page_sums *s, int fd, struct err *err)
 	if (s->count == 0)
 		return 0;
 	r = file_pread_full(fd, header, ENTRY_BYTES, HEADER_BYTES + (s->count - 1) * ENTRY_BYTES, err);
-	s->end_page = get_le64(header);
+	s->end_page = get_le32(header);
+	s->end_place = get_le32(header + 4);
 	return r;
 }
 
@@ -110,7 +118,7 @@ static int load_window(struct page_sums *s, uint64_t at, uint64_t count, struct 
 	return r;
 }
 
-static uint64_t window_page(const struct page_sums *s, uint64_t i) { return get_le64(s->window + i * ENTRY_BYTES); }
+static uint64_t window_page(const struct page_sums *s, uint64_t i) { return get_le32(s->window + i * ENTRY_BYTES); }
 
 /* How many entries of the window are of pages below `page`. */
 static uint64_t count_below(const struct page_sums *s, uint64_t page)
@@ -164,26 +172,26 @@ static int find(struct page_sums *s, uint64_t page, uint64_t *at, struct err *er
 	return 0;
 }
 
-/* Copies the sums if the entries are those of the pages; -ENOENT if not. */
-static int take(const uint8_t *entries, uint64_t first, uint64_t count, uint64_t *sums)
+/* Copies the entries if they are those of the pages; -ENOENT if not. */
+static int take(const uint8_t *data, uint64_t first, uint64_t count, struct page_entry *entries)
 {
-	for (uint64_t i = 0; i < count; i++) {
-		if (get_le64(entries + i * ENTRY_BYTES) != first + i)
+	for (uint64_t i = 0; i < count; i++, data += ENTRY_BYTES) {
+		entries[i] = (struct page_entry){.place = get_le32(data + 4), .sum = get_le64(data + 8)};
+		if (get_le32(data) != first + i || entries[i].place != entries[0].place + i)
 			return -ENOENT;
-		sums[i] = get_le64(entries + i * ENTRY_BYTES + 8);
 	}
 	return 0;
 }
 
 /* From entries [at, at + count); -ENOENT if they are of other pages. */
-static int read_at(struct page_sums *s, uint64_t at, uint64_t first, uint64_t count, uint64_t *sums, struct err *err)
+static int read_at(struct page_sums *s, uint64_t at, uint64_t first, uint64_t count, struct page_entry *entries, struct err *err)
 {
-	uint8_t entries[PAGE_SUMS_MAX_READ * ENTRY_BYTES];
+	uint8_t data[PAGE_SUMS_MAX_READ * ENTRY_BYTES];
 	if (s->count < count || at > s->count - count)
 		return -ENOENT;
-	int r = read_entries(s, at, count, entries, err);
+	int r = read_entries(s, at, count, data, err);
 	if (r == 0)
-		r = take(entries, first, count, sums);
+		r = take(data, first, count, entries);
 	if (r == 0) {
 		s->next = at + count;
 		s->next_page = first + count;
@@ -191,25 +199,25 @@ static int read_at(struct page_sums *s, uint64_t at, uint64_t first, uint64_t co
 	return r;
 }
 
-static int take_from_window(const struct page_sums *s, uint64_t first, uint64_t count, uint64_t *sums)
+static int take_from_window(const struct page_sums *s, uint64_t first, uint64_t count, struct page_entry *entries)
 {
 	uint64_t at = count_below(s, first);
-	return at + count <= s->window_count ? take(s->window + at * ENTRY_BYTES, first, count, sums) : -ENOENT;
+	return at + count <= s->window_count ? take(s->window + at * ENTRY_BYTES, first, count, entries) : -ENOENT;
 }
 
-int page_sums_read(struct page_sums *s, uint64_t first, uint64_t count, uint64_t *sums, struct err *err)
+int page_sums_read(struct page_sums *s, uint64_t first, uint64_t count, struct page_entry *entries, struct err *err)
 {
-	if (take_from_window(s, first, count, sums) == 0)
+	if (take_from_window(s, first, count, entries) == 0)
 		return 0;
-	int r = first == s->next_page ? read_at(s, s->next, first, count, sums, err) : -ENOENT;
+	int r = first == s->next_page ? read_at(s, s->next, first, count, entries, err) : -ENOENT;
 	if (r == -ENOENT) {
 		uint64_t at;
 		r = find(s, first, &at, err);
-		if (r == 0 && take_from_window(s, first, count, sums) != 0)
-			r = read_at(s, at, first, count, sums, err);
+		if (r == 0 && take_from_window(s, first, count, entries) != 0)
+			r = read_at(s, at, first, count, entries, err);
 	}
 	if (r == -ENOENT)
-		err_set(err, ERR_DAMAGED, EINVAL, "page checksums: none for page %llu or one of the %llu behind it",
+		err_set(err, ERR_DAMAGED, EINVAL, "page checksums: none for page %llu or one of the %llu behind it, or not side by side",
 			(unsigned long long)first, (unsigned long long)count - 1);
 	return r == -ENOENT ? -EINVAL : r;
 }

@@ -75,8 +75,7 @@ static int stage(struct take *take, struct err *err)
 	pthread_mutex_lock(&engine->lock);
 	memcpy(engine->progress.id, take->result.id, sizeof(engine->progress.id));
 	pthread_mutex_unlock(&engine->lock);
-	r = store_draft_memory_layer(take->draft, mem_size(engine->mem), take->memory_layer, &take->fd, &take->sums_fd,
-				     err);
+	r = store_draft_memory_layer(take->draft, take->memory_layer, &take->fd, &take->sums_fd, err);
 	if (r != 0)
 		take->fd = take->sums_fd = -1; /* closed by whom failed */
 	if (r == 0)

@@ -94,7 +94,7 @@ uint64_t tracker_since_count(const struct tracker *t)
 /* Clears the log for the pages of `fresh`, a bounded number with each call. */
 static int clear_fresh(struct tracker *t, bool politely, struct err *err)
 {
-	uint64_t made_room_ns = 0;
+	struct priority_room room = {0};
 	int r = 0;
 	for (uint64_t first = 0; first < t->words && r == 0;) {
 		uint64_t end = first, pages = 0;
@@ -103,7 +103,7 @@ static int clear_fresh(struct tracker *t, bool politely, struct err *err)
 		if (pages > 0) {
 			r = vm_dirty_log_clear(t->vm, first, end - first, t->fresh + first, err);
 			if (politely)
-				priority_give_way_each(t->room_each_ns, &made_room_ns);
+				priority_give_way_each(t->room_each_ns, &room);
 		}
 		first = end;
 	}

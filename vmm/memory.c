@@ -352,14 +352,14 @@ bool mem_take_dirty(struct mem *mem, uint64_t *words)
 
 /* --- private memory --- */
 
-int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, struct err *err)
+int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, uint64_t at, struct err *err)
 {
 	uint64_t offset = first_page << PAGE_SHIFT, bytes = count << PAGE_SHIFT;
 	if (mem->fd >= 0 || !range_within(offset, bytes, mem->size))
 		return err_set(err, ERR_FAILED, EINVAL, "guest memory: no place for a file at page %llu",
 			       (unsigned long long)first_page);
-	if (mmap(mem->base + offset, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, fd, (off_t)offset) ==
-	    MAP_FAILED)
+	if (mmap(mem->base + offset, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, fd,
+		 (off_t)(at << PAGE_SHIFT)) == MAP_FAILED)
 		return err_sys(err, errno, "guest memory: map %llu pages of a file", (unsigned long long)count);
 	madvise(mem->base + offset, bytes, MADV_DONTDUMP);
 	bitmap_fill(mem->mapped, first_page, count);

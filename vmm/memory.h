@@ -85,11 +85,11 @@ void mem_mark_dirty(struct mem *mem, uint64_t gpa, uint64_t length);
  * meanwhile. Costs what was written, not what memory there is. */
 bool mem_take_dirty(struct mem *mem, uint64_t *words);
 /*
- * Private memory: pages [first_page, first_page + count) become those of the file, each at its natural offset. Nobody may write to the file or
+ * Private memory: pages [first_page, first_page + count) become those of the file from its page `at` on. Nobody may write to the file or
  * cut it off while it is mapped: a page that cannot be read any more ends the VM (vmm/memory_guard.h). The descriptor stays the caller's, and
  * may be closed. The VM stands, or has never run.
  */
-int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, struct err *err);
+int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, uint64_t at, struct err *err);
 /* The pages read as zero from here on, and the host has theirs back where it can; pages of the pool (hugetlb) stay.
  * Marks nothing as dirty. A whole number of pages within RAM. */
 int mem_discard(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err *err);

@@ -198,7 +198,7 @@ Test(memory, a_mapped_file_is_read_and_never_written)
 	int fd = make_file(64);
 	uint8_t byte;
 	cr_expect_eq(mem_fd(mem), -1);
-	cr_assert_eq(mem_map_file(mem, 10, 20, fd, &err), 0, "%s", err.message);
+	cr_assert_eq(mem_map_file(mem, 10, 20, fd, 10, &err), 0, "%s", err.message);
 	cr_expect_eq(mem_base(mem)[9 * PAGE_BYTES], 0);
 	cr_expect_eq(mem_base(mem)[10 * PAGE_BYTES], 11);
 	cr_expect_eq(mem_base(mem)[29 * PAGE_BYTES + 4095], 30);
@@ -215,9 +215,9 @@ Test(memory, no_file_beyond_the_memory_or_in_a_memfd)
 {
 	struct mem *private = create_private(), *shared = create(MEM_MIN_BYTES);
 	int fd = make_file(1);
-	cr_expect_eq(mem_map_file(private, mem_pages(private), 1, fd, NULL), -EINVAL);
-	cr_expect_eq(mem_map_file(private, mem_pages(private) - 1, 2, fd, NULL), -EINVAL);
-	cr_expect_eq(mem_map_file(shared, 0, 1, fd, NULL), -EINVAL);
+	cr_expect_eq(mem_map_file(private, mem_pages(private), 1, fd, mem_pages(private), NULL), -EINVAL);
+	cr_expect_eq(mem_map_file(private, mem_pages(private) - 1, 2, fd, mem_pages(private) - 1, NULL), -EINVAL);
+	cr_expect_eq(mem_map_file(shared, 0, 1, fd, 0, NULL), -EINVAL);
 	close(fd);
 	mem_destroy(private);
 	mem_destroy(shared);
@@ -246,9 +246,9 @@ Test(memory, what_is_discarded_is_zero)
 	mem_destroy(mem);
 	mem = create_private();
 	int fd = make_file(64);
-	cr_assert_eq(mem_map_file(mem, 44, 8, fd, NULL), 0); /* in the midst, untouched and then touched */
+	cr_assert_eq(mem_map_file(mem, 44, 8, fd, 44, NULL), 0); /* in the midst, untouched and then touched */
 	check_discard(mem);
-	cr_assert_eq(mem_map_file(mem, 0, 64, fd, NULL), 0);
+	cr_assert_eq(mem_map_file(mem, 0, 64, fd, 0, NULL), 0);
 	check_discard(mem);
 	cr_expect_eq(mem_base(mem)[38 * PAGE_BYTES], 39);
 	close(fd);

@@ -104,22 +104,13 @@ fail:
 
 const char *store_draft_id(const struct store_draft *draft) { return draft->id; }
 
-static int create_layer_file(struct store *store, const char *layer, const char *suffix, uint64_t bytes,
-			     struct err *err)
+static int create_layer_file(struct store *store, const char *layer, const char *suffix, struct err *err)
 {
 	char name[STORE_ID_BYTES + 8];
 
 	store_file_name(name, layer, suffix);
 	int fd = openat(store->layers_dir, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-	if (fd < 0)
-		return err_sys(err, errno, "%s/layers/%s", store->path, name);
-	if (ftruncate(fd, (off_t)bytes)) {
-		int number = errno;
-
-		close(fd);
-		return err_sys(err, number, "%s/layers/%s", store->path, name);
-	}
-	return fd;
+	return fd >= 0 ? fd : err_sys(err, errno, "%s/layers/%s", store->path, name);
 }
 
 static void marker_name(char out[STORE_ID_BYTES + 8], const char *kind, const char *layer)
@@ -141,18 +132,17 @@ static int too_many_layers(struct err *err)
 	return err_set(err, ERR_FAILED, E2BIG, "more than %d new memory layers in one checkpoint", MAX_MEMORY_LAYERS);
 }
 
-int store_draft_memory_layer(struct store_draft *draft, uint64_t size_bytes, char layer[STORE_ID_BYTES], int *fd,
-			     int *sums_fd, struct err *err)
+int store_draft_memory_layer(struct store_draft *draft, char layer[STORE_ID_BYTES], int *fd, int *sums_fd, struct err *err)
 {
 	store_new_id(layer);
 	int rc = draft->memory_count == MAX_MEMORY_LAYERS ? too_many_layers(err) : make_marker(draft, "mem", layer, err);
 	if (rc)
 		return rc;
 	memcpy(draft->memory_layers[draft->memory_count++], layer, STORE_ID_BYTES);
-	*fd = create_layer_file(draft->store, layer, ".mem", size_bytes, err);
+	*fd = create_layer_file(draft->store, layer, ".mem", err);
 	if (*fd < 0)
 		return *fd;
-	*sums_fd = create_layer_file(draft->store, layer, ".sums", 0, err);
+	*sums_fd = create_layer_file(draft->store, layer, ".sums", err);
 	rc = *sums_fd < 0 ? *sums_fd : fault_check(FAULT_STORE_MEMORY_LAYER_MADE, err);
 	if (rc) {
 		close(*fd);

@@ -113,11 +113,10 @@ struct store_draft;
 /* Makes staging/<id>/ for a new checkpoint with a new id. */
 int store_draft_begin(struct store *store, struct store_draft **out, struct err *err);
 const char *store_draft_id(const struct store_draft *draft);
-/* A new memory layer in layers/ (not referenced until commit), opened O_RDWR, size_bytes long and sparse; O_DIRECT is the caller's affair (fcntl).
- * Beside it layers/<id>.sums, opened O_RDWR and empty, for its page checksums. Both descriptors are the caller's to close, and the caller
+/* A new memory layer in layers/ (not referenced until commit), opened O_RDWR, empty; O_DIRECT is the caller's affair (fcntl).
+ * Beside it layers/<id>.sums, the same, for the places and checksums of its pages. Both descriptors are the caller's to close, and the caller
  * fsyncs both before the commit. */
-int store_draft_memory_layer(struct store_draft *draft, uint64_t size_bytes, char layer[STORE_ID_BYTES], int *fd,
-			     int *sums_fd, struct err *err);
+int store_draft_memory_layer(struct store_draft *draft, char layer[STORE_ID_BYTES], int *fd, int *sums_fd, struct err *err);
 /*
  * A disk's present top image becomes layer `layer`: hard link of `path` into layers/<id>.qcow2 (or .raw). On another filesystem: -EXDEV with a hint. The full
  * path of the layer is given in *layer_path (malloc). Undone by store_draft_abort unless the draft was marked switched (abort: the link may be gone

@@ -179,7 +179,7 @@ Test(store_fault, a_folder_without_its_lock_is_removed)
 	pid_t child = fork();
 	if (child == 0) {
 		if (store_draft_begin(store_test_store, &draft, NULL) ||
-		    store_draft_memory_layer(draft, MEMORY_BYTES, layer, &mem, &sums, NULL))
+		    store_draft_memory_layer(draft, layer, &mem, &sums, NULL))
 			_exit(1);
 		snprintf(path, sizeof(path), "%s/staging/%s.lock", store_test_folder, store_draft_id(draft));
 		_exit(unlink(path) != 0);
@@ -202,7 +202,7 @@ Test(store_fault, a_living_maker_is_left_alone)
 	int mem, sums;
 
 	cr_assert_eq(store_draft_begin(store_test_store, &draft, NULL), 0);
-	cr_assert_eq(store_draft_memory_layer(draft, MEMORY_BYTES, c.memory_layer, &mem, &sums, NULL), 0);
+	cr_assert_eq(store_draft_memory_layer(draft, c.memory_layer, &mem, &sums, NULL), 0);
 	close(mem);
 	close(sums);
 	store_close(store_test_must_open());

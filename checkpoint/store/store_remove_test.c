@@ -341,7 +341,7 @@ Test(store_remove, gc_takes_what_nobody_needs)
 	touch_layer(ORPHAN ".sums");
 	touch_layer("README");
 	cr_assert_eq(store_draft_begin(store_test_store, &draft, NULL), 0);
-	cr_assert_eq(store_draft_memory_layer(draft, MEMORY_BYTES, layer, &mem, &sums, NULL), 0);
+	cr_assert_eq(store_draft_memory_layer(draft, layer, &mem, &sums, NULL), 0);
 	close(mem);
 	close(sums);
 	struct store_gc_result result = collect();
@@ -468,7 +468,7 @@ static struct store_draft *make_spare(char layer[STORE_ID_BYTES])
 	struct store_draft *made;
 	int mem, sums;
 	cr_assert_eq(store_draft_begin(store_test_store, &made, NULL), 0);
-	cr_assert_eq(store_draft_memory_layer(made, MEMORY_BYTES, layer, &mem, &sums, NULL), 0);
+	cr_assert_eq(store_draft_memory_layer(made, layer, &mem, &sums, NULL), 0);
 	close(mem);
 	close(sums);
 	return made;
@@ -491,7 +491,7 @@ Test(store_remove, an_adopted_layer_lives_and_dies_with_its_draft)
 	/* Committed: it lives as long as an index names it. */
 	made = make_spare(layer);
 	cr_assert_eq(store_draft_begin(store_test_store, &draft, NULL), 0);
-	cr_assert_eq(store_draft_memory_layer(draft, MEMORY_BYTES, own, &mem, &sums, NULL), 0);
+	cr_assert_eq(store_draft_memory_layer(draft, own, &mem, &sums, NULL), 0);
 	close(mem);
 	close(sums);
 	memcpy(c.memory_layer, own, sizeof(own));

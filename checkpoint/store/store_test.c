@@ -218,7 +218,7 @@ Test(store, layers_have_the_promised_shape)
 	int mem, sums;
 
 	cr_assert_eq(store_draft_begin(store_test_store, &draft, NULL), 0);
-	cr_assert_eq(store_draft_memory_layer(draft, 1ull << 32, layer, &mem, &sums, NULL), 0);
+	cr_assert_eq(store_draft_memory_layer(draft, layer, &mem, &sums, NULL), 0);
 	cr_assert_eq(fstat(mem, &mem_stat), 0);
 	cr_assert_eq(fstat(sums, &sums_stat), 0);
 	cr_assert_eq(mem_stat.st_size, 1ll << 32);
@@ -241,7 +241,7 @@ Test(store, an_abort_leaves_nothing)
 	CLEANUP_FREE char *before = store_test_listing();
 	store_draft_abort(NULL);
 	cr_assert_eq(store_draft_begin(store_test_store, &draft, NULL), 0);
-	cr_assert_eq(store_draft_memory_layer(draft, MEMORY_BYTES, layer, &mem, &sums, NULL), 0);
+	cr_assert_eq(store_draft_memory_layer(draft, layer, &mem, &sums, NULL), 0);
 	close(mem);
 	close(sums);
 	cr_assert_eq(store_draft_disk_layer(draft, "root", store_test_image, "qcow2", layer, &path, NULL), 0);
@@ -264,7 +264,7 @@ Test(store, an_abort_after_the_switch_keeps_disk_layers)
 	int mem, sums;
 
 	cr_assert_eq(store_draft_begin(store_test_store, &draft, NULL), 0);
-	cr_assert_eq(store_draft_memory_layer(draft, MEMORY_BYTES, layer, &mem, &sums, NULL), 0);
+	cr_assert_eq(store_draft_memory_layer(draft, layer, &mem, &sums, NULL), 0);
 	close(mem);
 	close(sums);
 	cr_assert_eq(store_draft_disk_layer(draft, "root", store_test_image, "qcow2", disk_layer, &path, NULL), 0);

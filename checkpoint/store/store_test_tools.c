@@ -153,7 +153,7 @@ static int fill_draft(struct store_draft *draft, const struct store_test_plan *p
 	uint8_t page[PAGE_BYTES];
 	char *path;
 	int mem, sums;
-	int rc = store_draft_memory_layer(draft, MEMORY_BYTES, c->memory_layer, &mem, &sums, err);
+	int rc = store_draft_memory_layer(draft, c->memory_layer, &mem, &sums, err);
 
 	if (rc)
 		return rc;

@@ -6,6 +6,16 @@ import struct
 PAGE_BYTES = 4096
 
 
+def read_places(path):
+    """Page numbers to places in the layer's file, by its file of checksums."""
+    with open(path, "rb") as file:
+        data = file.read()
+    magic, version, _, count, _ = struct.unpack_from("<8sIIQQ", data)
+    assert (magic, version) == (b"vmcpsum\n", 2), "no page checksums"
+    assert len(data) == 32 + 16 * count, "length of the page checksums"
+    return {page: place for page, place, _ in struct.iter_unpack("<IIQ", data[32:])}
+
+
 class Memory:
     """The memory of one checkpoint: page numbers to contents, through its index."""
 
@@ -20,6 +30,7 @@ class Memory:
         self.extents = [struct.unpack_from("<QII", index, at + 16 * i) for i in range(extents)]
         self.layers = names
         self.files = [open(os.path.join(store, "layers", f"{name}.mem"), "rb") for name in names]
+        self.places = [read_places(os.path.join(store, "layers", f"{name}.sums")) for name in names]
 
     def runs(self):
         """(first page, contents) of stretches in order, at most 256 pages each."""
@@ -27,7 +38,7 @@ class Memory:
             for page in range(first, first + count, 256):
                 length = min(256, first + count - page) * PAGE_BYTES
                 if layer:
-                    yield page, os.pread(self.files[layer - 1].fileno(), length, page * PAGE_BYTES)
+                    yield page, os.pread(self.files[layer - 1].fileno(), length, self.places[layer - 1][page] * PAGE_BYTES)
                 else:
                     yield page, bytes(length)
 
