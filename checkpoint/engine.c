@@ -13,6 +13,7 @@ static void free_engine(struct ckpt_engine *engine)
 	loader_destroy(engine->loader);
 	consolidated_free(engine->consolidated);
 	store_unpin(engine->pin);
+	page_index_free(&engine->base_index);
 	memcow_destroy(engine->memcow);
 	revert_cache_free(engine);
 	tracker_destroy(engine->tracker);
@@ -265,6 +266,30 @@ int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint 
 		(unsigned long long)mem_pages(engine->mem));
 	page_index_free(out);
 	return -EINVAL;
+}
+
+/* Of more extents (24 MiB) it is not kept. */
+#define KEEP_EXTENTS 0x100000u
+
+void engine_keep_base(struct ckpt_engine *engine, const char *id, struct page_index *index)
+{
+	page_index_free(&engine->base_index);
+	engine->base_id[0] = '\0';
+	if (index->extent_count > KEEP_EXTENTS)
+		return;
+	snprintf(engine->base_id, sizeof(engine->base_id), "%s", id);
+	engine->base_index = *index;
+	*index = (struct page_index){0};
+}
+
+bool engine_take_base(struct ckpt_engine *engine, const char *id, struct page_index *out)
+{
+	if (!*id || strcmp(engine->base_id, id) != 0)
+		return false;
+	*out = engine->base_index;
+	engine->base_index = (struct page_index){0};
+	engine->base_id[0] = '\0';
+	return true;
 }
 
 static void memory_damaged(void *opaque, const struct err *err) { engine_set_broken(opaque, err); }

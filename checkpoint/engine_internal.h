@@ -56,6 +56,8 @@ struct ckpt_engine {
 	struct histogram pauses;      /* of live checkpoints; read by any thread */
 	struct revert_cache *reverts; /* NULL before the first revert in place */
 	bool position_unrecorded;     /* the store could not be told of it */
+	char base_id[STORE_ID_BYTES]; /* of base_index, "" for none: the newest checkpoint's, which the next one begins with */
+	struct page_index base_index;
 	struct err live_error;	   /* why memory cannot be protected on this host; number 0 if it can */
 	struct state_set captured; /* the buffers of the pause */
 	/* owner: who consolidates */
@@ -105,6 +107,7 @@ struct take {
 	int fd, sums_fd;
 	/* The parent's, if only what was written since is saved; else page_count is 0. */
 	struct page_index parent_index;
+	struct page_index index; /* its own, once it was built */
 	struct consolidated *consolidated; /* claimed from the engine */
 	struct planner_case plan_case;
 	struct planner_plan plan;
@@ -120,6 +123,10 @@ struct take {
 };
 
 /* --- engine.c --- */
+/* Keeps a checkpoint's index, so that the next checkpoint need not read it. Takes over *index. */
+void engine_keep_base(struct ckpt_engine *engine, const char *id, struct page_index *index);
+/* Gives it out, if it is that of checkpoint `id`. The caller frees it. */
+bool engine_take_base(struct ckpt_engine *engine, const char *id, struct page_index *out);
 void engine_set_phase(struct ckpt_engine *engine, const char *phase);
 int engine_check_cancel(struct ckpt_engine *engine, struct err *err);
 void engine_set_position(struct ckpt_engine *engine, const char *id);

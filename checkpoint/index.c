@@ -8,10 +8,11 @@
 #include "base/bytes.h"
 
 #define MAGIC	     "vmcpidx\n"
-#define VERSION	     1u
+#define VERSION	     2u
 #define HEADER_BYTES 48u
 #define LAYER_BYTES  32u
-#define EXTENT_BYTES 16u
+#define EXTENT_MIN_BYTES 2u /* of each extent two numbers, of 1 to 5 bytes */
+#define EXTENT_MAX_BYTES 10u
 #define MAX_PAGES    ((uint64_t)1 << 28) /* 1 TiB of memory */
 
 void page_index_free(struct page_index *index)
@@ -164,9 +165,35 @@ bool page_index_names(const struct page_index *index, const char *layer)
 	return false;
 }
 
+/* LEB128: 7 bits a byte, the lowest first; the highest bit says that more follow. */
+static size_t put_number(uint8_t *at, uint32_t number)
+{
+	size_t length = 0;
+	for (; number > 0x7f; number >>= 7)
+		at[length++] = (uint8_t)(number | 0x80);
+	at[length++] = (uint8_t)number;
+	return length;
+}
+
+/* *at moves behind it. -EINVAL: it ends too soon, or is no number of 32 bits. */
+static int get_number(const uint8_t **at, const uint8_t *end, uint32_t *number)
+{
+	uint64_t value = 0;
+	for (unsigned shift = 0; shift < 35 && *at < end; shift += 7) {
+		uint8_t byte = *(*at)++;
+		value |= (uint64_t)(byte & 0x7f) << shift;
+		if (!(byte & 0x80)) {
+			*number = (uint32_t)value;
+			return value <= UINT32_MAX ? 0 : -EINVAL;
+		}
+	}
+	return -EINVAL;
+}
+
 int page_index_encode(const struct page_index *index, struct buf *out, struct err *err)
 {
 	uint8_t header[HEADER_BYTES] = {0};
+	size_t start = out->length;
 	memcpy(header, MAGIC, 8);
 	put_le32(header + 8, VERSION);
 	put_le32(header + 12, PAGE_BYTES);
@@ -176,13 +203,15 @@ int page_index_encode(const struct page_index *index, struct buf *out, struct er
 	int r = buf_append(out, header, sizeof(header), err);
 	for (uint32_t i = 0; i < index->layer_count && r == 0; i++)
 		r = buf_append(out, index->layers[i], LAYER_BYTES, err);
+	size_t extents = out->length;
 	for (uint64_t i = 0; i < index->extent_count && r == 0; i++) {
-		uint8_t extent[EXTENT_BYTES];
-		put_le64(extent, index->extents[i].first);
-		put_le32(extent + 8, (uint32_t)index->extents[i].count);
-		put_le32(extent + 12, index->extents[i].layer);
-		r = buf_append(out, extent, sizeof(extent), err);
+		uint8_t extent[EXTENT_MAX_BYTES];
+		size_t length = put_number(extent, (uint32_t)index->extents[i].count);
+		length += put_number(extent + length, index->extents[i].layer);
+		r = buf_append(out, extent, length, err);
 	}
+	if (r == 0)
+		put_le64((uint8_t *)out->data + start + 40, out->length - extents);
 	return r;
 }
 
@@ -202,21 +231,23 @@ static int decode_layers(const uint8_t *data, struct page_index *out, struct err
 	return 0;
 }
 
-static int decode_extents(const uint8_t *data, struct page_index *out, struct err *err)
+static int decode_extents(const uint8_t *data, const uint8_t *end, struct page_index *out, struct err *err)
 {
 	uint64_t next = 0;
-	for (uint64_t i = 0; i < out->extent_count; i++, data += EXTENT_BYTES) {
+	for (uint64_t i = 0; i < out->extent_count; i++) {
 		struct index_extent *extent = &out->extents[i];
-		*extent = (struct index_extent){
-			.first = get_le64(data), .count = get_le32(data + 8), .layer = get_le32(data + 12)};
-		if (extent->first != next)
-			return damaged(err, "extents leave a gap, overlap or are out of order at page", next);
+		uint32_t count, layer;
+		if (get_number(&data, end, &count) != 0 || get_number(&data, end, &layer) != 0)
+			return damaged(err, "an extent that is none at page", next);
+		*extent = (struct index_extent){.first = next, .count = count, .layer = layer};
 		if (extent->count == 0 || extent->count > out->page_count - next)
 			return damaged(err, "an extent of a wrong length at page", next);
 		if (extent->layer > out->layer_count)
 			return damaged(err, "an extent names no layer of the table", extent->layer);
 		next += extent->count;
 	}
+	if (data != end)
+		return damaged(err, "bytes behind the last extent", (uint64_t)(end - data));
 	return next == out->page_count ? 0 : damaged(err, "extents end before the memory does, at page", next);
 }
 
@@ -233,12 +264,14 @@ static int decode_header(const uint8_t *at, size_t length, struct page_index *ou
 	out->page_count = get_le64(at + 16);
 	out->layer_count = get_le32(at + 24);
 	out->extent_count = get_le64(at + 32);
-	if (get_le32(at + 12) != PAGE_BYTES || get_le32(at + 28) != 0 || get_le64(at + 40) != 0)
+	if (get_le32(at + 12) != PAGE_BYTES || get_le32(at + 28) != 0)
 		return damaged(err, "a fixed field has another value", get_le32(at + 12));
 	if (out->page_count == 0 || out->page_count > MAX_PAGES || out->extent_count > out->page_count)
 		return damaged(err, "absurd number of pages or extents", out->page_count);
-	/* No overflow: both products are below 2^38. */
-	if (length != HEADER_BYTES + (uint64_t)out->layer_count * LAYER_BYTES + out->extent_count * EXTENT_BYTES)
+	/* No overflow: products are below 2^38. */
+	uint64_t extent_bytes = get_le64(at + 40);
+	if (extent_bytes > length || length != HEADER_BYTES + (uint64_t)out->layer_count * LAYER_BYTES + extent_bytes ||
+	    extent_bytes < out->extent_count * EXTENT_MIN_BYTES)
 		return damaged(err, "the length does not fit the header", length);
 	return 0;
 }
@@ -256,7 +289,7 @@ int page_index_decode(const void *data, size_t length, struct page_index *out, s
 	if (r == 0)
 		r = decode_layers(at + HEADER_BYTES, out, err);
 	if (r == 0)
-		r = decode_extents(at + HEADER_BYTES + (size_t)out->layer_count * LAYER_BYTES, out, err);
+		r = decode_extents(at + HEADER_BYTES + (size_t)out->layer_count * LAYER_BYTES, at + length, out, err);
 	if (r != 0)
 		page_index_free(out);
 	return r;

@@ -30,7 +30,7 @@ Test(index, round_trip)
 {
 	struct page_index made, read;
 	struct buf file = make_file(&made);
-	cr_assert_eq(file.length, 48 + 32 + 7 * 16);
+	cr_assert_eq(file.length, 48 + 32 + 7 * 2 + 2, "two of the counts are above 127");
 	cr_assert_eq(page_index_decode(file.data, file.length, &read, NULL), 0);
 	cr_assert_eq(read.page_count, PAGES);
 	cr_assert_eq(read.layer_count, 1);
@@ -85,7 +85,7 @@ static const struct {
 	uint64_t value;
 } damages[] = {
 	{0, 1, 'V'},   /* magic */
-	{8, 4, 2},     /* version */
+	{8, 4, 1},     /* version */
 	{12, 4, 8192}, /* page size */
 	{16, 8, 0},    /* pages */
 	{16, 8, 999},  /* too few for the extents */
@@ -96,16 +96,18 @@ static const struct {
 	{28, 4, 1}, /* reserved */
 	{32, 8, 6}, /* extents */
 	{32, 8, UINT64_MAX / 16},
-	{40, 8, 1},   /* reserved */
+	{40, 8, 15}, /* bytes of extents */
+	{40, 8, 17},
+	{40, 8, UINT64_MAX},
 	{48, 1, 'G'}, /* name of the layer */
 	{48, 1, '/'},
-	{80, 8, 1},		  /* first extent: not from page 0 */
-	{88, 4, 0},		  /* empty */
-	{88, 4, 11},		  /* overlaps the next */
-	{88, 4, 9},		  /* leaves a gap */
-	{92, 4, 2},		  /* no such layer */
-	{80 + 6 * 16 + 8, 4, 11}, /* beyond the memory */
-	{80 + 6 * 16 + 8, 4, UINT32_MAX},
+	{80, 1, 0},    /* an extent: empty */
+	{80, 1, 11},   /* the last one ends beyond the memory */
+	{80, 1, 9},    /* before its end */
+	{81, 1, 2},    /* no such layer */
+	{81, 1, 0x80}, /* 11520 */
+	{94, 1, 11},   /* the last extent: beyond the memory */
+	{95, 1, 0x80}, /* a number without an end */
 };
 
 Test(index, damage_is_found)

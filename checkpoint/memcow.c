@@ -41,6 +41,7 @@
 static void free_memory(struct memcow *cow)
 {
 	pool_destroy(cow->kept);
+	memcow_free_ring(cow);
 	page_set_free(&cow->dirty);
 	free((void *)cow->claimed);
 	free((void *)cow->zero);
@@ -469,8 +470,9 @@ static uint8_t *stage_slot(struct memcow *cow, uint64_t page, struct err *err)
 			cow->touched_pages += SEGMENT_PAGES;
 		}
 	}
-	segment->entries[segment->count] = (struct segment_entry){.page = page, .slot = segment->count};
-	return segment->data + (size_t)segment->count++ * PAGE_BYTES;
+	uint8_t *data = segment->data + (size_t)segment->count * PAGE_BYTES;
+	segment->entries[segment->count++] = (struct segment_entry){.page = page, .data = data};
+	return data;
 }
 
 /*
@@ -530,8 +532,7 @@ static void settle_page(struct memcow *cow, uint64_t page, bool populated, struc
 		return;
 	}
 	bitmap_clear(cow->zero, page);
-	segment->entries[segment->count] = (struct segment_entry){.page = page, .slot = segment->count};
-	segment->count++;
+	segment->entries[segment->count++] = (struct segment_entry){.page = page, .data = to};
 	atomic_fetch_add_explicit(&cow->saved_pages, 1, memory_order_relaxed);
 }
 

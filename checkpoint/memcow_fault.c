@@ -86,10 +86,10 @@ bool memcow_copy_page(struct memcow *cow, uint64_t page)
 	struct segment *segment = segment_with_room(cow);
 	if (!segment)
 		return false;
-	page_copy(segment->data + (size_t)segment->count * PAGE_BYTES, source);
+	uint8_t *data = segment->data + (size_t)segment->count * PAGE_BYTES;
+	page_copy(data, source);
 	if (bitmap_claim(cow->claimed, page)) {
-		segment->entries[segment->count] = (struct segment_entry){.page = page, .slot = segment->count};
-		segment->count++;
+		segment->entries[segment->count++] = (struct segment_entry){.page = page, .data = data};
 		atomic_fetch_add_explicit(&cow->saved_pages, 1, memory_order_relaxed);
 	}
 	return true;

@@ -52,6 +52,8 @@ struct page_set {
  *  6 From before the first page is protected until none is, no page is taken away (mem_hold_discards): a hole at the instant was one
  *    when it was protected.
  */
+struct io_uring;
+
 struct memcow {
 	/* immutable */
 	struct mem *mem;
@@ -79,7 +81,8 @@ struct memcow {
 	struct pool *pool;
 	struct pool *kept;    /* between checkpoints that stage, or NULL */
 	uint64_t finished_ns; /* the last one that was staged */
-	uint64_t *sums; /* owner: writer */
+	uint64_t *sums;	       /* owner: writer */
+	struct io_uring *ring; /* owner: writer, one after the other; NULL: none yet, or this host has none */
 	size_t sums_bytes;
 	pthread_t sweeper, writer;
 	bool sweeper_started, writer_started;
@@ -127,6 +130,9 @@ bool page_is_zero(const void *page);
 /* Copies 4096 bytes. May race with a guest write where invariant 1 drops the copy, so sanitizers must not watch. */
 void page_copy(void *to, const void *from);
 
+/* For qsort of entries. */
+int memcow_compare_pages(const void *a, const void *b);
+
 /* --- page_set --- */
 int page_set_init(struct page_set *set, uint64_t pages, struct err *err);
 void page_set_free(struct page_set *set);
@@ -147,6 +153,7 @@ void page_set_clear(struct page_set *set);
 void *memcow_fault_main(void *opaque);	 /* memcow */
 void *memcow_sweeper_main(void *opaque); /* memcow */
 void *memcow_writer_main(void *opaque);	 /* memcow */
+void memcow_free_ring(struct memcow *cow);
 /* Makes invariant 1 true for the page. Under lock, at the instant or later. Waits for the writer where buffers are out.
  * False if the checkpoint failed. */
 bool memcow_copy_page(struct memcow *cow, uint64_t page);

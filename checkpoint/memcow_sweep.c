@@ -17,9 +17,11 @@
  * have been populated by a read. We never read a hole ourselves, so the sweep populates nothing.
  */
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "base/buf.h"
 #include "base/bytes.h"
 #include "base/fault.h"
 #include "base/priority.h"
@@ -100,7 +102,8 @@ static int sweep_block(struct sweep *s, uint64_t block)
 	s->segment = NULL;
 	for (uint64_t bits = mine; bits; bits &= bits - 1) {
 		unsigned slot = (unsigned)__builtin_ctzll(bits);
-		segment->entries[segment->count++] = (struct segment_entry){.page = block * 64 + slot, .slot = slot};
+		segment->entries[segment->count++] =
+			(struct segment_entry){.page = block * 64 + slot, .data = segment->data + (size_t)slot * PAGE_BYTES};
 	}
 	pool_push(cow->pool, segment);
 	return r;
@@ -153,45 +156,71 @@ static int sweep_all(struct sweep *s, struct err *err)
 	return 0;
 }
 
-/* Leaves the entries that are the newest copies of their pages, and not zero. Later segments were gone through before. */
-static void claim_staged(struct memcow *cow, struct segment *segment)
+/* Adds the entries that are the newest copies of their pages, and not zero, to `kept`. Later segments were gone through before. */
+static uint64_t claim_staged(struct memcow *cow, const struct segment *segment, struct segment_entry *kept)
 {
-	uint32_t kept = segment->count;
+	uint64_t count = 0;
 	for (uint32_t i = segment->count; i-- > 0;) {
 		struct segment_entry entry = segment->entries[i];
 		if (!bitmap_claim(cow->claimed, entry.page))
 			continue;
-		if (page_is_zero(segment->data + (size_t)entry.slot * PAGE_BYTES)) {
+		if (page_is_zero(entry.data)) {
 			bitmap_claim(cow->zero, entry.page);
 		} else {
 			bitmap_clear(cow->zero, entry.page); /* an earlier pass may have found it zero */
-			segment->entries[--kept] = entry;
+			kept[count++] = entry;
 		}
 	}
-	segment->count -= kept;
-	memmove(segment->entries, segment->entries + kept, segment->count * sizeof(segment->entries[0]));
+	return count;
 }
 
-/* The staged copies, from the newest on. */
-static int push_staged(struct memcow *cow, struct err *err)
+int memcow_compare_pages(const void *a, const void *b)
 {
+	uint64_t x = ((const struct segment_entry *)a)->page, y = ((const struct segment_entry *)b)->page;
+	return x < y ? -1 : x > y;
+}
+
+/* Hands the entries to the writer in the order of their pages, whichever segments their data are in: so they are few and long writes. Nobody
+ * takes a segment for another copy any more. */
+static int push_sorted(struct memcow *cow, struct segment_entry *entries, uint64_t count)
+{
+	qsort(entries, count, sizeof(*entries), memcow_compare_pages);
 	for (struct segment *segment = cow->staged, *next; segment; segment = next) {
 		if (atomic_load_explicit(&cow->failed, memory_order_acquire))
 			return -ECANCELED;
-		int r = fault_check(FAULT_MEMCOW_SWEEP, err);
-		if (r != 0)
-			return r;
 		next = segment->next;
-		claim_staged(cow, segment);
+		segment->count = (uint32_t)min_u64(count, SEGMENT_PAGES);
+		memcpy(segment->entries, entries, segment->count * sizeof(*entries));
+		entries += segment->count;
+		count -= segment->count;
 		pool_push(cow->pool, segment);
 	}
 	cow->staged = NULL;
-	uint64_t zero = 0;
+	return 0;
+}
+
+/* The staged copies, from the newest on. */
+static int push_staged(struct sweep *s, struct err *err)
+{
+	struct memcow *cow = s->cow;
+	uint64_t most = 0, count = 0, zero = 0;
+	for (const struct segment *segment = cow->staged; segment; segment = segment->next)
+		most += segment->count;
+	CLEANUP_FREE struct segment_entry *kept = malloc((most + 1) * sizeof(*kept));
+	if (!kept)
+		return err_sys(err, ENOMEM, "list of %llu pages", (unsigned long long)most);
+	for (const struct segment *segment = cow->staged; segment; segment = segment->next) {
+		int r = fault_check(FAULT_MEMCOW_SWEEP, err);
+		if (r != 0)
+			return r;
+		count += claim_staged(cow, segment, kept + count);
+		priority_give_way_each(cow->room_each_ns, &s->room);
+	}
 	for (uint64_t b = 0; b < cow->blocks; b++)
 		zero += popcount64(cow->zero[b]);
 	cow->zero_pages = zero;
 	cow->saved_pages = cow->scope_pages - zero;
-	return 0;
+	return push_sorted(cow, kept, count);
 }
 
 /* The fault thread's half-filled segment. From here on it needs none: everything is claimed. */
@@ -225,7 +254,7 @@ void *memcow_sweeper_main(void *opaque)
 	if (!memcow_wait_for_save(cow))
 		return NULL;
 	bool staged = cow->way == MEMCOW_STAGE || cow->way == MEMCOW_SETTLE;
-	int r = staged ? push_staged(cow, &err) : sweep_all(&sweep, &err);
+	int r = staged ? push_staged(&sweep, &err) : sweep_all(&sweep, &err);
 	if (r != 0)
 		memcow_fail(cow, &err);
 	else

@@ -33,8 +33,8 @@
 
 struct writer {
 	struct memcow *cow;
-	struct io_uring ring;
-	bool ring_ok, direct, reserved;
+	struct io_uring *ring; /* NULL: this host has none */
+	bool direct, reserved;
 	uint32_t *below; /* packed: pages of the scope below each block; NULL: not */
 	unsigned inflight;
 	struct priority_room room;
@@ -43,12 +43,6 @@ struct writer {
 	uint32_t next;
 	struct err err; /* the first one; from then on nothing more is submitted */
 };
-
-static int compare_entries(const void *a, const void *b)
-{
-	uint64_t x = ((const struct segment_entry *)a)->page, y = ((const struct segment_entry *)b)->page;
-	return x < y ? -1 : x > y;
-}
 
 static uint64_t place_of(const struct writer *w, uint64_t page)
 {
@@ -61,13 +55,12 @@ static uint64_t place_of(const struct writer *w, uint64_t page)
 static void plan_segment(struct writer *w, struct segment *segment)
 {
 	uint32_t iov = 0;
-	/* Sorted already when the sweeper filled it. */
-	qsort(segment->entries, segment->count, sizeof(segment->entries[0]), compare_entries);
+	qsort(segment->entries, segment->count, sizeof(segment->entries[0]), memcow_compare_pages); /* those of faults are in no order */
 	segment->writes = 0;
 	struct segment_write *write = NULL;
 	for (uint32_t i = 0; i < segment->count; i++) {
 		const struct segment_entry *entry = &segment->entries[i];
-		uint8_t *data = segment->data + (size_t)entry->slot * PAGE_BYTES;
+		uint8_t *data = entry->data;
 		uint64_t offset = place_of(w, entry->page) * PAGE_BYTES;
 		if (w->cow->sums)
 			w->cow->sums[entry->page] = page_sum(entry->page, data);
@@ -154,7 +147,7 @@ static void write_now(struct writer *w, struct segment_write *write)
 
 static void submit_write(struct writer *w, struct segment_write *write)
 {
-	struct io_uring_sqe *sqe = io_uring_get_sqe(&w->ring);
+	struct io_uring_sqe *sqe = io_uring_get_sqe(w->ring);
 	if (!sqe) { /* the queue is as deep as `inflight` may get: cannot be */
 		write_now(w, write);
 		return;
@@ -171,13 +164,13 @@ static void submit_write(struct writer *w, struct segment_write *write)
 static void reap(struct writer *w, bool wait)
 {
 	struct io_uring_cqe *cqe;
-	int r = wait ? io_uring_submit_and_wait(&w->ring, 1) : io_uring_submit(&w->ring);
+	int r = wait ? io_uring_submit_and_wait(w->ring, 1) : io_uring_submit(w->ring);
 	if (r < 0 && r != -EINTR && r != -EAGAIN && r != -EBUSY)
 		fail(w, -r); /* what is in flight still completes */
-	while (io_uring_peek_cqe(&w->ring, &cqe) == 0) {
+	while (io_uring_peek_cqe(w->ring, &cqe) == 0) {
 		struct segment_write *write = io_uring_cqe_get_data(cqe);
 		int result = cqe->res;
-		io_uring_cqe_seen(&w->ring, cqe);
+		io_uring_cqe_seen(w->ring, cqe);
 		w->inflight--;
 		if (account_write(w, write, result))
 			submit_write(w, write);
@@ -187,12 +180,12 @@ static void reap(struct writer *w, bool wait)
 /* Fills the queue from the present segment. */
 static void submit_segment(struct writer *w)
 {
-	while (w->segment && (!w->ring_ok || w->inflight < QUEUE_DEPTH) && w->err.number == 0) {
+	while (w->segment && (!w->ring || w->inflight < QUEUE_DEPTH) && w->err.number == 0) {
 		struct segment_write *write = &w->segment->write[w->next++];
 		bool last = w->next == w->segment->writes;
 		if (last)
 			w->segment = NULL; /* before it can complete and be reused */
-		if (w->ring_ok)
+		if (w->ring)
 			submit_write(w, write);
 		else
 			write_now(w, write);
@@ -379,6 +372,27 @@ static void signal_done(struct memcow *cow)
 	pthread_mutex_unlock(&cow->done_lock);
 }
 
+/* One for all checkpoints: to make and to end one takes the kernel longer than to write a few pages. */
+static struct io_uring *get_ring(struct memcow *cow)
+{
+	if (cow->ring)
+		return cow->ring;
+	cow->ring = xcalloc(1, sizeof(*cow->ring));
+	if (io_uring_queue_init(QUEUE_DEPTH, cow->ring, 0) != 0) {
+		free(cow->ring);
+		cow->ring = NULL;
+	}
+	return cow->ring;
+}
+
+void memcow_free_ring(struct memcow *cow)
+{
+	if (!cow->ring)
+		return;
+	io_uring_queue_exit(cow->ring);
+	free(cow->ring);
+}
+
 void *memcow_writer_main(void *opaque)
 {
 	struct memcow *cow = opaque;
@@ -388,7 +402,7 @@ void *memcow_writer_main(void *opaque)
 	/* What is staged is copied by who waits for this thread, which has little weight: it touches its buffers itself. */
 	if (cow->way != MEMCOW_STAGE)
 		pool_populate(cow->pool, POOL_SEGMENTS);
-	w.ring_ok = io_uring_queue_init(QUEUE_DEPTH, &w.ring, 0) == 0;
+	w.ring = get_ring(cow);
 	set_direct(&w, true);
 	if (reserve_space(&w, &w.err) != 0)
 		memcow_fail(cow, &w.err);
@@ -407,8 +421,6 @@ void *memcow_writer_main(void *opaque)
 	}
 	set_direct(&w, false);
 	free(w.below);
-	if (w.ring_ok)
-		io_uring_queue_exit(&w.ring);
 	signal_done(cow);
 	return NULL;
 }

@@ -60,10 +60,12 @@ static int save_memory(struct take *take, struct err *err)
 	r = fault_check(FAULT_TAKE_MEMORY_SAVED, err);
 	if (r != 0)
 		return r;
-	if (fsync(take->fd) != 0 || fsync(take->sums_fd) != 0)
-		return err_sys(err, errno, "memory layer: fsync");
 	/* For the planner: a few pages, or a limited rate, say nothing about what the disk can do. */
-	if (take->max_rate == 0 && stats.written_bytes >= RATE_MIN_BYTES)
+	bool measure = take->max_rate == 0 && stats.written_bytes >= RATE_MIN_BYTES;
+	r = measure ? store_draft_sync_layers(take->draft, err) : 0;
+	if (r != 0)
+		return r;
+	if (measure)
 		planner_note_rate(&engine->costs.saved_bytes_per_s, (double)stats.written_bytes * 1e9 / (double)(clock_now_ns() - start_ns));
 	if (stats.cow_faults > 0)
 		planner_note(&engine->costs.fault_ns, (double)stats.cow_fault_p50_ns);
@@ -86,9 +88,10 @@ static int finish_requests(struct take *take, struct err *err)
 }
 
 /* The checkpoint's index. Pages that were consolidated since are taken from where they are now; the layer then is this checkpoint's. */
-static int build_index(struct take *take, struct page_index *index, struct err *err)
+static int build_index(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
+	struct page_index *index = &take->index;
 	struct page_index merged = {0};
 	struct page_index_saved saved = {
 		.layer = take->memory_layer,
@@ -108,11 +111,7 @@ static int build_index(struct take *take, struct page_index *index, struct err *
 		return r;
 	r = store_draft_adopt(take->draft, c->draft, err);
 	c->draft = NULL;
-	if (r == 0)
-		r = fault_check(FAULT_CONSOLIDATE_ADOPTED, err);
-	if (r != 0)
-		page_index_free(index);
-	return r;
+	return r == 0 ? fault_check(FAULT_CONSOLIDATE_ADOPTED, err) : r;
 }
 
 static int put_state(struct take *take, uint64_t *bytes, struct err *err)
@@ -120,16 +119,13 @@ static int put_state(struct take *take, uint64_t *bytes, struct err *err)
 	struct ckpt_engine *engine = take->engine;
 	CLEANUP_BUF struct buf state = BUF_INIT;
 	CLEANUP_BUF struct buf file = BUF_INIT;
-	struct page_index index;
 	int r = state_set_encode(&engine->captured, &state, err);
 	if (r == 0)
 		r = store_draft_put(take->draft, "state", state.data, state.length, err);
 	if (r == 0)
-		r = build_index(take, &index, err);
-	if (r != 0)
-		return r;
-	r = page_index_encode(&index, &file, err);
-	page_index_free(&index);
+		r = build_index(take, err);
+	if (r == 0)
+		r = page_index_encode(&take->index, &file, err);
 	if (r == 0)
 		r = store_draft_put(take->draft, "index", file.data, file.length, err);
 	*bytes = state.length + file.length;
@@ -220,6 +216,7 @@ int take_persist(struct take *take, struct err *err)
 	result->durable_ns = clock_now_ns() - take->start_ns;
 	take_note_disks(take);
 	tracker_set_base(engine->tracker);
+	engine_keep_base(engine, result->id, &take->index);
 	engine_set_position(engine, result->id);
 	struct err ignored = ERR_INIT;
 	fault_check(FAULT_TAKE_COMMITTED, &ignored);
@@ -259,6 +256,7 @@ void take_free(struct take *take)
 	if (take->sums_fd >= 0)
 		close(take->sums_fd);
 	page_index_free(&take->parent_index);
+	page_index_free(&take->index);
 	consolidated_free(take->consolidated);
 	free(take->tag);
 	free(take->message);

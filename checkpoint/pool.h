@@ -34,8 +34,8 @@ struct segment {
 	bool touched;		  /* owner: who holds it; free: the pool */
 	uint32_t writes, pending; /* owner: writer */
 	struct segment_entry {
-		uint64_t page; /* of the memory and of the file */
-		uint32_t slot; /* its data is at data + slot * 4096 */
+		uint64_t page;
+		uint8_t *data; /* in this segment, or in another one that nobody uses until all are written */
 	} entries[SEGMENT_PAGES];
 	struct iovec iov[SEGMENT_PAGES];	   /* owner: writer */
 	struct segment_write write[SEGMENT_PAGES]; /* owner: writer */

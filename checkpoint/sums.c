@@ -20,7 +20,7 @@ struct gather {
 	int fd;
 	uint64_t offset;
 	size_t length;
-	uint8_t data[4096];
+	uint8_t data[65536];
 };
 
 static int flush(struct gather *g, struct err *err)

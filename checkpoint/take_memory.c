@@ -27,6 +27,8 @@ static bool load_parent(struct take *take)
 	struct err err = ERR_INIT;
 	if (take->full || !tracker_has_base(engine->tracker))
 		return false;
+	if (engine_take_base(engine, take->result.parent, &take->parent_index))
+		return true;
 	int r = store_checkpoint_get(engine->store, take->result.parent, &parent, &err);
 	if (r == 0) {
 		r = engine_read_index(engine, &parent, &take->parent_index, &err);

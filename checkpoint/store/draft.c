@@ -27,6 +27,8 @@
 #define MAX_DISK_LAYERS	  26
 #define MAX_MEMORY_LAYERS 4 /* its own, and adopted ones */
 
+#define MAX_FILES	  (3 + 2 * MAX_MEMORY_LAYERS)
+
 struct store_draft {
 	struct store *store;
 	char id[STORE_ID_BYTES];
@@ -39,6 +41,9 @@ struct store_draft {
 	struct store_layers index_layers;
 	bool switched;
 	uint64_t state_bytes, state_xxh3, index_bytes, index_xxh3;
+	/* What the commit makes durable: state, index, manifest, the memory layer and its checksums. The descriptors are ours. */
+	struct store_unsynced files[MAX_FILES];
+	unsigned file_count;
 };
 
 void store_unlink_memory_layer(struct store *store, const char *layer)
@@ -51,8 +56,23 @@ void store_unlink_memory_layer(struct store *store, const char *layer)
 	unlinkat(store->layers_dir, name, 0);
 }
 
+/* At the commit; fd, of which -1 is what opening it came to, is ours from here on. */
+static int sync_later(struct store_draft *draft, int fd, const char *name, struct err *err)
+{
+	if (fd < 0)
+		return err_sys(err, errno, "%s/staging/%s: %s", draft->store->path, draft->id, name);
+	if (draft->file_count == MAX_FILES) {
+		close(fd);
+		return err_set(err, ERR_FAILED, E2BIG, "%s: written more than once", name);
+	}
+	draft->files[draft->file_count++] = (struct store_unsynced){.fd = fd, .name = name};
+	return 0;
+}
+
 static void draft_free(struct store_draft *draft)
 {
+	for (unsigned i = 0; i < draft->file_count; i++)
+		close(draft->files[i].fd);
 	if (draft->dir >= 0)
 		close(draft->dir);
 	if (draft->lock_fd >= 0) {
@@ -85,9 +105,10 @@ int store_draft_begin(struct store *store, struct store_draft **out, struct err 
 		}
 		/* Between creation and lock another process may take it for a dead maker's and remove it: then once more. */
 	} while (store_try_lock(draft->lock_fd) || fstat(draft->lock_fd, &st) || st.st_nlink == 0);
-	draft->dir = file_open_dir(store->staging_dir, draft->id, 1, err);
+	if (!mkdirat(store->staging_dir, draft->id, 0700))
+		draft->dir = openat(store->staging_dir, draft->id, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (draft->dir < 0) {
-		rc = draft->dir;
+		rc = err_sys(err, errno, "%s/staging/%s", store->path, draft->id);
 		goto fail;
 	}
 	rc = fault_check(FAULT_STORE_DRAFT_MADE, err);
@@ -144,6 +165,10 @@ int store_draft_memory_layer(struct store_draft *draft, char layer[STORE_ID_BYTE
 		return *fd;
 	*sums_fd = create_layer_file(draft->store, layer, ".sums", err);
 	rc = *sums_fd < 0 ? *sums_fd : fault_check(FAULT_STORE_MEMORY_LAYER_MADE, err);
+	if (!rc)
+		rc = sync_later(draft, fcntl(*fd, F_DUPFD_CLOEXEC, 0), "memory layer", err);
+	if (!rc)
+		rc = sync_later(draft, fcntl(*sums_fd, F_DUPFD_CLOEXEC, 0), "checksums of the memory layer", err);
 	if (rc) {
 		close(*fd);
 		if (*sums_fd >= 0)
@@ -151,6 +176,8 @@ int store_draft_memory_layer(struct store_draft *draft, char layer[STORE_ID_BYTE
 	}
 	return rc;
 }
+
+int store_draft_sync_layers(struct store_draft *draft, struct err *err) { return store_sync(draft->files, draft->file_count, err); }
 
 /* The marker's rename is what counts: before it the layer dies with `made`, after it with `draft`. */
 int store_draft_adopt(struct store_draft *draft, struct store_draft *made, struct err *err)
@@ -216,6 +243,21 @@ int store_draft_disk_layer(struct store_draft *draft, const char *disk, const ch
 
 void store_draft_switched(struct store_draft *draft) { draft->switched = true; }
 
+/* Nobody reads a draft, so its files need not come into being whole. */
+static int put_file(struct store_draft *draft, const char *name, const void *data, size_t length, struct err *err)
+{
+	int fd = openat(draft->dir, name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+
+	int rc = sync_later(draft, fd, name, err);
+
+	if (rc)
+		return rc;
+	rc = file_pwrite_full(fd, data, length, 0, err);
+	if (rc)
+		return err_prefix(err, "%s/staging/%s/%s", draft->store->path, draft->id, name), rc;
+	return fault_check(FAULT_STORE_FILE_WRITTEN, err);
+}
+
 int store_draft_put(struct store_draft *draft, const char *name, const void *data, size_t length, struct err *err)
 {
 	bool is_state = !strcmp(name, "state");
@@ -227,7 +269,7 @@ int store_draft_put(struct store_draft *draft, const char *name, const void *dat
 		rc = layers_of_index(data, length, &draft->index_layers, err);
 	}
 	if (!rc)
-		rc = file_write_atomic(draft->dir, name, data, length, 0600, err);
+		rc = put_file(draft, name, data, length, err);
 	if (rc)
 		return rc;
 	*(is_state ? &draft->state_bytes : &draft->index_bytes) = length;
@@ -260,6 +302,18 @@ static int check_tag(struct store *store, const char *tag, struct err *err)
 	return rc;
 }
 
+/* Its files, and the names of the files. */
+static int sync_all(struct store_draft *draft, struct err *err)
+{
+	struct store_unsynced files[MAX_FILES + 2];
+	unsigned count = draft->file_count;
+
+	memcpy(files, draft->files, count * sizeof(*files));
+	files[count++] = (struct store_unsynced){.fd = draft->dir, .name = "the checkpoint's folder"};
+	files[count++] = (struct store_unsynced){.fd = draft->store->layers_dir, .name = "layers"};
+	return store_sync(files, count, err);
+}
+
 /* Everything before the rename. */
 static int prepare_commit(struct store_draft *draft, struct store_checkpoint *checkpoint, struct err *err)
 {
@@ -274,9 +328,9 @@ static int prepare_commit(struct store_draft *draft, struct store_checkpoint *ch
 	if (!rc)
 		rc = manifest_encode(checkpoint, &manifest, err);
 	if (!rc)
-		rc = file_write_atomic(draft->dir, "manifest", manifest.data, manifest.length, 0600, err);
+		rc = put_file(draft, "manifest", manifest.data, manifest.length, err);
 	if (!rc)
-		rc = file_sync_dir(draft->store->layers_dir, err);
+		rc = sync_all(draft, err);
 	return rc ? rc : fault_check(FAULT_STORE_BEFORE_RENAME, err);
 }
 

@@ -114,8 +114,8 @@ struct store_draft;
 int store_draft_begin(struct store *store, struct store_draft **out, struct err *err);
 const char *store_draft_id(const struct store_draft *draft);
 /* A new memory layer in layers/ (not referenced until commit), opened O_RDWR, empty; O_DIRECT is the caller's affair (fcntl).
- * Beside it layers/<id>.sums, the same, for the places and checksums of its pages. Both descriptors are the caller's to close, and the caller
- * fsyncs both before the commit. */
+ * Beside it layers/<id>.sums, the same, for the places and checksums of its pages. Both descriptors are the caller's to close; the commit makes both
+ * files durable. */
 int store_draft_memory_layer(struct store_draft *draft, char layer[STORE_ID_BYTES], int *fd, int *sums_fd, struct err *err);
 /*
  * A disk's present top image becomes layer `layer`: hard link of `path` into layers/<id>.qcow2 (or .raw). On another filesystem: -EXDEV with a hint. The full
@@ -130,9 +130,11 @@ void store_draft_switched(struct store_draft *draft);
 /* From here on the memory layer that `made` owns, written and synced, belongs to `draft`, and lives and dies with it. `made` is freed in
  * every case. */
 int store_draft_adopt(struct store_draft *draft, struct store_draft *made, struct err *err);
-/* Writes `state` and `index` (bytes as given) into the staging folder, durable, and notes their checksums. An index is looked at: every
+/* Writes `state` and `index` (bytes as given) into the staging folder, and notes their checksums. An index is looked at: every
  * memory layer that it names is kept as long as the checkpoint is. */
 int store_draft_put(struct store_draft *draft, const char *name, const void *data, size_t length, struct err *err);
+/* Makes what the memory layers hold so far durable, so that the commit finds little to do. */
+int store_draft_sync_layers(struct store_draft *draft, struct err *err);
 /*
  * The commit: checksums of layers' files are in `checkpoint` (the rest of its fields filled in by the caller, state/index by store_draft_put); manifest written,
  * everything synced, folder renamed to checkpoints/<id>, one catalogue transaction (checkpoint, layer references, tag, VM position). Frees the draft in every case.

@@ -86,6 +86,13 @@ void remove_recover(struct store *store, const char *name);
 int manifest_encode(const struct store_checkpoint *checkpoint, struct buf *out, struct err *err);
 int manifest_decode(const char *what, const void *data, size_t length, struct store_checkpoint *out, struct err *err);
 
+/* sync.c: fsync of all; the first error. */
+struct store_unsynced {
+	int fd;
+	const char *name; /* for an error */
+};
+int store_sync(const struct store_unsynced *files, unsigned count, struct err *err);
+
 /* draft.c: enters a committed checkpoint, without its tag if that is taken. */
 int draft_enter(struct store *store, struct store_checkpoint *checkpoint, const struct store_layers *layers,
 		enum catalog_position position, struct err *err);

@@ -16,18 +16,34 @@ def read_places(path):
     return {page: place for page, place, _ in struct.iter_unpack("<IIQ", data[32:])}
 
 
+def read_number(data, at):
+    """A number of 7 bits a byte, the lowest first, and where the next one begins."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 0x7f) << shift
+        shift += 7
+        at += 1
+        if not data[at - 1] & 0x80:
+            return value, at
+
+
 class Memory:
     """The memory of one checkpoint: page numbers to contents, through its index."""
 
     def __init__(self, store, checkpoint):
         with open(os.path.join(store, "checkpoints", checkpoint, "index"), "rb") as file:
             index = file.read()
-        magic, version, page_bytes, self.pages, layers, _, extents, _ = struct.unpack_from("<8sIIQIIQQ", index)
-        assert (magic, version, page_bytes) == (b"vmcpidx\n", 1, PAGE_BYTES), "no index"
+        magic, version, page_bytes, self.pages, layers, _, extents, extent_bytes = struct.unpack_from("<8sIIQIIQQ", index)
+        assert (magic, version, page_bytes) == (b"vmcpidx\n", 2, PAGE_BYTES), "no index"
         names = [index[48 + 32 * i:80 + 32 * i].decode("ascii") for i in range(layers)]
         at = 48 + 32 * layers
-        assert len(index) == at + 16 * extents, "length of the index"
-        self.extents = [struct.unpack_from("<QII", index, at + 16 * i) for i in range(extents)]
+        assert len(index) == at + extent_bytes, "length of the index"
+        self.extents, first = [], 0
+        for _ in range(extents):
+            count, at = read_number(index, at)
+            layer, at = read_number(index, at)
+            self.extents.append((first, count, layer))
+            first += count
         self.layers = names
         self.files = [open(os.path.join(store, "layers", f"{name}.mem"), "rb") for name in names]
         self.places = [read_places(os.path.join(store, "layers", f"{name}.sums")) for name in names]
