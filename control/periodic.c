@@ -9,14 +9,15 @@
 #include <time.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/priority.h"
 #include "control/server.h"
 #include "machine/config.h"
 
-/* Removals in one go; what is left over comes next time. */
-#define MOST_REMOVALS 64
+/* Removals in one go: who takes a checkpoint may have to wait for them, for some milliseconds. What is left over comes next time. */
+#define MOST_REMOVALS 16
 /* So many wait to be removed, at most: on a busy host taking them is faster than removing, and the store must stay bounded. Intervals are skipped then. */
 #define MOST_WAITING 40
 /* Disk layers of removed checkpoints are looked for at most this often: all headers are read. */
@@ -201,14 +202,6 @@ static void note_waiting(struct periodic *p, size_t found)
 	pthread_mutex_unlock(&p->lock);
 }
 
-static void note_removal(struct periodic *p)
-{
-	pthread_mutex_lock(&p->lock);
-	if (p->waiting > 0)
-		p->waiting--;
-	pthread_mutex_unlock(&p->lock);
-}
-
 static int remove_surplus(struct periodic *p, struct err *err)
 {
 	struct store *store = p->target->store;
@@ -220,20 +213,11 @@ static int remove_surplus(struct periodic *p, struct err *err)
 	if (rc)
 		return rc;
 	note_waiting(p, count);
-	for (size_t i = 0; i < count && !rc && !p->stop; i++) {
-		struct err one = ERR_INIT;
-
-		rc = store_checkpoint_remove(store, ids[i], false, &freed, &one);
-		/* In use, given a tag or removed since: somebody else's wish. */
-		if (rc == -EBUSY || rc == -EEXIST || rc == -ENOENT)
-			rc = 0;
-		else if (rc && err)
-			*err = one;
-		note_removal(p);
-	}
+	rc = store_checkpoints_remove(store, (const char(*)[STORE_ID_BYTES])ids, count, &freed, err);
 	free(ids);
 	p->disk_layers |= freed.disk_layers > 0;
 	pthread_mutex_lock(&p->lock);
+	p->waiting -= min_u64(p->waiting, count);
 	p->removed += freed.checkpoints;
 	p->removed_bytes += freed.bytes;
 	pthread_mutex_unlock(&p->lock);

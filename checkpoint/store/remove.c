@@ -3,7 +3,7 @@
  *
  *     1 the manifest's write lock     nobody stands at it, goes back to it, or makes a child of it, from here to the end
  *     2 what is committed is entered  so that the catalogue knows every checkpoint that names its layers
- *     3 one transaction: may it go; checkpoints/<id> is renamed to staging/rm-<id>, both folders synced; its rows go
+ *     3 one transaction: may it go; checkpoints/<id> is renamed to staging/rm-<id>, both folders synced; its rows go. Of several at once
  *     4 memory layers that no row names any more are unlinked
  *     5 staging/rm-<id> is removed
  *
@@ -29,6 +29,7 @@ struct removal {
 	int lock_fd; /* -1: it has no manifest, so nobody can use it */
 	char staged[STORE_ID_BYTES + 8];
 	bool renamed;
+	int refused; /* -errno: it stays */
 	struct dead_layers dead;
 };
 
@@ -132,34 +133,54 @@ static int move_away(struct removal *r, struct err *err)
 	if (renameat(store->checkpoints_dir, r->id, store->staging_dir, r->staged))
 		return err_sys(err, errno, "checkpoint %.8s", r->id);
 	r->renamed = true;
-	rc = fault_check(FAULT_STORE_REMOVE_RENAMED, err);
-	if (!rc)
-		rc = file_sync_dir(store->checkpoints_dir, err);
-	return rc ? rc : file_sync_dir(store->staging_dir, err);
+	return fault_check(FAULT_STORE_REMOVE_RENAMED, err);
 }
 
-static int forget_locked(struct removal *r, bool move, struct err *err)
+static int sync_folders(struct store *store, struct err *err)
 {
-	int rc = catalog_run_locked(r->store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
+	const struct store_unsynced folders[] = {{store->checkpoints_dir, "checkpoints"}, {store->staging_dir, "staging"}};
+
+	return store_sync(folders, ARRAY_LENGTH(folders), err);
+}
+
+/* Moves away those that may go. A refusal is that one's alone; anything else is a failure of all. */
+static int move_all_away(struct removal *list, size_t count, struct err *err)
+{
+	for (size_t i = 0; i < count; i++) {
+		struct removal *r = &list[i];
+		int rc = r->refused ? 0 : check_tags(r, err);
+
+		if (!rc && !r->refused)
+			rc = check_vms(r, err);
+		if (rc == -EEXIST || rc == -EBUSY)
+			r->refused = rc;
+		else if (!rc && !r->refused)
+			rc = move_away(r, err);
+		if (rc && !r->refused)
+			return rc;
+	}
+	return sync_folders(list->store, err);
+}
+
+/* One transaction. `move`: they are still in their place. */
+static int forget_locked(struct removal *list, size_t count, bool move, struct err *err)
+{
+	struct store *store = list->store;
+	int rc = catalog_run_locked(store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
 
 	if (rc)
 		return rc;
-	if (move) {
-		rc = check_tags(r, err);
-		if (!rc)
-			rc = check_vms(r, err);
-		if (!rc)
-			rc = move_away(r, err);
-	}
-	if (!rc)
-		rc = refs_forget_locked(r->store, r->id, &r->dead, err);
+	if (move)
+		rc = move_all_away(list, count, err);
+	for (size_t i = 0; i < count && !rc; i++)
+		rc = list[i].refused ? 0 : refs_forget_locked(store, list[i].id, &list[i].dead, err);
 	if (!rc)
 		rc = fault_check(FAULT_STORE_REMOVE_BEFORE_COMMIT, err);
 	if (!rc)
-		rc = catalog_run_locked(r->store, "COMMIT", err);
+		rc = catalog_run_locked(store, "COMMIT", err);
 	if (rc)
-		catalog_run_locked(r->store, "ROLLBACK", NULL);
-	catalog_run_locked(r->store, "PRAGMA synchronous = NORMAL", NULL);
+		catalog_run_locked(store, "ROLLBACK", NULL);
+	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
 	return rc;
 }
 
@@ -207,48 +228,93 @@ static uint64_t folder_bytes(struct store *store, const char *staged)
 	return bytes;
 }
 
-static int remove_locked(struct removal *r, struct store_freed *freed, struct err *err)
+/* It is gone: what fails from here on is mended by the next store_open. rc, later: what failed before. */
+static void clean_up(struct removal *r, int rc, struct err *later, struct store_freed *freed)
 {
-	struct store *store = r->store;
-
-	pthread_mutex_lock(&store->lock);
-	int rc = forget_locked(r, true, err);
-	pthread_mutex_unlock(&store->lock);
-	if (!r->renamed)
-		return rc;
-	/* It is gone: what fails from here on is mended by the next store_open. */
-	struct err later = rc && err ? *err : ERR_INIT;
 	freed->checkpoints++;
-	freed->bytes += folder_bytes(store, r->staged);
+	freed->bytes += folder_bytes(r->store, r->staged);
 	if (!rc)
-		rc = fault_check(FAULT_STORE_REMOVE_FORGOTTEN, &later);
+		rc = fault_check(FAULT_STORE_REMOVE_FORGOTTEN, later);
 	if (!rc)
-		rc = unlink_dead(r, freed, &later);
+		rc = unlink_dead(r, freed, later);
 	if (!rc)
-		rc = file_remove_tree(store->staging_dir, r->staged, &later);
+		rc = file_remove_tree(r->store->staging_dir, r->staged, later);
 	if (rc)
 		log_warn("checkpoint %.8s: it is removed, but what it leaves waits for the next start of a command: %s", r->id,
-			 later.message);
+			 later->message);
+}
+
+/* What cannot go is noted in its removal. A failure that left all of them where they were: -errno. */
+static int remove_all(struct removal *list, size_t count, struct store_freed *freed, struct err *err)
+{
+	struct store *store = list->store;
+	struct err error = ERR_INIT;
+	bool any = false;
+	int rc = draft_settle(store, err);
+
+	if (rc)
+		return rc;
+	pthread_mutex_lock(&store->lock);
+	rc = forget_locked(list, count, true, &error);
+	pthread_mutex_unlock(&store->lock);
+	for (size_t i = 0; i < count; i++) {
+		struct err later = error;
+
+		any |= list[i].renamed;
+		if (list[i].renamed)
+			clean_up(&list[i], rc, &later, freed);
+	}
 	if (err)
-		*err = ERR_INIT;
-	return 0;
+		*err = any ? ERR_INIT : error;
+	return any ? 0 : rc;
+}
+
+/* -ENOENT: there is none. */
+static int begin_removal(struct removal *r, struct store *store, const char *id, bool tagged, struct err *err)
+{
+	*r = (struct removal){.store = store, .id = id, .tagged = tagged, .lock_fd = -1};
+	if (!store_is_id(id) || faccessat(store->checkpoints_dir, id, F_OK, AT_SYMLINK_NOFOLLOW))
+		return r->refused = err_set(err, ERR_NOT_FOUND, ENOENT, "checkpoint %.8s: there is none", id);
+	snprintf(r->staged, sizeof(r->staged), REMOVED_PREFIX "%s", id);
+	return r->refused = lock_manifest(r, err);
+}
+
+static void end_removal(struct removal *r)
+{
+	free(r->dead.list);
+	if (r->lock_fd >= 0)
+		close(r->lock_fd);
 }
 
 int store_checkpoint_remove(struct store *store, const char *id, bool tagged, struct store_freed *freed, struct err *err)
 {
-	struct removal r = {.store = store, .id = id, .tagged = tagged, .lock_fd = -1};
+	struct removal r;
+	int rc = begin_removal(&r, store, id, tagged, err);
 
-	if (!store_is_id(id) || faccessat(store->checkpoints_dir, id, F_OK, AT_SYMLINK_NOFOLLOW))
-		return err_set(err, ERR_NOT_FOUND, ENOENT, "checkpoint %.8s: there is none", id);
-	snprintf(r.staged, sizeof(r.staged), REMOVED_PREFIX "%s", id);
-	int rc = lock_manifest(&r, err);
 	if (!rc)
-		rc = draft_settle(store, err);
+		rc = remove_all(&r, 1, freed, err);
 	if (!rc)
-		rc = remove_locked(&r, freed, err);
-	free(r.dead.list);
-	if (r.lock_fd >= 0)
-		close(r.lock_fd);
+		rc = r.refused;
+	end_removal(&r);
+	return rc;
+}
+
+int store_checkpoints_remove(struct store *store, const char (*ids)[STORE_ID_BYTES], size_t count, struct store_freed *freed,
+			     struct err *err)
+{
+	struct removal *list = xcalloc(count + 1, sizeof(*list));
+	int rc = 0;
+
+	for (size_t i = 0; i < count && !rc; i++) {
+		rc = begin_removal(&list[i], store, ids[i], false, err);
+		if (rc == -ENOENT || rc == -EBUSY)
+			rc = 0;
+	}
+	if (!rc && count > 0)
+		rc = remove_all(list, count, freed, err);
+	for (size_t i = 0; i < count && list[i].store; i++)
+		end_removal(&list[i]);
+	free(list);
 	return rc;
 }
 
@@ -303,12 +369,10 @@ void remove_recover(struct store *store, const char *name)
 	if (fd >= 0 && store_try_lock(fd))
 		return; /* its remover lives, or another process mends it */
 	/* Without a manifest its layers had gone before. */
-	int rc = file_sync_dir(store->checkpoints_dir, &error);
-	if (!rc)
-		rc = file_sync_dir(store->staging_dir, &error);
+	int rc = sync_folders(store, &error);
 	if (!rc) {
 		pthread_mutex_lock(&store->lock);
-		rc = forget_locked(&r, false, &error);
+		rc = forget_locked(&r, 1, false, &error);
 		pthread_mutex_unlock(&store->lock);
 	}
 	if (!rc)

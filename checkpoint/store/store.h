@@ -199,6 +199,9 @@ struct store_freed {
  * living VM stands at it; -EEXIST, ERR_STATE if it has a tag, unless `tagged`.
  */
 int store_checkpoint_remove(struct store *store, const char *id, bool tagged, struct store_freed *freed, struct err *err);
+/* Several, which costs hardly more than one. Those that are in use, have a tag, or are gone stay as they are, and are no failure. */
+int store_checkpoints_remove(struct store *store, const char (*ids)[STORE_ID_BYTES], size_t count, struct store_freed *freed,
+			     struct err *err);
 /*
  * The checkpoints of a VM that `keep` lets go: periodic ones beyond its newest `keep` periodic ones that have no tag, at which no VM
  * stands, and from which no more than one checkpoint, of the same VM, comes. Oldest first, at most `most`. *ids is malloc'ed.

@@ -221,6 +221,79 @@ Test(store_remove, an_error_at_every_fault_point)
 	}
 }
 
+/* --- several at once --- */
+
+Test(store_remove, of_several_those_that_may_go_go)
+{
+	char ids[6][STORE_ID_BYTES];
+	struct store_freed freed = {0};
+	struct store_pin *pin;
+	struct err err = ERR_INIT;
+
+	take_chain(ids, 5);
+	cr_assert_eq(store_tag(store_test_store, ids[1], "good", NULL), 0);
+	cr_assert_eq(store_pin(store_test_store, ids[3], &pin, NULL), 0);
+	store_new_id(ids[5]); /* there is none */
+	cr_assert_eq(store_checkpoints_remove(store_test_store, (const char(*)[STORE_ID_BYTES])ids, 6, &freed, &err), 0, "%s", err.message);
+	cr_expect_eq(freed.checkpoints, 3);
+	cr_expect_eq(store_test_count_listed(store_test_store, NULL), 2);
+	expect_parent(ids[3], ids[1]);
+	expect_parent(ids[1], "");
+	store_test_expect_exact(store_test_store, "three of six");
+	store_unpin(pin);
+	cr_assert_eq(store_checkpoints_remove(store_test_store, (const char(*)[STORE_ID_BYTES])ids, 0, &freed, &err), 0);
+	cr_assert_eq(store_checkpoints_remove(store_test_store, (const char(*)[STORE_ID_BYTES])ids, 5, &freed, &err), 0);
+	cr_expect_eq(freed.checkpoints, 4);
+	cr_assert_eq(remove_one(ids[1], true, NULL), 0);
+	cr_expect_eq(store_test_count_in("layers", ""), 0);
+	cr_expect_eq(store_test_count_in("staging", ""), 0);
+}
+
+/* Each passage of each point: some of the three have gone then, others have not. */
+static void remove_three(const char (*ids)[STORE_ID_BYTES], unsigned point, unsigned passage, const char *action)
+{
+	struct store_freed freed = {0};
+	struct store *mine;
+	char text[64];
+
+	log_set_sink(open("/dev/null", O_WRONLY | O_CLOEXEC), "");
+	if (store_open(store_test_folder, true, &mine, NULL))
+		_exit(1);
+	snprintf(text, sizeof(text), "%u:%u:%s", point, passage, action);
+	setenv("VMCP_FAULT", text, 1);
+	if (fault_init(NULL))
+		_exit(1);
+	store_checkpoints_remove(mine, ids, 3, &freed, NULL);
+	_exit(0);
+}
+
+Test(store_remove, several_at_once_and_trouble_at_every_fault_point)
+{
+	static const char *const actions[] = {"kill", "eio"};
+	char ids[5][STORE_ID_BYTES];
+
+	for (size_t i = 0; i < ARRAY_LENGTH(points) * 6; i++) {
+		unsigned point = points[i / 6], passage = (unsigned)(i % 3) + 1;
+		struct store_freed freed = {0};
+		char text[64];
+		int status;
+
+		snprintf(text, sizeof(text), "point %u:%u:%s", point, passage, actions[i / 3 % 2]);
+		take_chain(ids, 5);
+		store_close(store_test_store);
+		pid_t child = fork();
+		if (child == 0)
+			remove_three((const char(*)[STORE_ID_BYTES]) & ids[1], point, passage, actions[i / 3 % 2]);
+		cr_assert_eq(waitpid(child, &status, 0), child);
+		cr_assert(WIFSIGNALED(status) || WEXITSTATUS(status) == 0, "%s", text);
+		store_test_store = store_test_must_open();
+		store_test_expect_exact(store_test_store, text);
+		cr_expect_eq(store_test_count_in("staging", ""), 0, "%s", text);
+		cr_assert_eq(store_checkpoints_remove(store_test_store, (const char(*)[STORE_ID_BYTES])ids, 5, &freed, NULL), 0, "%s", text);
+		cr_expect_eq(store_test_count_in("layers", ""), 0, "%s", text);
+	}
+}
+
 /* A checkpoint whose entry is late names layers of its parent, which somebody removes before anybody opens the store again. */
 Test(store_remove, a_late_entry_keeps_its_layers)
 {
