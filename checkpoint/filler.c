@@ -20,9 +20,9 @@ struct filler {
 	uint64_t page_count;
 	struct filler_range {
 		uint64_t first, end;
-	} *ranges; /* registered */
+	} *ranges; /* registered, with no file mapped in them */
 	size_t range_count, range_room;
-	uint8_t data[PAGE_BYTES] __attribute__((aligned(PAGE_BYTES)));
+	uint8_t data[STEP_PAGES * PAGE_BYTES] __attribute__((aligned(PAGE_BYTES)));
 };
 
 static void *address_of(struct filler *f, uint64_t page) { return mem_base(f->mem) + page * PAGE_BYTES; }
@@ -37,13 +37,11 @@ static int add_range(struct filler *f, uint64_t first, uint64_t end, struct err 
 		f->ranges = grown;
 		f->range_room = room;
 	}
-	int r = uffd_register_missing(f->uffd, address_of(f, first), (end - first) * PAGE_BYTES, err);
-	if (r == 0)
-		f->ranges[f->range_count++] = (struct filler_range){.first = first, .end = end};
-	return r;
+	f->ranges[f->range_count++] = (struct filler_range){.first = first, .end = end};
+	return 0;
 }
 
-static int register_all(struct filler *f, const uint64_t *mapped, struct err *err)
+static int find_ranges(struct filler *f, const uint64_t *mapped, struct err *err)
 {
 	uint64_t first = UINT64_MAX, end = 0;
 	int r = 0;
@@ -59,6 +57,15 @@ static int register_all(struct filler *f, const uint64_t *mapped, struct err *er
 		}
 	}
 	return r == 0 && first != UINT64_MAX ? add_range(f, first, end, err) : r;
+}
+
+/* From the first range to the last with one call: nothing is mapped in between yet, and what will be leaves the registration. */
+static int register_all(struct filler *f, struct err *err)
+{
+	if (f->range_count == 0)
+		return 0;
+	uint64_t first = f->ranges[0].first, end = f->ranges[f->range_count - 1].end;
+	return uffd_register_missing(f->uffd, address_of(f, first), (end - first) * PAGE_BYTES, err);
 }
 
 static void unregister_all(struct filler *f)
@@ -81,7 +88,9 @@ int filler_create(struct mem *mem, struct restore_layers *layers, const uint64_t
 		return err_sys(err, ENOMEM, "buffer");
 	}
 	*f = (struct filler){.uffd = uffd, .mem = mem, .layers = layers, .pages = pages, .page_count = mem_pages(mem)};
-	int r = register_all(f, mapped, err);
+	int r = find_ranges(f, mapped, err);
+	if (r == 0)
+		r = register_all(f, err);
 	if (r != 0) {
 		filler_destroy(f);
 		return r;
@@ -90,13 +99,14 @@ int filler_create(struct mem *mem, struct restore_layers *layers, const uint64_t
 	return 0;
 }
 
-static int fill_page(struct filler *f, uint64_t page, struct err *err)
+/* Pages of one extent, at most STEP_PAGES. */
+static int fill_pages(struct filler *f, uint64_t first, uint64_t count, struct err *err)
 {
-	int r = restore_read_page(f->layers, page, f->data, err);
+	int r = restore_read(f->layers, page_index_find(f->layers->index, first)->layer, first, count, f->data, err);
 	if (r != 0)
 		return r;
-	r = uffd_fill(f->uffd, address_of(f, page), f->data, PAGE_BYTES);
-	return r == 0 ? 0 : err_sys(err, -r, "fill page %llu of guest memory", (unsigned long long)page);
+	r = uffd_fill(f->uffd, address_of(f, first), f->data, count * PAGE_BYTES);
+	return r == 0 ? 0 : err_sys(err, -r, "fill page %llu of guest memory", (unsigned long long)first);
 }
 
 /* All who wait now. */
@@ -107,7 +117,7 @@ static int answer(struct filler *f, struct err *err)
 	while ((r = uffd_next_missing(f->uffd, &address)) == 0) {
 		uint64_t page = (address - (uint64_t)(uintptr_t)mem_base(f->mem)) / PAGE_BYTES;
 		if (bitmap_has(f->pages, page))
-			r = fill_page(f, page, err);
+			r = fill_pages(f, page, 1, err);
 		else if ((r = uffd_fill(f->uffd, address_of(f, page), NULL, PAGE_BYTES)) != 0)
 			err_sys(err, -r, "fill page %llu of guest memory", (unsigned long long)page);
 		if (r != 0)
@@ -118,18 +128,22 @@ static int answer(struct filler *f, struct err *err)
 
 int filler_run(struct filler *f, struct err *err)
 {
-	unsigned step = 0;
+	const struct page_index *index = f->layers->index;
+	uint64_t step = 0;
 	int r = 0;
-	for (uint64_t page = 0; page < f->page_count && r == 0; page++) {
-		if (page % 64 == 0 && f->pages[page / 64] == 0) {
-			page += 63;
+	for (uint64_t i = 0; i < index->extent_count && r == 0; i++) {
+		const struct index_extent *e = &index->extents[i];
+		if (e->layer == INDEX_ZERO_LAYER || !bitmap_has(f->pages, e->first))
 			continue;
+		for (uint64_t done = 0, count; done < e->count && r == 0; done += count) {
+			count = min_u64(STEP_PAGES, e->count - done);
+			r = fill_pages(f, e->first + done, count, err);
+			step += count;
+			if (r == 0 && step >= STEP_PAGES) {
+				r = answer(f, err);
+				step = 0;
+			}
 		}
-		if (!bitmap_has(f->pages, page))
-			continue;
-		r = fill_page(f, page, err);
-		if (r == 0 && ++step % STEP_PAGES == 0)
-			r = answer(f, err);
 	}
 	if (r == 0)
 		unregister_all(f); /* wakes who waits for a page of zeroes in between */

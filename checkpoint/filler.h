@@ -17,9 +17,9 @@
 struct filler;
 
 /*
- * From here on whoever touches one of the pages waits for filler_run. `pages`: bitmap of ram pages that a layer holds, in private memory, with no file mapped
- * at them; with what lies between two of them, if no file is mapped there, they are registered as one range. `mapped`: bitmap of pages at which a file is
- * mapped. All stay the caller's, unchanged until filler_destroy. ERR_HOST if this host has no userfaultfd for us: nothing is changed then.
+ * From here on whoever touches one of the pages waits for filler_run. `pages`: bitmap of ram pages, whole extents of the layers' index, in private memory. `mapped`:
+ * bitmap of those at which a file will be mapped: after this call, and before any page is touched. What lies between pages to be filled may be touched at any time,
+ * and then waits as well. All stay the caller's, unchanged until filler_destroy. ERR_HOST if this host has no userfaultfd for us: nothing is changed then.
  */
 int filler_create(struct mem *mem, struct restore_layers *layers, const uint64_t *pages, const uint64_t *mapped,
 		  struct filler **out, struct err *err);

@@ -22,8 +22,9 @@
 
 /* A run this long is mapped: to map it costs about what copying so many pages does. */
 #define MAP_MIN_PAGES 4u
-/* The kernel's limit for a process is 65530 mappings (vm.max_map_count), and the rest of it needs some. */
-#define MAP_MAX_RUNS 32768u
+/* Each costs some 5 us before the guest runs. Where a long history has left more of them, only longer ones are mapped; what is copied instead is
+ * the VM's own, and not shared. */
+#define MAP_MAX_RUNS 512u
 /* Scattered pages that are copied before the start: a millisecond or two. */
 #define COPY_MAX_PAGES 512u
 /* Checked before the thread looks around. */
@@ -72,44 +73,48 @@ static uint64_t choose_shortest(const struct page_index *index)
 	return shortest;
 }
 
-static int map_extents(struct loader *l, uint64_t *copied_pages, struct err *err)
+/* Sets the bitmaps. Returns how many pages are copied. */
+static uint64_t sort_extents(struct loader *l)
 {
-	uint64_t shortest = choose_shortest(&l->index);
+	uint64_t shortest = choose_shortest(&l->index), copied = 0;
+	for (uint64_t i = 0; i < l->index.extent_count; i++) {
+		const struct index_extent *e = &l->index.extents[i];
+		bool map = e->count >= shortest;
+		if (e->layer == INDEX_ZERO_LAYER)
+			continue;
+		bitmap_fill(map ? l->mapped : l->copied, e->first, e->count);
+		copied += map ? 0 : e->count;
+	}
+	return copied;
+}
+
+static int map_extents(struct loader *l, struct err *err)
+{
 	int r = 0;
-	*copied_pages = 0;
 	for (uint64_t i = 0; i < l->index.extent_count && r == 0; i++) {
 		const struct index_extent *e = &l->index.extents[i];
 		uint64_t place;
 		int fd;
-		if (e->layer == INDEX_ZERO_LAYER)
+		if (e->layer == INDEX_ZERO_LAYER || !bitmap_has(l->mapped, e->first))
 			continue;
-		if (e->count < shortest) {
-			bitmap_fill(l->copied, e->first, e->count);
-			*copied_pages += e->count;
-			continue;
-		}
-		bitmap_fill(l->mapped, e->first, e->count);
 		r = restore_find(&l->layers, e, &fd, &place, err);
 		if (r == 0)
 			r = mem_map_file(l->mem, e->first, e->count, fd, place, err);
 	}
+	mem_map_done(l->mem);
 	return r;
 }
 
 static int fill_memory(struct loader *l, struct err *err)
 {
-	uint64_t scattered, changed;
+	uint64_t scattered = sort_extents(l), changed;
 	struct err unknown = ERR_INIT;
-	int r = map_extents(l, &scattered, err);
-	if (r != 0)
-		return r;
-	if (scattered > COPY_MAX_PAGES) {
-		if (filler_create(l->mem, &l->layers, l->copied, l->mapped, &l->filler, &unknown) == 0)
-			return 0;
+	if (scattered > COPY_MAX_PAGES &&
+	    filler_create(l->mem, &l->layers, l->copied, l->mapped, &l->filler, &unknown) != 0)
 		log_debug("checkpoint %.8s: %llu scattered pages are copied before the start: %s", l->checkpoint,
 			  (unsigned long long)scattered, unknown.message);
-	}
-	return restore_memory(l->mem, &l->layers, l->copied, true, &changed, err);
+	int r = map_extents(l, err);
+	return r == 0 && !l->filler ? restore_memory(l->mem, &l->layers, l->copied, true, &changed, err) : r;
 }
 
 /* --- the thread --- */

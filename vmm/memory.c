@@ -361,10 +361,11 @@ int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, u
 	if (mmap(mem->base + offset, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, fd,
 		 (off_t)(at << PAGE_SHIFT)) == MAP_FAILED)
 		return err_sys(err, errno, "guest memory: map %llu pages of a file", (unsigned long long)count);
-	madvise(mem->base + offset, bytes, MADV_DONTDUMP);
 	bitmap_fill(mem->mapped, first_page, count);
 	return 0;
 }
+
+void mem_map_done(struct mem *mem) { madvise(mem->base, mem->size, MADV_DONTDUMP); }
 
 /* Up to `end`, the pages from `page` on that are alike: a file is mapped at all of them, or at none. */
 static uint64_t run_end(const struct mem *mem, uint64_t page, uint64_t end, bool *mapped)

@@ -90,6 +90,8 @@ bool mem_take_dirty(struct mem *mem, uint64_t *words);
  * may be closed. The VM stands, or has never run.
  */
 int mem_map_file(struct mem *mem, uint64_t first_page, uint64_t count, int fd, uint64_t at, struct err *err);
+/* After the last of them: one call for all, not one for each. */
+void mem_map_done(struct mem *mem);
 /* The pages read as zero from here on, and the host has theirs back where it can; pages of the pool (hugetlb) stay.
  * Marks nothing as dirty. A whole number of pages within RAM. */
 int mem_discard(struct mem *mem, uint64_t ram_offset, uint64_t bytes, struct err *err);
