@@ -41,18 +41,24 @@ static int add_range(struct filler *f, uint64_t first, uint64_t end, struct err 
 	return 0;
 }
 
+/* All between the first and the last of the pages at which no file will be mapped: all of it is registered. */
 static int find_ranges(struct filler *f, const uint64_t *mapped, struct err *err)
 {
-	uint64_t first = UINT64_MAX, end = 0;
+	uint64_t begin = UINT64_MAX, end = 0, first = UINT64_MAX;
 	int r = 0;
-	for (uint64_t page = 0; page < f->page_count && r == 0; page++) {
-		if (page % 64 == 0 && (f->pages[page / 64] | mapped[page / 64]) == 0) {
+	for (uint64_t page = 0; page < f->page_count; page++) {
+		if (page % 64 == 0 && f->pages[page / 64] == 0) {
 			page += 63;
 		} else if (bitmap_has(f->pages, page)) {
-			first = min_u64(first, page);
+			begin = min_u64(begin, page);
 			end = page + 1;
-		} else if (bitmap_has(mapped, page) && first != UINT64_MAX) {
-			r = add_range(f, first, end, err);
+		}
+	}
+	for (uint64_t page = begin; page < end && r == 0; page++) {
+		if (!bitmap_has(mapped, page)) {
+			first = min_u64(first, page);
+		} else if (first != UINT64_MAX) {
+			r = add_range(f, first, page, err);
 			first = UINT64_MAX;
 		}
 	}
