@@ -312,8 +312,8 @@ void qcow2_frees_release(struct image *image)
 {
 	struct qcow2 *q = &image->q;
 	size_t kept = 0;
-	/* A layer that is being sealed allocates no more, so nobody can find something else in a freed cluster. */
-	bool reusable = !image->disk || image->disk->top == image;
+	/* A layer that is being sealed allocates no more once its own requests have ended: then nobody can find something else in a freed cluster. */
+	bool reusable = !image->disk || image->disk->top == image || atomic_load_explicit(&image->inflight, memory_order_relaxed) > 0;
 	uint64_t oldest = image->disk ? cow_req_oldest(image->disk) : UINT64_MAX;
 	for (size_t i = 0; i < q->frees_ready.count; i++) {
 		struct free_range range = q->frees_ready.ranges[i];
