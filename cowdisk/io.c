@@ -140,10 +140,9 @@ static void fail_task(struct io_task *task)
 	op->done(op, op->result);
 }
 
-void cow_io_start(struct cow_io *io, struct io_op *op)
+/* All of the operation, or what is left of it. */
+static void begin(struct cow_io *io, struct io_op *op)
 {
-	op->transferred = 0;
-	op->rest = NULL;
 	if (io->hook) {
 		int verdict = io->hook(io->hook_opaque, op);
 		if (verdict < 0) {
@@ -165,6 +164,13 @@ void cow_io_start(struct cow_io *io, struct io_op *op)
 	queue_push(&io->queue, op);
 	if (!io->plugged)
 		submit_queue(io);
+}
+
+void cow_io_start(struct cow_io *io, struct io_op *op)
+{
+	op->transferred = 0;
+	op->rest = NULL;
+	begin(io, op);
 }
 
 void cow_io_later(struct cow_io *io, struct io_task *task)
@@ -228,7 +234,7 @@ static void complete_op(struct cow_io *io, struct io_op *op, int res)
 		if ((uint64_t)res < left && res > 0) {
 			make_rest(op, (uint64_t)res);
 			op->transferred += (uint64_t)res;
-			queue_push(&io->queue, op);
+			begin(io, op);
 			return;
 		}
 		if (res == 0 && left > 0) {

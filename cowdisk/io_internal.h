@@ -53,7 +53,7 @@ struct io_op {
 	struct io_task task;
 };
 
-/* A test's hook, asked before an operation goes to the kernel. */
+/* A test's hook, asked before an operation, or the rest of a short transfer, goes to the kernel. */
 enum { IO_HOOK_PASS = 0, IO_HOOK_HOLD = 1, IO_HOOK_TAKE = 2 }; /* or a -errno that the operation shall end with */
 typedef int io_hook_fn(void *opaque, const struct io_op *op);
 
