@@ -45,6 +45,7 @@ struct wait_list {
 struct flush_wait {
 	struct flush_wait *next;
 	void (*done)(struct flush_wait *wait, int result); /* NULL: nobody, the round is for its own sake */
+	const struct image *guest; /* it is a flush of the guest: the layer that it belongs to; else NULL */
 };
 
 /* A table of 64-bit big-endian entries that is wholly in memory: L1, reference count table. Entries in host order. */
@@ -127,7 +128,8 @@ struct image {
 	uint64_t synced;	       /* value of `writes` when the last good sync began */
 	struct round *round;	       /* metadata on its way to the file, NULL if none */
 	struct flush_wait *flush_next; /* for the next round */
-	int lost_error;		       /* of a round that nobody waited for: the next flush reports it */
+	int lost_error;		       /* of a round that the guest was not told of: its next flush reports it */
+	int unsealable;		       /* the same, told to a flush that was issued after the switch: a guest that goes back would never hear of it */
 	struct cow_overlay *seal;      /* who waits until this layer is sealed */
 	struct qcow2 q;		       /* COW_FORMAT_QCOW2 only */
 };

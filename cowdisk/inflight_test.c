@@ -24,6 +24,7 @@ struct fixture {
 	unsigned hold;	       /* kinds that are held back */
 	const char *hold_name; /* only for files of this name, if set */
 	int fail;	       /* errno for writes, 0: none */
+	int fail_sync;	       /* errno for the next sync of the layer */
 	unsigned layer_syncs;
 };
 
@@ -48,8 +49,13 @@ static bool names_file(const struct io_op *op, const char *name)
 static int hook(void *opaque, const struct io_op *op)
 {
 	struct fixture *f = opaque;
-	if (op->kind == IO_SYNC && names_file(op, "layer.qcow2"))
+	if (op->kind == IO_SYNC && names_file(op, "layer.qcow2")) {
+		int fail = f->fail_sync;
 		f->layer_syncs++;
+		f->fail_sync = 0;
+		if (fail)
+			return -fail;
+	}
 	if (f->fail && op->kind == IO_WRITE)
 		return -f->fail;
 	if (!(f->hold & KIND(op->kind)) || (f->hold_name && !names_file(op, f->hold_name)))
@@ -416,6 +422,56 @@ Test(inflight, error_of_a_pending_write_is_reported_and_harmless)
 	cr_expect(disk_holds(&f, 0, CLUSTER, 0));
 	uint8_t data[4096] = {0x98};
 	cr_expect_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	teardown(&f);
+}
+
+/* The kernel reports a failed write-back once: whoever is told of it, the guest must be, and no layer that lost data may pass for sealed. */
+Test(inflight, a_sync_that_fails_for_the_seal_is_reported_to_the_guest)
+{
+	struct fixture f;
+	struct err err = ERR_INIT;
+	uint8_t data[4096] = {0x91};
+	setup(&f);
+	cr_assert_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	cow_overlay_switch(o);
+	f.fail_sync = EIO;
+	cr_expect_eq(cow_overlay_seal(o, NULL, &err), -EIO);
+	cr_expect_eq(cow_flush_sync(f.disk, &err), -EIO, "the guest was not told");
+	cr_expect_eq(cow_flush_sync(f.disk, &err), 0, "and told once: %s", err.message);
+	teardown(&f);
+}
+
+Test(inflight, a_sync_that_fails_for_a_later_flush_spoils_the_layer)
+{
+	struct fixture f;
+	struct err err = ERR_INIT;
+	uint8_t data[4096] = {0x92};
+	setup(&f);
+	cr_assert_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	cow_overlay_switch(o);
+	f.fail_sync = EIO;
+	cr_expect_eq(cow_flush_sync(f.disk, &err), -EIO);
+	cr_expect_eq(cow_overlay_seal(o, NULL, &err), -EIO, "the guest of that checkpoint would never be told");
+	cr_expect_eq(cow_flush_sync(f.disk, &err), 0, "%s", err.message);
+	teardown(&f);
+}
+
+Test(inflight, a_sync_that_fails_for_a_pending_flush_is_known_in_both_copies)
+{
+	struct fixture f;
+	struct pending flush;
+	uint8_t data[4096] = {0x93};
+	setup(&f);
+	cr_assert_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	start(&f, &flush, COW_FLUSH, 0, 0, 0);
+	cow_overlay_switch(o);
+	f.fail_sync = EIO;
+	cr_expect_eq(finish(&f, &flush), -EIO);
+	seal(o);
+	cr_expect_eq(cow_flush_sync(f.disk, NULL), 0);
 	teardown(&f);
 }
 

@@ -114,6 +114,8 @@ static void seal_end(struct cow_overlay *o, int result)
 	struct image *layer = o->layer;
 	layer->seal = NULL;
 	if (result == 0)
+		result = layer->unsealable;
+	if (result == 0)
 		result = fault_check(FAULT_COW_SEALED, NULL);
 	if (result == 0) {
 		layer->sealed = true;

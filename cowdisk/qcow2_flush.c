@@ -151,7 +151,8 @@ static void start_round(struct image *image);
 static void end_round(struct round *r)
 {
 	struct image *image = r->image;
-	bool awaited = false;
+	int result = r->result ? r->result : image->lost_error;
+	bool told = false, told_before_switch = false;
 	for (int p = 0; p < PHASES; p++)
 		for (struct item *item = r->items[p], *next; item; item = next) {
 			next = item->next;
@@ -174,11 +175,14 @@ static void end_round(struct round *r)
 		next = w->next;
 		if (!w->done)
 			continue;
-		awaited = true;
-		w->done(w, r->result ? r->result : image->lost_error);
+		told = told || w->guest;
+		told_before_switch = told_before_switch || w->guest == image;
+		w->done(w, result);
 	}
-	/* Nobody may lose an error: one that hit a round of our own is the next flush's. */
-	image->lost_error = awaited ? 0 : r->result ? r->result : image->lost_error;
+	/* The guest may lose no error, though the kernel reports it once: one that hit a round of our own, or a seal, is its next flush's. */
+	image->lost_error = told ? 0 : result;
+	if (told && !told_before_switch && result)
+		image->unsealable = result;
 	free(r);
 	if (image->flush_next && !image->round)
 		start_round(image);

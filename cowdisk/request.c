@@ -202,6 +202,7 @@ static int flush_step(struct work *work)
 	struct image *image = work->flushing;
 	work->flushing = layer_above(work->image, image);
 	work->flush.done = flush_done;
+	work->flush.guest = work->image;
 	work->outstanding++;
 	cow_image_flush(image, &work->flush);
 	return STEP_BLOCKED;
