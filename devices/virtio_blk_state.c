@@ -64,13 +64,17 @@ static void forget_records(struct virtio_blk *blk)
 	blk->log.length = 0; /* the memory stays: nothing is allocated or freed in the pause */
 }
 
+/*
+ * One that was never started is listed, and its completion not logged: it will be started after the switch, so what it writes goes to the new
+ * overlay, and what it reads may have been written later. Whoever goes back issues it again.
+ */
 static void record(struct virtio_blk *blk, struct blk_request *r, struct blk_state *state)
 {
-	r->recorded = true;
+	r->recorded = !r->deferred;
 	r->index = state->inflight_count;
 	state->inflight[state->inflight_count++] = (struct blk_inflight){
 		.queue = r->queue, .head = r->chain.head, .type = r->type, .sector = r->sector, .bytes = r->bytes};
-	blk->recorded_pending++;
+	blk->recorded_pending += r->recorded;
 	if (r->type == BLK_IN)
 		blk->captured.reads++;
 	else
