@@ -19,6 +19,7 @@
 #include "base/buf.h"
 #include "base/codec.h"
 #include "base/err.h"
+#include "base/wait.h"
 
 struct component_inflight {
 	uint32_t reads;	 /* requests recorded at the last capture, by kind */
@@ -45,9 +46,9 @@ struct component {
 	/* Optional, all three or none: requests in flight. */
 	void (*inflight)(void *opaque, struct component_inflight *out); /* of the last capture; I/O thread parked */
 	/* Waits until every request recorded by the last capture ended, then appends the completion log to *log.
-	 * *cancel turning true ends the wait: -ECANCELED, the message names a request that is waited for. Any thread
-	 * but the I/O thread. */
-	int (*finish)(void *opaque, struct buf *log, const volatile bool *cancel, struct err *err);
+	 * A cancelled wait: -ECANCELED, the message names the oldest request that is waited for, as reports do. Any thread
+	 * but the I/O thread. `wait` may be NULL. */
+	int (*finish)(void *opaque, struct buf *log, const struct wait *wait, struct err *err);
 	/* After apply: gives the guest the logged completions; issues again what the state lists in flight and the
 	 * log lacks. The log is untrusted. Runs before the first instruction, interrupts may be raised. */
 	int (*apply_log)(void *opaque, const uint8_t *log, size_t length, struct err *err);

@@ -119,20 +119,21 @@ int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, st
 /* Waits for a checkpoint that runs in the background, and gives its final result; 0 and result->id "" if there is none.
  */
 int ckpt_wait(struct ckpt_engine *engine, struct ckpt_result *result, struct err *err);
-/* Asks the checkpoint under way to stop: it then fails with -ECANCELED and leaves nothing behind. False if there is
- * none. */
-bool ckpt_cancel(struct ckpt_engine *engine);
-
-/* The same, but only for one that was asked for as periodic. */
-bool ckpt_cancel_periodic(struct ckpt_engine *engine);
-
 struct ckpt_progress {
 	bool active;
 	char id[STORE_ID_BYTES];
 	const char *phase; /* "stage", "pause", "memory", "in-flight I/O", "disks", "commit" */
 	uint64_t done_pages, total_pages;
+	char waits_for[WAIT_TEXT_BYTES]; /* what it has waited for a while by now: disk, request, range, age; "": nothing */
 };
 void ckpt_progress(struct ckpt_engine *engine, struct ckpt_progress *out);
+
+/* Asks the checkpoint under way to stop: it then fails with -ECANCELED and leaves nothing behind. False if there is
+ * none. *what (NULL: not asked for): which it is, and what it was at; the id is "" if it had none yet. */
+bool ckpt_cancel(struct ckpt_engine *engine, struct ckpt_progress *what);
+
+/* The same, but only for one that was asked for as periodic. */
+bool ckpt_cancel_periodic(struct ckpt_engine *engine);
 
 struct ckpt_revert_result {
 	char id[STORE_ID_BYTES];

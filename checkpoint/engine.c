@@ -99,7 +99,7 @@ void ckpt_engine_destroy(struct ckpt_engine *engine)
 {
 	if (!engine)
 		return;
-	ckpt_cancel(engine);
+	ckpt_cancel(engine, NULL);
 	ckpt_wait(engine, NULL, NULL);
 	free_engine(engine);
 }
@@ -214,19 +214,21 @@ int ckpt_wait(struct ckpt_engine *engine, struct ckpt_result *result, struct err
 	return r;
 }
 
-static bool cancel(struct ckpt_engine *engine, bool periodic_only)
+static bool cancel(struct ckpt_engine *engine, bool periodic_only, struct ckpt_progress *what)
 {
 	pthread_mutex_lock(&engine->lock);
 	bool there = engine->activity != ENGINE_FREE && engine->cancellable && (engine->periodic || !periodic_only);
 	if (there)
 		__atomic_store_n(&engine->cancel, true, __ATOMIC_RELAXED);
+	if (there && what)
+		*what = engine->progress;
 	pthread_mutex_unlock(&engine->lock);
 	return there;
 }
 
-bool ckpt_cancel(struct ckpt_engine *engine) { return cancel(engine, false); }
+bool ckpt_cancel(struct ckpt_engine *engine, struct ckpt_progress *what) { return cancel(engine, false, what); }
 
-bool ckpt_cancel_periodic(struct ckpt_engine *engine) { return cancel(engine, true); }
+bool ckpt_cancel_periodic(struct ckpt_engine *engine) { return cancel(engine, true, NULL); }
 
 /* --- what others ask --- */
 
@@ -234,6 +236,15 @@ void engine_set_phase(struct ckpt_engine *engine, const char *phase)
 {
 	pthread_mutex_lock(&engine->lock);
 	engine->progress.phase = phase;
+	engine->progress.waits_for[0] = '\0';
+	pthread_mutex_unlock(&engine->lock);
+}
+
+void engine_report(void *opaque, const char *waits_for)
+{
+	struct ckpt_engine *engine = opaque;
+	pthread_mutex_lock(&engine->lock);
+	snprintf(engine->progress.waits_for, sizeof(engine->progress.waits_for), "%s", waits_for);
 	pthread_mutex_unlock(&engine->lock);
 }
 

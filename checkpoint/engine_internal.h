@@ -129,6 +129,8 @@ void engine_keep_base(struct ckpt_engine *engine, const char *id, struct page_in
 bool engine_take_base(struct ckpt_engine *engine, const char *id, struct page_index *out);
 void engine_set_phase(struct ckpt_engine *engine, const char *phase);
 int engine_check_cancel(struct ckpt_engine *engine, struct err *err);
+/* What the checkpoint under way waits for, for its progress; "": nothing any more. `opaque` is the engine: for struct wait. */
+void engine_report(void *opaque, const char *waits_for);
 void engine_set_position(struct ckpt_engine *engine, const char *id);
 void engine_set_broken(struct ckpt_engine *engine, const struct err *err);
 /* Runs `take` to its end in a thread of its own, which calls take_persist, then operation's end. Fails without effect.

@@ -649,12 +649,12 @@ static void test_background_and_cancel(struct rig *rig)
 		int second = ckpt_take(rig->engine, &request, &final, &err);
 		CHECK(second == -EBUSY || second == 0);
 		usleep(i * 2000);
-		bool there = ckpt_cancel(rig->engine);
+		bool there = ckpt_cancel(rig->engine, NULL);
 		int r = ckpt_wait(rig->engine, &final, &err);
 		CHECK(r == 0 || (there && r == -ECANCELED));
 		check_progress(rig);
 	}
-	CHECK(!ckpt_cancel(rig->engine));
+	CHECK(!ckpt_cancel(rig->engine, NULL));
 	ok(take(rig, true, NULL, &final, &err), &err, "after cancel");
 	disk_fill(rig, 'c');
 	CHECK(disk_letter(rig) == 'c');

@@ -80,7 +80,8 @@ static int finish_requests(struct take *take, struct err *err)
 		const struct component *c = &engine->components[i];
 		struct buf *log = &engine->captured.logs[i];
 		buf_free(log);
-		int r = c->finish ? c->finish(c->opaque, log, &engine->cancel, err) : 0;
+		const struct wait wait = {.cancel = &engine->cancel, .report = engine_report, .opaque = engine};
+		int r = c->finish ? c->finish(c->opaque, log, &wait, err) : 0;
 		if (r != 0)
 			return err_prefix(err, "%s %u", c->id, c->instance);
 	}

@@ -44,12 +44,34 @@ int disk_sync_folder(const char *path, struct err *err)
 	return fd < 0 ? fd : file_sync_dir(fd, err);
 }
 
+struct sealing {
+	struct ckpt_engine *engine;
+	const struct engine_disk *disk;
+};
+
+static void report(void *opaque, const char *waits_for)
+{
+	const struct sealing *sealing = opaque;
+	char text[WAIT_TEXT_BYTES];
+	snprintf(text, sizeof(text), "disk %s: %s", sealing->disk->name, waits_for);
+	engine_report(sealing->engine, text);
+}
+
+static int seal(struct ckpt_engine *engine, const struct engine_disk *disk, struct cow_overlay *overlay, struct err *err)
+{
+	struct sealing sealing = {engine, disk};
+	const struct wait wait = {.cancel = &engine->cancel, .report = report, .opaque = &sealing};
+	int r = cow_overlay_seal(overlay, &wait, err);
+	engine_report(engine, "");
+	return r;
+}
+
 /* A layer of an earlier checkpoint that was cancelled: the next one stands on it. */
-static int seal_leftover(struct engine_disk *disk, const volatile bool *cancel, struct err *err)
+static int seal_leftover(struct ckpt_engine *engine, struct engine_disk *disk, struct err *err)
 {
 	if (!disk->unsealed)
 		return 0;
-	int r = cow_overlay_seal(disk->unsealed, cancel, err);
+	int r = seal(engine, disk, disk->unsealed, err);
 	if (r != -ECANCELED)
 		disk->unsealed = NULL;
 	if (r != 0 && r != -ECANCELED)
@@ -80,7 +102,7 @@ static int stage_disk(struct take *take, struct take_disk *d, struct err *err)
 	struct err unset = ERR_INIT;
 	int r = check_length(disk, err ? err : &unset);
 	if (r == 0)
-		r = seal_leftover(disk, &take->engine->cancel, err);
+		r = seal_leftover(take->engine, disk, err);
 	if (r != 0)
 		return r;
 	snprintf(layer->disk, sizeof(layer->disk), "%s", disk->name);
@@ -240,7 +262,7 @@ int take_seal_disks(struct take *take, struct err *err)
 		struct take_disk *d = &take->disks[i];
 		if (d->unchanged)
 			continue;
-		int r = cow_overlay_seal(d->overlay, &take->engine->cancel, err);
+		int r = seal(take->engine, d->disk, d->overlay, err);
 		if (r != -ECANCELED)
 			d->overlay = NULL;
 		if (r != 0 && r != -ECANCELED)
@@ -263,7 +285,7 @@ void take_settle_disks(struct take *take)
 		d->disk->unsealed = d->overlay;
 		d->overlay = NULL;
 		/* If it was cancelled because a request hangs, the next checkpoint waits for that one. */
-		if (seal_leftover(d->disk, &take->engine->cancel, &err) != 0 && err.number != ECANCELED)
+		if (seal_leftover(take->engine, d->disk, &err) != 0 && err.number != ECANCELED)
 			log_error("disk %s: the layer of the failed checkpoint is not durable: %s", d->disk->name,
 				  err.message);
 	}

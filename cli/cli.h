@@ -67,7 +67,7 @@ void cli_format_duration(char out[24], uint64_t ns);
 /* A progress line on stderr: a bar on a terminal, a line per phase elsewhere, nothing with -q. */
 struct cli_progress {
 	const struct cli *cli;
-	bool terminal, drawn;
+	bool terminal, drawn, waits;
 	char phase[32];
 };
 struct cli_progress cli_progress_begin(const struct cli *cli);

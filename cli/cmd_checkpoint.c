@@ -20,16 +20,14 @@ struct canceller {
 	pthread_t thread;
 };
 
-static int cancel_checkpoint(struct store *store, const char *vm, struct err *err)
+static int cancel_checkpoint(struct store *store, const char *vm, json_t **result, struct err *err)
 {
 	struct control_client *client;
-	json_t *result = NULL;
 	int rc = control_connect(store, vm, &client, err);
 
 	if (rc)
 		return rc;
-	rc = control_call(client, "checkpoint.cancel", NULL, NULL, NULL, &result, err);
-	json_decref(result);
+	rc = control_call(client, "checkpoint.cancel", NULL, NULL, NULL, result, err);
 	control_close(client);
 	return rc;
 }
@@ -47,7 +45,9 @@ static void *canceller_main(void *opaque)
 	 * can be, by the next Ctrl-C. */
 	while (sigwait(&set, &number) == 0) {
 		pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, NULL);
-		cancel_checkpoint(canceller->store, canceller->vm, NULL);
+		json_t *result = NULL;
+		cancel_checkpoint(canceller->store, canceller->vm, &result, NULL);
+		json_decref(result);
 		pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, NULL);
 	}
 	return NULL;
@@ -156,19 +156,37 @@ static int run_checkpoint(struct cli *cli, struct err *err)
 	return 0;
 }
 
+static void print_cancelled(const struct cli *cli, const json_t *result)
+{
+	const char *waited_for = json_string_value(json_object_get(result, "waits_for"));
+
+	printf("%s\n", json_string_value(json_object_get(result, "id")));
+	fflush(stdout);
+	if (waited_for && !cli->quiet)
+		fprintf(stderr, "vmcp: it waited for %s\n", waited_for);
+}
+
 static int run_cancel(struct cli *cli, struct err *err)
 {
 	char name[STORE_NAME_BYTES];
 	struct store *store;
+	json_t *result = NULL;
 	int rc = cli_open_vm(cli, &store, name, err);
 
 	if (rc)
 		return rc;
-	rc = cancel_checkpoint(store, name, err);
+	rc = cancel_checkpoint(store, name, &result, err);
 	store_close(store);
-	if (!rc && cli->json)
-		cli_print_json(json_pack("{s:s}", "vm", name));
-	return rc;
+	if (rc)
+		return rc;
+	if (cli->json) {
+		json_object_set_new(result, "vm", json_string(name));
+		cli_print_json(result);
+		return 0;
+	}
+	print_cancelled(cli, result);
+	json_decref(result);
+	return 0;
 }
 
 /* --- revert --- */
@@ -317,6 +335,9 @@ const struct cli_command cli_checkpoint = {
 const struct cli_command cli_cancel = {.name = "cancel",
 				       .synopsis = "[VM]",
 				       .summary = "cancel the checkpoint that is under way",
+				       .help = "Prints the id that it would have had. The VM runs on, and nothing of the checkpoint is left. Where "
+					       "it waited for\n"
+					       "a request to a disk that does not answer, it says for which.",
 				       .options = none,
 				       .max_arguments = 1,
 				       .run = run_cancel};

@@ -74,6 +74,7 @@ void cli_progress_show(void *opaque, const json_t *params)
 {
 	struct cli_progress *progress = opaque;
 	const char *phase = json_string_value(json_object_get(params, "phase"));
+	const char *waits_for = json_string_value(json_object_get(params, "waits_for"));
 	double done = (double)json_integer_value(json_object_get(params, "done_pages"));
 	double total = (double)json_integer_value(json_object_get(params, "total_pages"));
 
@@ -82,9 +83,16 @@ void cli_progress_show(void *opaque, const json_t *params)
 	if (!progress->terminal) {
 		if (strcmp(progress->phase, phase))
 			fprintf(stderr, "vmcp: checkpoint: %s\n", phase);
+		if (waits_for && !progress->waits)
+			fprintf(stderr, "vmcp: checkpoint: waits for %s\n", waits_for);
 		snprintf(progress->phase, sizeof(progress->phase), "%s", phase);
+		progress->waits = waits_for != NULL;
 		return;
 	}
+	/* Once: the line of the bar has no room for it. */
+	if (waits_for && !progress->waits)
+		fprintf(stderr, "\r%*s\rvmcp: checkpoint: waits for %s\n", BAR_WIDTH + 26, "", waits_for);
+	progress->waits = waits_for != NULL;
 	double part = total > 0 && done <= total ? done / total : 0;
 	int filled = (int)(part * BAR_WIDTH);
 	fprintf(stderr, "\r[%.*s%*s] %3.0f %% %-16s", filled, "##############################", BAR_WIDTH - filled, "",

@@ -181,6 +181,8 @@ static void send_progress(struct control_exchange *x)
 	json_t *note = json_pack("{s:s, s:s, s:{s:s, s:s, s:I, s:I}}", "jsonrpc", "2.0", "method", "progress", "params",
 				 "id", progress.id, "phase", progress.phase ? progress.phase : "", "done_pages",
 				 number(progress.done_pages), "total_pages", number(progress.total_pages));
+	if (progress.waits_for[0])
+		json_object_set_new(json_object_get(note, "params"), "waits_for", json_string(progress.waits_for));
 	/* A client that went away does not end its checkpoint. What was sent in part leaves no line to go on with. */
 	if (control_send(x->fd, note, NULL))
 		shutdown(x->fd, SHUT_RDWR);
@@ -256,10 +258,14 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 
 static int checkpoint_cancel(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
 {
+	struct ckpt_progress what;
+
 	(void)params;
-	if (!ckpt_cancel(machine_engine(x->target->machine)))
+	if (!ckpt_cancel(machine_engine(x->target->machine), &what))
 		return err_set(err, ERR_STATE, ENOENT, "%s: no checkpoint is under way", x->target->name);
-	*result = json_object();
+	*result = json_pack("{s:s, s:s}", "id", what.id, "phase", what.phase);
+	if (what.waits_for[0])
+		json_object_set_new(*result, "waits_for", json_string(what.waits_for));
 	return 0;
 }
 

@@ -304,7 +304,7 @@ static void close_machine(struct process *process)
 		bool kill = is_killed(process);
 
 		if (kill)
-			ckpt_cancel(engine);
+			ckpt_cancel(engine, NULL);
 		if (pthread_rwlock_trywrlock(&process->target.machine_lock) == 0) {
 			struct ckpt_progress progress;
 

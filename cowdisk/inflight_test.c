@@ -348,8 +348,8 @@ Test(inflight, cancelled_seal_names_the_request_and_goes_on)
 	start(&f, &w, COW_WRITE, 5 * CLUSTER, 4096, 0x11);
 	settle(&f);
 	cow_overlay_switch(o);
-	cr_expect_eq(cow_overlay_seal(o, &cancel, &err), -ECANCELED);
-	cr_expect(strstr(err.message, "a write of 4096 bytes at 327680") != NULL, "%s", err.message);
+	cr_expect_eq(cow_overlay_seal(o, &(struct wait){.cancel = &cancel}, &err), -ECANCELED);
+	cr_expect(strstr(err.message, "a write of 4096 bytes at sector 640, for 0.") != NULL, "%s", err.message);
 	f.hold = 0;
 	cow_io_release_held(f.io);
 	cr_expect_eq(finish(&f, &w), 0);
@@ -370,7 +370,7 @@ Test(inflight, abandoned_and_left_overlays)
 	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
 	cow_overlay_switch(o);
 	/* Cancelled and never sealed: closing the disk still writes the layer's metadata. */
-	cr_expect_eq(cow_overlay_seal(o, &cancel, &err), -ECANCELED);
+	cr_expect_eq(cow_overlay_seal(o, &(struct wait){.cancel = &cancel}, &err), -ECANCELED);
 	teardown(&f);
 }
 

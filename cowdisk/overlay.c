@@ -14,11 +14,10 @@
 #include <string.h>
 
 #include "base/buf.h"
+#include "base/clock.h"
 #include "base/fault.h"
 #include "cowdisk/disk_internal.h"
 #include "cowdisk/request_internal.h"
-
-enum { CANCEL_POLL_MS = 20 };
 
 struct cow_overlay {
 	struct cow_disk *disk; /* immutable */
@@ -29,7 +28,7 @@ struct cow_overlay {
 	struct flush_wait flush;
 	bool flushing;
 	pthread_t starter; /* thread that ran seal_begin */
-	char waits_for[96];
+	char waits_for[WAIT_TEXT_BYTES]; /* as of the last describe_wait */
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	/* under lock */
@@ -170,23 +169,36 @@ static void seal_begin(void *opaque)
 	cow_seal_progress(o->layer);
 }
 
+/* The oldest request of the layer, or else what comes after these. */
+static void describe_wait(void *opaque)
+{
+	static const char *const name[] = {"read", "write", "flush", "discard", "write of zeroes"};
+	struct cow_overlay *o = opaque;
+	const struct cow_request *r = o->disk->first;
+	unsigned pending = cow_overlay_pending(o);
+	char range[64] = "", others[48] = "";
+	while (r && ((const struct work *)r->work)->image != o->layer)
+		r = r->next;
+	if (!r) {
+		snprintf(o->waits_for, sizeof(o->waits_for), "its metadata");
+		return;
+	}
+	if (r->op != COW_FLUSH)
+		snprintf(range, sizeof(range), " of %" PRIu64 " bytes at sector %" PRIu64, r->length, r->offset / COW_SECTOR_BYTES);
+	if (pending > 1)
+		snprintf(others, sizeof(others), ", and %u others", pending - 1);
+	snprintf(o->waits_for, sizeof(o->waits_for), "a %s%s, for %.1f s%s", name[r->op], range,
+		 (double)(clock_coarse_ns() - ((const struct work *)r->work)->since_ns) / 1e9, others);
+}
+
 /* Cancelled: leaves everything as it is, and notes what it waited for. */
 static void seal_detach(void *opaque)
 {
-	static const char *const name[] = {"read", "write", "flush", "discard", "write-zeroes"};
 	struct cow_overlay *o = opaque;
 	if (o->layer->seal != o)
 		return;
 	o->layer->seal = NULL;
-	snprintf(o->waits_for, sizeof(o->waits_for), "its metadata");
-	for (struct cow_request *r = o->disk->first; r; r = r->next) {
-		const struct work *work = r->work;
-		if (work->image != o->layer)
-			continue;
-		snprintf(o->waits_for, sizeof(o->waits_for), "a %s of %" PRIu64 " bytes at %" PRIu64, name[r->op],
-			 r->length, r->offset);
-		break;
-	}
+	describe_wait(o);
 }
 
 static void call_in_io_thread(struct cow_overlay *o, loop_task_fn *fn)
@@ -210,7 +222,7 @@ static void wait_some(struct cow_overlay *o)
 {
 	struct timespec until;
 	clock_gettime(CLOCK_REALTIME, &until);
-	until.tv_nsec += CANCEL_POLL_MS * 1000000;
+	until.tv_nsec += WAIT_POLL_MS * 1000000;
 	if (until.tv_nsec >= 1000000000) {
 		until.tv_sec++;
 		until.tv_nsec -= 1000000000;
@@ -221,21 +233,25 @@ static void wait_some(struct cow_overlay *o)
 	pthread_mutex_unlock(&o->lock);
 }
 
-int cow_overlay_seal(struct cow_overlay *o, const volatile bool *cancel, struct err *err)
+int cow_overlay_seal(struct cow_overlay *o, const struct wait *wait, struct err *err)
 {
 	call_in_io_thread(o, seal_begin);
 	/* Where no loop runs, nobody but us serves the ring. */
 	bool alone = pthread_equal(o->starter, pthread_self());
-	while (!has_ended(o)) {
-		if (cancel && __atomic_load_n(cancel, __ATOMIC_RELAXED)) {
+	for (unsigned polls = 0; !has_ended(o); polls++) {
+		if (wait_is_cancelled(wait)) {
 			call_in_io_thread(o, seal_detach);
 			if (has_ended(o))
 				break;
 			return err_set(err, ERR_STATE, ECANCELED, "%s: cancelled while sealing the layer waited for %s",
 				       o->layer->path, o->waits_for);
 		}
+		if (wait_reports(wait, polls)) {
+			call_in_io_thread(o, describe_wait);
+			wait->report(wait->opaque, o->waits_for);
+		}
 		if (alone)
-			cow_io_drive(o->disk->io, CANCEL_POLL_MS);
+			cow_io_drive(o->disk->io, WAIT_POLL_MS);
 		else
 			wait_some(o);
 	}

@@ -13,6 +13,7 @@
 #ifndef VMCP_COWDISK_OVERLAY_H
 #define VMCP_COWDISK_OVERLAY_H
 
+#include "base/wait.h"
 #include "cowdisk/block.h"
 
 struct cow_overlay;
@@ -36,10 +37,10 @@ void cow_overlay_switch(struct cow_overlay *overlay);
 unsigned cow_overlay_pending(const struct cow_overlay *overlay);
 /*
  * Waits until the layer is sealed: pending requests ended, its metadata is written and the file synced. From then on the file never changes. Any thread but the
- * I/O thread. *cancel turning true ends the wait with -ECANCELED, the message naming a request it waits for. On any error the disk stays usable. Frees the handle
- * in every case but -ECANCELED (then call again, or leave it: the disk closes it).
+ * I/O thread. A cancelled wait: -ECANCELED, the message naming the oldest request it waits for, as reports do. On any error the disk stays usable. Frees the handle
+ * in every case but -ECANCELED (then call again, or leave it: the disk closes it). `wait` may be NULL.
  */
-int cow_overlay_seal(struct cow_overlay *overlay, const volatile bool *cancel, struct err *err);
+int cow_overlay_seal(struct cow_overlay *overlay, const struct wait *wait, struct err *err);
 
 /*
  * False: the disk's top is an overlay that was switched to, and since then no request that may change it was submitted: it reads as its layer.

@@ -4,6 +4,7 @@
 
 #include "base/buf.h"
 #include "base/bytes.h"
+#include "base/clock.h"
 #include "cowdisk/request_internal.h"
 
 unsigned cow_req_slice_iov(const struct iovec *iov, unsigned count, uint64_t skip, uint64_t length, struct iovec *out)
@@ -244,6 +245,7 @@ void cow_submit(struct cow_disk *disk, struct cow_request *request)
 	work->disk = disk;
 	work->image = disk->top;
 	work->sequence = ++disk->sequence;
+	work->since_ns = clock_coarse_ns();
 	request->disk = disk;
 	request->work = work;
 	list_add(disk, request);

@@ -37,6 +37,7 @@ struct work {
 	struct cow_disk *disk;
 	struct image *image;
 	uint64_t sequence;
+	uint64_t since_ns;    /* submitted then */
 	uint64_t position;    /* bytes of the range that are done or under way */
 	unsigned outstanding; /* operations under way */
 	int result;

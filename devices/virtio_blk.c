@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/bytes.h"
+#include "base/clock.h"
 #include "base/log.h"
 #include "devices/virtio_blk_internal.h"
 
@@ -108,6 +109,7 @@ void blk_link(struct blk_request *r)
 	else
 		blk->first = r;
 	blk->last = r;
+	r->since_ns = clock_coarse_ns();
 	virtio_request_begin(blk->vdev);
 }
 

@@ -32,6 +32,7 @@ struct blk_request {
 	bool deferred;	/* restored from a checkpoint and not started yet */
 	bool flushing;	/* the write is done, its flush is under way (write-through) */
 	bool recorded;	/* listed in the last capture; its completion goes into the log */
+	uint64_t since_ns; /* in flight since then */
 	uint32_t index; /* place in that list */
 	uint32_t type;
 	uint64_t sector, bytes;		 /* what the request is about */

@@ -8,15 +8,16 @@
  * in flight.
  */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/bytes.h"
+#include "base/clock.h"
 #include "devices/virtio_blk_internal.h"
 
 #define MAX_INFLIGHT	 (VIRTIO_MAX_QUEUES * VIRTQ_MAX_SIZE)
 #define LOG_MAX_BYTES	 (64ull << 20)
-#define CANCEL_POLL_MS	 20u
 #define LOG_LENGTH_BYTES 4u
 
 struct blk_state {
@@ -148,31 +149,41 @@ void blk_record_end(struct blk_request *r, bool logged, uint8_t status)
 	virtio_wake(blk->vdev);
 }
 
-static int canceled(struct virtio_blk *blk, struct err *err)
+/* The oldest of those that are waited for: there is one. */
+static void describe_pending(const struct virtio_blk *blk, char text[WAIT_TEXT_BYTES])
 {
 	const struct blk_request *r = blk->first;
+	char range[64] = "", others[48] = "";
 
-	while (r != NULL && !r->recorded)
+	while (!r->recorded)
 		r = r->next;
-	if (r == NULL)
-		return err_set(err, ERR_STATE, ECANCELED, "%s: canceled", virtio_name(blk->vdev));
-	return err_set(err, ERR_STATE, ECANCELED,
-		       "%s: canceled; %u requests are still in flight, the oldest a %s at sector %llu, %llu bytes",
-		       virtio_name(blk->vdev), blk->recorded_pending, blk_type_name(r->type),
-		       (unsigned long long)r->sector, (unsigned long long)r->bytes);
+	if (r->type != BLK_FLUSH)
+		snprintf(range, sizeof(range), " of %llu bytes at sector %llu", (unsigned long long)r->bytes, (unsigned long long)r->sector);
+	if (blk->recorded_pending > 1)
+		snprintf(others, sizeof(others), ", and %u others", blk->recorded_pending - 1);
+	snprintf(text, WAIT_TEXT_BYTES, "%s: a %s%s, for %.1f s%s", virtio_name(blk->vdev), blk_type_name(r->type), range,
+		 (double)(clock_coarse_ns() - r->since_ns) / 1e9, others);
 }
 
-static int finish(void *opaque, struct buf *log, const volatile bool *cancel, struct err *err)
+static int finish(void *opaque, struct buf *log, const struct wait *wait, struct err *err)
 {
 	struct virtio_blk *blk = opaque;
+	char pending[WAIT_TEXT_BYTES];
 	int ret = 0;
 
 	virtio_lock(blk->vdev);
-	while (ret == 0 && blk->recorded_pending > 0) {
-		if (cancel != NULL && __atomic_load_n(cancel, __ATOMIC_RELAXED))
-			ret = canceled(blk, err);
-		else
-			virtio_wait(blk->vdev, CANCEL_POLL_MS);
+	for (unsigned polls = 0; ret == 0 && blk->recorded_pending > 0; polls++) {
+		if (wait_is_cancelled(wait)) {
+			describe_pending(blk, pending);
+			ret = err_set(err, ERR_STATE, ECANCELED, "cancelled while it waited for %s", pending);
+		} else if (wait_reports(wait, polls)) {
+			describe_pending(blk, pending);
+			virtio_unlock(blk->vdev);
+			wait->report(wait->opaque, pending);
+			virtio_lock(blk->vdev);
+		} else {
+			virtio_wait(blk->vdev, WAIT_POLL_MS);
+		}
 	}
 	if (ret == 0 && blk->log.length > 0)
 		ret = buf_append(log, blk->log.data, blk->log.length, err);

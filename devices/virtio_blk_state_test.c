@@ -1,6 +1,8 @@
 /* Checkpoints of the block device with requests in flight. */
 #include "devices/virtio_blk_test.h"
 
+#include <stdio.h>
+
 struct saved {
 	struct buf state, log;
 	uint8_t *memory;
@@ -183,23 +185,45 @@ Test(virtio_blk, captures_of_one_instant_are_identical)
 	setup_destroy(s);
 }
 
+enum { REPORTS = 3 };
+
+struct reports {
+	volatile bool *cancel;
+	unsigned count;
+	char last[WAIT_TEXT_BYTES];
+};
+
+static void on_report(void *opaque, const char *waits_for)
+{
+	struct reports *reports = opaque;
+	snprintf(reports->last, sizeof(reports->last), "%s", waits_for);
+	if (++reports->count == REPORTS)
+		__atomic_store_n(reports->cancel, true, __ATOMIC_RELAXED);
+}
+
 Test(virtio_blk, cancel_names_what_it_waits_for)
 {
 	struct setup *s = setup_create();
 	struct saved saved;
 	struct err err = ERR_INIT;
-	bool cancel = true;
+	volatile bool cancel = false;
+	struct reports reports = {.cancel = &cancel};
+	const struct wait wait = {.cancel = &cancel, .report = on_report, .opaque = &reports};
 	start(s);
 	hold(s);
 	request(s, OUT, 123, 512);
+	request(s, FLUSH, 0, 0);
 	go(s);
 	capture(s, &saved);
-	cr_expect_eq(s->component.finish(s->component.opaque, &saved.log, &cancel, &err), -ECANCELED);
-	cr_expect_not_null(strstr(err.message, "write at sector 123"), "%s", err.message);
+	cr_expect_eq(s->component.finish(s->component.opaque, &saved.log, &wait, &err), -ECANCELED);
+	cr_expect_eq(reports.count, REPORTS);
+	cr_expect_not_null(strstr(reports.last, "disk root: a write of 512 bytes at sector 123, for 0."), "%s", reports.last);
+	cr_expect_not_null(strstr(reports.last, " s, and 1 others"), "%s", reports.last);
+	cr_expect_not_null(strstr(err.message, "disk root: a write of 512 bytes at sector 123, for 0."), "%s", err.message);
 	/* The next checkpoint starts from scratch, with the request still in flight. */
 	saved_free(&saved);
 	capture(s, &saved);
-	cr_expect_eq(saved.inflight.writes, 1);
+	cr_expect_eq(saved.inflight.writes, 2);
 	release(s);
 	finish(s, &saved);
 	cr_expect_gt(saved.log.length, 0);

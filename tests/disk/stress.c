@@ -269,7 +269,7 @@ static void seal_some(struct run *r, bool all)
 		struct pending_overlay *p = r->sealing;
 		struct err err = ERR_INIT;
 		volatile bool cancel = !all && pick(r, 3) == 0;
-		int rc = cow_overlay_seal(p->overlay, &cancel, &err);
+		int rc = cow_overlay_seal(p->overlay, &(struct wait){.cancel = &cancel}, &err);
 		if (rc == -ECANCELED)
 			continue;
 		if (rc < 0 && !r->s->tolerate) {

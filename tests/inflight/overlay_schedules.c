@@ -198,7 +198,7 @@ static void seal_one(struct sim *s)
 		volatile bool cancel = pick(s, 3) == 0;
 		if (!l->overlay)
 			continue;
-		int rc = cow_overlay_seal(l->overlay, &cancel, &err);
+		int rc = cow_overlay_seal(l->overlay, &(struct wait){.cancel = &cancel}, &err);
 		CHECK(rc == 0 || (rc == -ECANCELED && cancel) || (rc == -EIO && s->rules[1].error_percent));
 		if (rc == -ECANCELED)
 			return;

@@ -699,10 +699,13 @@ def test_cancel(env):
     before = sorted(os.listdir(os.path.join(env.store, "layers")))
     argv = [env.vmcp_bin, "--store", env.store, "checkpoint", "--live", "tiny"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        while env.vmcp("cancel", "tiny", status=None).status != 0:
+        while (cancel := env.vmcp("--json", "cancel", "tiny", status=None)).status != 0:
             if running.poll() is not None:
                 raise Skip("the checkpoint was faster than the cancel")
             time.sleep(0.005)
+        check_equal(cancel.json["vm"], "tiny", "VM of the cancelled checkpoint")
+        check(len(cancel.json["id"]) in (0, 32), f"id of the cancelled checkpoint: {cancel.json['id']}")
+        check(cancel.json["phase"] in ("stage", "pause", "memory", "in-flight I/O", "disks"), f"its phase: {cancel.json['phase']}")
         _, err = running.communicate(timeout=60)
         check_equal(running.returncode, 1, f"exit status of the cancelled checkpoint: {err.decode()}")
     check_equal(env.vmcp_json("log")["checkpoints"], [], "checkpoints")
