@@ -20,7 +20,11 @@
 #include "cowdisk/image_internal.h"
 #include "cowdisk/io_internal.h"
 
-enum { RING_ENTRIES = 256 };
+enum {
+	RING_ENTRIES = 256,
+	/* All disks share the ring: one that does not answer may hold as many requests as its queues take, and the others must not wait for it. */
+	IN_KERNEL = 8192,
+};
 
 struct op_queue {
 	struct io_op *head, **tail;
@@ -107,6 +111,17 @@ static void prepare_sqe(struct io_uring_sqe *sqe, struct io_op *op)
 	io_uring_sqe_set_data(sqe, op);
 }
 
+static void fill_ring(struct cow_io *io)
+{
+	while (io->queue.head && io->in_kernel < IN_KERNEL) {
+		struct io_uring_sqe *sqe = io_uring_get_sqe(&io->ring);
+		if (!sqe)
+			return;
+		prepare_sqe(sqe, queue_pop(&io->queue));
+		io->in_kernel++;
+	}
+}
+
 /* Gives the queue to the kernel, as far as it takes it. What it does not take now goes with the next completion. */
 static void submit_queue(struct cow_io *io)
 {
@@ -117,21 +132,19 @@ static void submit_queue(struct cow_io *io)
 		}
 		return;
 	}
-	while (io->queue.head && io->in_kernel < RING_ENTRIES) {
-		struct io_uring_sqe *sqe = io_uring_get_sqe(&io->ring);
-		if (!sqe)
-			break;
-		prepare_sqe(sqe, queue_pop(&io->queue));
-		io->in_kernel++;
-	}
-	if (io_uring_sq_ready(&io->ring) == 0)
-		return;
-	int rc;
-	do
-		rc = io_uring_submit(&io->ring);
-	while (rc == -EINTR);
-	if (rc < 0)
-		poke(io); /* the kernel is short of something: try again after the next round of completions */
+	do {
+		fill_ring(io);
+		if (io_uring_sq_ready(&io->ring) == 0)
+			return;
+		int rc;
+		do
+			rc = io_uring_submit(&io->ring);
+		while (rc == -EINTR);
+		if (rc <= 0) {
+			poke(io); /* the kernel is short of something: try again after the next round of completions */
+			return;
+		}
+	} while (io->queue.head && io->in_kernel < IN_KERNEL);
 }
 
 static void fail_task(struct io_task *task)
@@ -319,7 +332,8 @@ void cow_io_drive(struct cow_io *io, int timeout_ms)
 
 static int init_ring(struct cow_io *io)
 {
-	int rc = io_uring_queue_init(RING_ENTRIES, &io->ring, 0);
+	struct io_uring_params params = {.flags = IORING_SETUP_CQSIZE, .cq_entries = IN_KERNEL};
+	int rc = io_uring_queue_init_params(RING_ENTRIES, &io->ring, &params);
 	if (rc < 0)
 		return rc;
 	rc = io_uring_register_eventfd(&io->ring, io->event_fd);
