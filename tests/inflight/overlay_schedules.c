@@ -20,7 +20,7 @@
 #include "tests/inflight/schedules.h"
 #include "tests/inflight/test_layer.h"
 
-enum { SCHEDULES = 3000, SLOTS = 64, LAYERS = 4, MOST_SECTORS = 512, MOST_IOV = 4 };
+enum { SCHEDULES = 2000, SLOTS = 64, LAYERS = 4, MOST_SECTORS = 512, MOST_IOV = 4 };
 
 struct sim;
 

@@ -2,9 +2,11 @@
 #ifndef VMCP_TESTS_INFLIGHT_SCHEDULES_H
 #define VMCP_TESTS_INFLIGHT_SCHEDULES_H
 
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "tests/disk/sectors.h"
 #include "tests/lib/check.h"
@@ -15,6 +17,18 @@ static inline uint64_t schedules_env(const char *name, uint64_t otherwise)
 	return text && *text ? strtoull(text, NULL, 0) : otherwise;
 }
 
+/* A schedule that hangs says which it is, and ends the program. */
+static volatile unsigned long long schedules_seed;
+static inline void schedules_hang(int number)
+{
+	char text[96];
+	int length = snprintf(text, sizeof(text), "hangs with INFLIGHT_SEED=%llu INFLIGHT_SCHEDULES=1\n", schedules_seed);
+	(void)number;
+	if (length < 0 || write(STDERR_FILENO, text, (size_t)length) < 0)
+		_exit(3);
+	_exit(2);
+}
+
 /* INFLIGHT_SEED: of the first schedule; INFLIGHT_SCHEDULES: how many; INFLIGHT_SCALE: how many times `count`. Stops at the first that fails. */
 static inline void schedules_run(const char *name, uint64_t count, void (*run)(uint64_t seed))
 {
@@ -22,7 +36,11 @@ static inline void schedules_run(const char *name, uint64_t count, void (*run)(u
 	count = schedules_env("INFLIGHT_SCHEDULES", count * schedules_env("INFLIGHT_SCALE", 1));
 	for (uint64_t seed = first; seed < first + count; seed++) {
 		unsigned long before = atomic_load(&check_failures);
+		schedules_seed = seed;
+		signal(SIGALRM, schedules_hang);
+		alarm(120);
 		run(seed);
+		alarm(0);
 		if (atomic_load(&check_failures) != before) {
 			fprintf(stderr, "%s: failed with INFLIGHT_SEED=%llu INFLIGHT_SCHEDULES=1\n", name, (unsigned long long)seed);
 			return;
