@@ -136,7 +136,7 @@ static bool open_disk(struct machine *m, unsigned i, const struct machine_shape 
 	struct cow_create create = {.size_bytes = shape->sectors * SECTOR, .cluster_bytes = shape->cluster_bytes};
 	char name[16];
 	snprintf(name, sizeof(name), "d%u", i);
-	snprintf(m->disks[i].path, sizeof(m->disks[i].path), "%s/d%u.img", m->dir, i);
+	m->disks[i].path = xasprintf("%s/d%u.img", m->dir, i);
 	m->disks[i].sectors = shape->sectors;
 	m->disks[i].cluster_sectors = (shape->cluster_bytes ? shape->cluster_bytes : 4096) / SECTOR;
 	m->disks[i].history = history_create(shape->sectors);
@@ -226,6 +226,7 @@ void machine_end(struct machine *m)
 		int r = cow_close(m->disks[i].disk, &err);
 		CHECK(r == 0 || m->may_fail);
 		history_free(m->disks[i].history);
+		free(m->disks[i].path);
 	}
 	test_layer_destroy(m->layer);
 	cow_io_destroy(m->io);

@@ -73,7 +73,7 @@ struct machine {
 	unsigned disk_count, queue_count;
 	bool flushes; /* the driver knows flushes */
 	struct {
-		char path[96];
+		char *path;
 		struct cow_disk *disk;
 		struct virtio_blk *blk;
 		uint64_t sectors, cluster_sectors;

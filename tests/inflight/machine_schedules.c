@@ -202,5 +202,6 @@ int main(void)
 	printf("%lu checkpoints (%lu cancelled, %lu failed), %lu requests in flight in them, %lu reverts, %lu requests issued again, %lu operations "
 	       "failed, %lu cut short\n",
 	       checkpoints, given_up, failed, in_flight, reverts, again, errors, cuts);
+	CHECK(schedules_asked_for() || (given_up && in_flight && reverts && again && errors && cuts));
 	return check_report();
 }
