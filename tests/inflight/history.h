@@ -2,8 +2,8 @@
  * What a disk may hold, judged from a journal of what was issued and when it ended.
  *
  * Requests in flight together have no order, so a sector may hold what any of them wrote; what ended well before another began is gone with
- * it. A failed write may have left anything of its own, or nothing. A discard may leave what was there, or zeroes. A moment can be set, such as that of a checkpoint: then only
- * what was issued before it counts, whenever it ended.
+ * it. A failed write may have left anything of its own, or nothing. A discard may leave what was there, or zeroes. A moment can be set, such
+ * as that of a checkpoint: then only what was issued before it counts, whenever it ended.
  */
 #ifndef VMCP_TESTS_INFLIGHT_HISTORY_H
 #define VMCP_TESTS_INFLIGHT_HISTORY_H

@@ -106,8 +106,9 @@ unsigned machine_held(struct machine *m);
 void machine_settle(struct machine *m);
 
 /*
- * Offers a request. The device takes it when it looks at the ring, at the latest when it is notified. NULL: no slot or descriptor is free. quiet: it does
- * not look before, as it was settled, and nothing else is offered; so the request is issued with the notification, perhaps behind a checkpoint.
+ * Offers a request. The device takes it when it looks at the ring, at the latest when it is notified. NULL: no slot or descriptor is free.
+ * quiet: it does not look before, as it was settled, and nothing else is offered; so the request is issued with the notification, perhaps
+ * behind a checkpoint.
  */
 struct guest_slot *guest_offer(struct machine *m, unsigned disk, unsigned queue, enum guest_type type, uint64_t sector, uint64_t count, bool quiet);
 void guest_notify(struct machine *m); /* of all that was offered */

@@ -1,10 +1,12 @@
 /*
- * Random schedules of a whole machine: several disks with several queues, 1 to 512 requests of all kinds in flight, live checkpoints while they are held, more
- * requests behind them, errors, short transfers, cancelled checkpoints, and the way back. Checked each time: what the checkpoint says was in
- * flight; that each request completes once, in the running VM and after the revert, with the same status and the same data; that the completions of the
- * latter come from the checkpoint and not from the disk; that the sealed layers hold what was issued before the checkpoint, and nothing else.
+ * Random schedules of a whole machine: several disks with several queues, 1 to 512 requests of all kinds in flight, live checkpoints while
+ * they are held, more requests behind them, errors, short transfers, cancelled checkpoints, and the way back. Checked each time: what the
+ * checkpoint says was in flight; that each request completes once, in the running VM and after the revert, with the same status and the same
+ * data; that the completions of the latter come from the checkpoint and not from the disk; that the sealed layers hold what was issued before
+ * the checkpoint, and nothing else.
  *
- * Which operation ends when is told by the seed, but not at which instruction of the other threads: a schedule that failed fails again mostly, not always.
+ * Which operation ends when is told by the seed, but not at which instruction of the other threads: a schedule that failed fails again
+ * mostly, not always.
  */
 #include "tests/inflight/machine.h"
 

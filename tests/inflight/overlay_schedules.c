@@ -1,7 +1,7 @@
 /*
  * Random schedules of requests and overlay switches on one disk, in one thread: the same seed gives the same run, operation by operation.
- * Requests overlap as they like; operations end in any order, in pieces, some with errors; checkpoints come while they are held. Then every layer must
- * hold what was issued before its switch and nothing else, and the disk all of it.
+ * Requests overlap as they like; operations end in any order, in pieces, some with errors; checkpoints come while they are held. Then every
+ * layer must hold what was issued before its switch and nothing else, and the disk all of it.
  */
 #include <errno.h>
 #include <fcntl.h>
