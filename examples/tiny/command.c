@@ -74,11 +74,24 @@ static void set_running(struct tiny *tiny, bool running)
 	print_ok(tiny, "work", running ? "goes" : "paused");
 }
 
+static void run_bench(struct tiny *tiny, const char *text)
+{
+	struct bench_run run;
+
+	if (!tiny->bench.there || !bench_parse(&tiny->bench, text, &run))
+		print_refused(tiny, "bench");
+	else if (!bench_go(&tiny->bench, &tiny->clock, &run))
+		print_refused(tiny, "bench: a disk request is lost");
+	else
+		report_bench(tiny, &run);
+}
+
 static void print_help(struct tiny *tiny)
 {
 	line_start(&tiny->line,
 		   "help: check status gap sum balloon epoch=N rate=N mode=uniform|zipf|hot|seq disk=0|1 disk_rate=N "
-		   "report_rate=N report=MS pause go crash quit help (a space does for the =)");
+		   "report_rate=N report=MS "
+		   "bench=KIND BYTES DEPTH REQUESTS MS pause go crash quit help (a space does for the =)");
 	tiny_print(tiny);
 }
 
@@ -155,6 +168,11 @@ void command_run(struct tiny *tiny, const char *text)
 	if (value && options_parse_mode(value, &mode)) {
 		tiny->mem.mode = mode;
 		print_ok(tiny, "mode", value);
+		return;
+	}
+	value = argument(text, "bench");
+	if (value) {
+		run_bench(tiny, value);
 		return;
 	}
 	value = argument(text, "report");

@@ -118,6 +118,11 @@ static void start_work(struct tiny *tiny)
 		if (wrong)
 			tiny_fail(tiny, wrong, NULL);
 	}
+	if (options->bench) {
+		wrong = options->disk ? "disk-and-bench" : bench_start(&tiny->bench, &tiny->ram);
+		if (wrong)
+			tiny_fail(tiny, wrong, NULL);
+	}
 	if (options->balloon) {
 		wrong = balloon_start(&tiny->balloon, &tiny->ram, options, &tiny->stamps);
 		if (wrong)

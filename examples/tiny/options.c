@@ -81,6 +81,8 @@ static bool parse_word(struct options *o, const char *word)
 		return parse_flag(value, &o->full);
 	if ((value = text_after(word, "disk=")))
 		return parse_flag(value, &o->disk);
+	if ((value = text_after(word, "bench=")))
+		return parse_flag(value, &o->bench);
 	if ((value = text_after(word, "disk_fill=")))
 		return parse_flag(value, &o->disk_fill);
 	if ((value = text_after(word, "disk_sizes=")))

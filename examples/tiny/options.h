@@ -16,6 +16,7 @@ struct options {
 	enum mem_mode mode;
 	bool full; /* rewrite the whole page at each step */
 	bool disk;
+	bool bench; /* of the disk, which is then for nothing else */
 	bool balloon;
 	uint64_t spare_bytes; /* for the balloon to give back */
 	uint64_t report_rate; /* chunks of it reported as free or filled again per second */

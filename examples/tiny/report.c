@@ -120,6 +120,22 @@ void report_balloon(struct tiny *tiny)
 	tiny_print(tiny);
 }
 
+void report_bench(struct tiny *tiny, const struct bench_run *run)
+{
+	struct line *line = &tiny->line;
+
+	line_start(line, "bench");
+	line_string(line, "kind", bench_kind_name(run->kind));
+	line_number(line, "bytes", run->bytes);
+	line_number(line, "depth", run->depth);
+	line_number(line, "requests", run->done);
+	line_number(line, "ns", run->ns);
+	line_number(line, "errors", run->errors);
+	line_number(line, "wrong", run->wrong);
+	tiny_print(tiny);
+	gap_restart(&tiny->gap);
+}
+
 struct verdict {
 	uint64_t bad_pages;
 	uint64_t bad_sectors;

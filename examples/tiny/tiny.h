@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "balloon.h"
+#include "bench.h"
 #include "clock.h"
 #include "disk.h"
 #include "mem.h"
@@ -44,6 +45,7 @@ struct tiny {
 	struct stamp_source stamps;
 	struct mem mem;
 	struct disk disk;
+	struct bench bench;
 	struct balloon balloon;
 	struct pace mem_pace;
 	struct pace disk_pace;
@@ -75,6 +77,7 @@ void report_gap(struct tiny *tiny); /* and begins anew */
 void report_sum(struct tiny *tiny);
 void report_check(struct tiny *tiny);
 void report_balloon(struct tiny *tiny);
+void report_bench(struct tiny *tiny, const struct bench_run *run);
 
 /* command.c: carries out one line from the serial port. */
 void command_run(struct tiny *tiny, const char *text);
