@@ -20,11 +20,17 @@ class DoesNotEnd(Exception):
     """The save did not end in SAVE_SECONDS, and was cancelled."""
 
 
-def argv(size, cmdline, folder):
+# How the host's page cache is used for a disk: words for -blockdev.
+CACHES = {"none": "cache.direct=on", "writeback": "cache.direct=off"}
+
+
+def argv(size, cmdline, folder, disk=None, cache="none"):
+    """The VM's only disk: `disk`, with a thread of its own, or the one that make_image() has made."""
+    device = ["-object", "iothread,id=io", "-device", "virtio-blk-pci,drive=state,iothread=io"] if disk else ["-device", "virtio-blk-pci,drive=state"]
     return ["qemu-system-x86_64", "-accel", "kvm", "-m", size.upper(), "-nodefaults", "-nographic", "-no-reboot", "-kernel", os.environ["VMCP_TINY"],
             "-append", cmdline, "-serial", "stdio", "-qmp", f"unix:{folder}/qmp,server=on,wait=off",
-            "-blockdev", f"driver=file,node-name=file,filename={folder}/state.qcow2,cache.direct=on,aio=io_uring",
-            "-blockdev", "driver=qcow2,node-name=state,file=file", "-device", "virtio-blk-pci,drive=state"]
+            "-blockdev", f"driver=file,node-name=file,filename={disk or f'{folder}/state.qcow2'},{CACHES[cache]},aio=io_uring",
+            "-blockdev", f"driver=qcow2,node-name=state,file=file,{CACHES[cache]}", *device]
 
 
 def make_image(folder, size):
@@ -53,9 +59,10 @@ class QemuGuest(Guest):
                                              preexec_fn=host.die_with_us if safe else None))
 
     @classmethod
-    def boot(cls, folder, size, load, shield=0):
-        make_image(folder, size)
-        guest = cls(folder, cls._spawn(argv(size, loads.words(load, parse_size(size)), folder), folder))
+    def boot(cls, folder, size, load, shield=0, disk=None, cache="none"):
+        if not disk:
+            make_image(folder, size)
+        guest = cls(folder, cls._spawn(argv(size, loads.words(load, parse_size(size)), folder, disk, cache), folder))
         host.shield_session(guest.pid, shield)
         try:
             guest.tiny.ready(FILL_SECONDS)

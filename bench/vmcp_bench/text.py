@@ -37,6 +37,9 @@ TABLES = {
         ("", "ms; median (p95, max)", [("durable", "durable_ns", "spread"), ("plain O_DIRECT writer", "plain_ns", "spread"),
          ("share, %", "plain_share", "spread"), ("written, MiB", "written_bytes", "median"), ("plain, MiB/s", "plain_bytes_per_s", "median")]),
     ],
+    "disk_io": [
+        ("", "median (p95, max)", [("requests a second", "requests_per_s", "spread"), ("MiB/s", "data_bytes_per_s", "spread")]),
+    ],
     "peers": [
         ("", "ms; median (p95, max)", [("longest gap", "gap_ns", "spread"), ("whole save", "durable_ns", "median"),
          ("written, MiB", "written_bytes", "median"), ("writes/s before", "before_writes_per_s", "median"),
