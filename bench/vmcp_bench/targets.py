@@ -25,7 +25,7 @@ def case_text(record):
             words.append(f"{value}/s")
         elif key == "rate":
             words.append(f"{value:,} pages/s".replace(",", " "))
-        elif key in ("load", "kind", "cache", "way"):
+        elif key in ("load", "kind", "cache", "way", "what", "state"):
             words.append(str(value))
         else:
             words.append(f"{key} {value}")
@@ -179,6 +179,34 @@ def disk_rows(results, engine):
     return rows
 
 
+def guest_disk_rows(results, engine):
+    """Requests a second, as a multiple of QEMU's with either cache mode; copying up against allocating, by time."""
+    part, rows = "disk_io", []
+    ours = [one for one in results.find(part, engine) if one.has("requests_per_s")]
+    for text, deep, limit in (("depth 1, and in sequence", False, 1.0), ("depth 32", True, 1.3)):
+        found = []
+        for one in ours:
+            for peer in results.find(part, **one.case):
+                if peer.engine.startswith("QEMU") and (one.case["depth"] == 32) == deep:
+                    found.append((one.figure("requests_per_s") / peer.figure("requests_per_s"), one, peer))
+        figure, target = f"the guest's disk, {text}: times QEMU's speed", f">= {limit} x"
+        if found:
+            ratio, one, peer = min(found, key=lambda item: item[0])
+            met = sum(item[0] >= limit for item in found)
+            rows.append(Row(figure, target, f"{ratio:.2f} ({case_text(one)}; {peer.engine}); {met} of {len(found)} cases meet it", met == len(found), part))
+        else:
+            rows.append(Row(figure, target, absent(results, part), None, part))
+    pairs = [(new.figure("requests_per_s") / one.figure("requests_per_s"), one) for one in ours if one.case["state"] == "copy-up"
+             for new in results.find(part, engine, **{**one.case, "state": "new"})]
+    figure, target = "first write after a checkpoint, to an allocating one", "<= 1.5 x"
+    if pairs:
+        ratio, one = max(pairs, key=lambda pair: pair[0])
+        rows.append(Row(figure, target, f"{ratio:.2f} ({case_text(one)})", ratio <= 1.5, part))
+    else:
+        rows.append(Row(figure, target, absent(results, part), None, part))
+    return rows
+
+
 def revert_rows(results, engine):
     middle, few = (results.one("reverts", engine, pages=pages) for pages in (256, 16))
     rows = [worst(results, [middle] if middle else [], "revert in place, 256 pages", "< 1 ms", "revert_ns", MS, "reverts")]
@@ -241,6 +269,6 @@ def other_rows(results, engine):
 
 def rows(results, engine="vmcp"):
     out = []
-    for make in (root_rows, incremental_rows, captured_rows, gap_rows, floor_rows, fault_rows, disk_rows, revert_rows, start_rows, other_rows):
+    for make in (root_rows, incremental_rows, captured_rows, gap_rows, floor_rows, fault_rows, disk_rows, guest_disk_rows, revert_rows, start_rows, other_rows):
         out += make(results, engine)
     return out

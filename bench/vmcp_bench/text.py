@@ -138,7 +138,7 @@ def target_table(results, engine):
 
 # What two builds are compared by.
 COMPARED = ("pause_ns", "gap_ns", "captured_ns", "durable_ns", "cow_fault_p50_ns", "cow_fault_p99_ns", "speed_share", "progress_ns", "revert_ns", "client_ns",
-            "back_to_back_per_s", "beyond_writes_bytes", "boot_ns", "resident_after_checkpoint_bytes", "plain_share", "durable_beyond_sync_ns", "checkpoints_per_s")
+            "back_to_back_per_s", "beyond_writes_bytes", "boot_ns", "resident_after_checkpoint_bytes", "requests_per_s", "plain_share", "durable_beyond_sync_ns", "checkpoints_per_s")
 
 
 def comparison(results, one, other):
