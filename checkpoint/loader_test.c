@@ -268,7 +268,7 @@ static void test_end_at_any_time(struct rig *rig)
 /* A changed page that is mapped: the VM is stopped, with an error that names it. */
 static void test_changed_page(struct rig *rig)
 {
-	unsigned page = find_page(rig, 8);
+	unsigned page = find_page(rig, 20);
 	struct err err = ERR_INIT;
 	struct loader *loader;
 	struct vm vm;
