@@ -73,8 +73,8 @@ struct priority_room {
 #define PRIORITY_ROOM_WORK 4u
 
 /*
- * The same, if every_ns went by since the last time. Where no CPU idles, who sleeps comes back a tick or several later: so much longer
- * he works before he sleeps again that no more than a fifth of his time goes away, and leaves the rest to the scheduler.
+ * The same, if every_ns went by since the last time. Where no CPU idles, a thread that sleeps comes back a tick or several later: it then works so
+ * much longer before it sleeps again that no more than a fifth of its time goes away, and leaves the rest to the scheduler.
  */
 static inline void priority_give_way_each(uint64_t every_ns, struct priority_room *room)
 {
