@@ -613,7 +613,8 @@ def sampled(cases, seed):
 def test_kill():
     """kill -9 at each fault point: no corruption, and every flushed write is there."""
     reached = set()
-    shapes = ("compat=1.1,cluster_size=512", "compat=1.1", "compat=1.1,cluster_size=512,refcount_bits=64")
+    # The first one grows its table of counts soon.
+    shapes = ("compat=1.1,cluster_size=512,refcount_bits=64", "compat=1.1,cluster_size=512", "compat=1.1")
     for fault in FAULTS:
         for count, options in sampled([(count, options) for count in (1, 2, 5, 30) for options in shapes], fault):
             seed = SEED + fault * 100 + count
