@@ -4,8 +4,12 @@
 #ifndef VMCP_BASE_WAIT_H
 #define VMCP_BASE_WAIT_H
 
+#include <inttypes.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdio.h>
+
+#include "base/clock.h"
 
 enum {
 	WAIT_POLL_MS = 20,   /* how often whoever waits looks at *cancel */
@@ -30,6 +34,17 @@ static inline bool wait_is_cancelled(const struct wait *wait)
 static inline bool wait_reports(const struct wait *wait, unsigned polls)
 {
 	return wait && wait->report && polls % (WAIT_REPORT_MS / WAIT_POLL_MS) == WAIT_REPORT_MS / WAIT_POLL_MS - 1;
+}
+
+/* A request to a disk that is waited for, and how many others are; bytes 0: it has no range. since_ns: by clock_coarse_ns. */
+static inline void wait_describe_request(char *text, size_t size, const char *kind, uint64_t bytes, uint64_t sector, uint64_t since_ns, unsigned others)
+{
+	char range[64] = "", more[48] = "";
+	if (bytes > 0)
+		snprintf(range, sizeof(range), " of %" PRIu64 " bytes at sector %" PRIu64, bytes, sector);
+	if (others > 0)
+		snprintf(more, sizeof(more), ", and %u others", others);
+	snprintf(text, size, "a %s%s, for %.1f s%s", kind, range, (double)(clock_coarse_ns() - since_ns) / 1e9, more);
 }
 
 #endif

@@ -328,9 +328,7 @@ static int copy_all(struct merge *m, struct err *err)
 		r = page_sums_write(m->sums_fd, m->saved, m->saved, m->sums, m->index.page_count, err);
 	if (r == 0)
 		r = fault_check(FAULT_CONSOLIDATE_COPIED, err);
-	if (r == 0 && (fsync(m->fd) != 0 || fsync(m->sums_fd) != 0))
-		r = err_sys(err, errno, "memory layer: fsync");
-	return r;
+	return r == 0 ? store_draft_sync_layers(m->made->draft, err) : r;
 }
 
 static int read_position(struct merge *m, struct store_pin **pin, struct err *err)

@@ -21,6 +21,8 @@
 /* Checkpoints that stage and come this often keep their buffers: making some for 10,000 pages takes as long as copying as many. */
 #define KEEP_POOL_NS 2000000000u
 
+struct io_uring;
+
 enum memcow_phase {
 	MEMCOW_IDLE,	 /* a fault is released: no checkpoint, or one that failed */
 	MEMCOW_ARMED,	 /* a fault is noted in `dirty` and released */
@@ -52,8 +54,6 @@ struct page_set {
  *  6 From before the first page is protected until none is, no page is taken away (mem_hold_discards): a hole at the instant was one
  *    when it was protected.
  */
-struct io_uring;
-
 struct memcow {
 	/* immutable */
 	struct mem *mem;

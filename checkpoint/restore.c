@@ -132,11 +132,6 @@ unsigned restore_open_layers(const struct restore_layers *layers)
 	return open;
 }
 
-int restore_read_page(struct restore_layers *layers, uint64_t page, uint8_t *data, struct err *err)
-{
-	return restore_read(layers, page_index_find(layers->index, page)->layer, page, 1, data, err);
-}
-
 static uint8_t *alloc_chunk(struct err *err)
 {
 	void *chunk = NULL;

@@ -41,8 +41,6 @@ int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_
 int restore_read(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, uint8_t *data, struct err *err);
 /* Layers whose files are open. */
 unsigned restore_open_layers(const struct restore_layers *layers);
-/* Reads one page that the index takes from a layer into `data`, PAGE_BYTES, and checks it. */
-int restore_read_page(struct restore_layers *layers, uint64_t page, uint8_t *data, struct err *err);
 /* Makes the pages of `which` what the index says. `fresh`: memory is all zero, and each page is checked against its checksum on the
  * way. *changed: pages that differed. */
 int restore_memory(struct mem *mem, struct restore_layers *layers, const uint64_t *which, bool fresh, uint64_t *changed,

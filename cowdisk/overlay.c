@@ -8,13 +8,11 @@
  * Lock order: cow_overlay.lock is innermost, and held only to publish the end.
  */
 #include <errno.h>
-#include <inttypes.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "base/buf.h"
-#include "base/clock.h"
 #include "base/fault.h"
 #include "cowdisk/disk_internal.h"
 #include "cowdisk/request_internal.h"
@@ -175,20 +173,15 @@ static void describe_wait(void *opaque)
 	static const char *const name[] = {"read", "write", "flush", "discard", "write of zeroes"};
 	struct cow_overlay *o = opaque;
 	const struct cow_request *r = o->disk->first;
-	unsigned pending = cow_overlay_pending(o);
-	char range[64] = "", others[48] = "";
 	while (r && ((const struct work *)r->work)->image != o->layer)
 		r = r->next;
 	if (!r) {
 		snprintf(o->waits_for, sizeof(o->waits_for), "its metadata");
 		return;
 	}
-	if (r->op != COW_FLUSH)
-		snprintf(range, sizeof(range), " of %" PRIu64 " bytes at sector %" PRIu64, r->length, r->offset / COW_SECTOR_BYTES);
-	if (pending > 1)
-		snprintf(others, sizeof(others), ", and %u others", pending - 1);
-	snprintf(o->waits_for, sizeof(o->waits_for), "a %s%s, for %.1f s%s", name[r->op], range,
-		 (double)(clock_coarse_ns() - ((const struct work *)r->work)->since_ns) / 1e9, others);
+	unsigned pending = cow_overlay_pending(o);
+	wait_describe_request(o->waits_for, sizeof(o->waits_for), name[r->op], r->op == COW_FLUSH ? 0 : r->length,
+			      r->offset / COW_SECTOR_BYTES, ((const struct work *)r->work)->since_ns, pending > 0 ? pending - 1 : 0);
 }
 
 /* Cancelled: leaves everything as it is, and notes what it waited for. */

@@ -13,7 +13,6 @@
 #include <string.h>
 
 #include "base/bytes.h"
-#include "base/clock.h"
 #include "devices/virtio_blk_internal.h"
 
 #define MAX_INFLIGHT	 (VIRTIO_MAX_QUEUES * VIRTQ_MAX_SIZE)
@@ -153,16 +152,12 @@ void blk_record_end(struct blk_request *r, bool logged, uint8_t status)
 static void describe_pending(const struct virtio_blk *blk, char text[WAIT_TEXT_BYTES])
 {
 	const struct blk_request *r = blk->first;
-	char range[64] = "", others[48] = "";
+	size_t length = (size_t)snprintf(text, WAIT_TEXT_BYTES, "%s: ", virtio_name(blk->vdev));
 
 	while (!r->recorded)
 		r = r->next;
-	if (r->type != BLK_FLUSH)
-		snprintf(range, sizeof(range), " of %llu bytes at sector %llu", (unsigned long long)r->bytes, (unsigned long long)r->sector);
-	if (blk->recorded_pending > 1)
-		snprintf(others, sizeof(others), ", and %u others", blk->recorded_pending - 1);
-	snprintf(text, WAIT_TEXT_BYTES, "%s: a %s%s, for %.1f s%s", virtio_name(blk->vdev), blk_type_name(r->type), range,
-		 (double)(clock_coarse_ns() - r->since_ns) / 1e9, others);
+	wait_describe_request(text + length, WAIT_TEXT_BYTES - length, blk_type_name(r->type), r->type == BLK_FLUSH ? 0 : r->bytes, r->sector,
+			      r->since_ns, blk->recorded_pending - 1);
 }
 
 static int finish(void *opaque, struct buf *log, const struct wait *wait, struct err *err)

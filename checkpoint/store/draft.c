@@ -247,7 +247,6 @@ void store_draft_switched(struct store_draft *draft) { draft->switched = true; }
 static int put_file(struct store_draft *draft, const char *name, const void *data, size_t length, struct err *err)
 {
 	int fd = openat(draft->dir, name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-
 	int rc = sync_later(draft, fd, name, err);
 
 	if (rc)

@@ -3,7 +3,7 @@
  *
  *     1 the manifest's write lock     nobody stands at it, goes back to it, or makes a child of it, from here to the end
  *     2 what is committed is entered  so that the catalogue knows every checkpoint that names its layers
- *     3 one transaction: may it go; checkpoints/<id> is renamed to staging/rm-<id>, both folders synced; its rows go. Of several at once
+ *     3 one transaction: may it go; checkpoints/<id> is renamed to staging/rm-<id>, both folders synced; its rows go. Several go in one
  *     4 memory layers that no row names any more are unlinked
  *     5 staging/rm-<id> is removed
  *
@@ -148,15 +148,19 @@ static int move_all_away(struct removal *list, size_t count, struct err *err)
 {
 	for (size_t i = 0; i < count; i++) {
 		struct removal *r = &list[i];
-		int rc = r->refused ? 0 : check_tags(r, err);
 
-		if (!rc && !r->refused)
+		if (r->refused)
+			continue;
+		int rc = check_tags(r, err);
+		if (!rc)
 			rc = check_vms(r, err);
-		if (rc == -EEXIST || rc == -EBUSY)
+		if (rc == -EEXIST || rc == -EBUSY) {
 			r->refused = rc;
-		else if (!rc && !r->refused)
+			continue;
+		}
+		if (!rc)
 			rc = move_away(r, err);
-		if (rc && !r->refused)
+		if (rc)
 			return rc;
 	}
 	return sync_folders(list->store, err);
