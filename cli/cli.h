@@ -67,10 +67,12 @@ void cli_format_duration(char out[24], uint64_t ns);
 /* A progress line on stderr: a bar on a terminal, a line per phase elsewhere, nothing with -q. */
 struct cli_progress {
 	const struct cli *cli;
+	const char *what; /* is under way: "checkpoint" */
 	bool terminal, drawn, waits;
 	char phase[32];
 };
-struct cli_progress cli_progress_begin(const struct cli *cli);
+struct cli_progress cli_progress_begin(const struct cli *cli, const char *what);
+void cli_progress_update(struct cli_progress *progress, const char *phase, uint64_t done, uint64_t total); /* any unit; total 0: not known */
 void cli_progress_show(void *progress, const json_t *params); /* a control_progress_fn */
 void cli_progress_end(struct cli_progress *progress);
 

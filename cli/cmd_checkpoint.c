@@ -77,7 +77,7 @@ static json_t *text_or_null(const char *text) { return text ? json_string(text) 
 static int take(struct cli *cli, struct store *store, const char *vm, uint64_t max_rate, json_t **result, struct err *err)
 {
 	const char *wait = cli_value(cli, "wait"), *instant = cli_value(cli, "instant");
-	struct cli_progress progress = cli_progress_begin(cli);
+	struct cli_progress progress = cli_progress_begin(cli, "checkpoint");
 	struct canceller canceller = {.store = store, .vm = vm};
 	struct control_client *client;
 	int rc = control_connect(store, vm, &client, err);

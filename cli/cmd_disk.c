@@ -281,19 +281,12 @@ static void on_interrupt(int signal)
 	cancelled = true;
 }
 
-static void show_progress(void *opaque, uint64_t done, uint64_t total)
-{
-	json_t *params = json_pack("{s:s, s:I, s:I}", "phase", "copying", "done_pages", (json_int_t)(done / 4096),
-				   "total_pages", (json_int_t)(total / 4096));
-
-	cli_progress_show(opaque, params);
-	json_decref(params);
-}
+static void show_progress(void *opaque, uint64_t done, uint64_t total) { cli_progress_update(opaque, "copying", done, total); }
 
 static int run_export(struct cli *cli, const struct source *source, struct err *err)
 {
 	const char *format = cli_value(cli, "format");
-	struct cli_progress progress = cli_progress_begin(cli);
+	struct cli_progress progress = cli_progress_begin(cli, "disk");
 	struct cow_export e = {.source = source->path,
 			       .path = cli->arguments[2],
 			       .format = COW_FORMAT_QCOW2,

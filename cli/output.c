@@ -65,39 +65,52 @@ void cli_format_duration(char out[24], uint64_t ns)
 		snprintf(out, 24, "%.2f s", (double)ns / 1e9);
 }
 
-struct cli_progress cli_progress_begin(const struct cli *cli)
+struct cli_progress cli_progress_begin(const struct cli *cli, const char *what)
 {
-	return (struct cli_progress){.cli = cli, .terminal = isatty(STDERR_FILENO)};
+	return (struct cli_progress){.cli = cli, .what = what, .terminal = isatty(STDERR_FILENO)};
+}
+
+void cli_progress_update(struct cli_progress *progress, const char *phase, uint64_t done, uint64_t total)
+{
+	if (progress->cli->quiet)
+		return;
+	if (!progress->terminal) {
+		if (strcmp(progress->phase, phase))
+			fprintf(stderr, "vmcp: %s: %s\n", progress->what, phase);
+		snprintf(progress->phase, sizeof(progress->phase), "%s", phase);
+		return;
+	}
+	double part = total > 0 && done <= total ? (double)done / (double)total : 0;
+	int filled = (int)(part * BAR_WIDTH);
+	fprintf(stderr, "\r[%.*s%*s] %3.0f %% %-16s", filled, "##############################", BAR_WIDTH - filled, "",
+		part * 100, phase);
+	progress->drawn = true;
+}
+
+/* Once: the line of the bar has no room for it. */
+static void show_wait(struct cli_progress *progress, const char *waits_for)
+{
+	if (waits_for && !progress->waits) {
+		cli_progress_end(progress);
+		fprintf(stderr, "vmcp: %s: waits for %s\n", progress->what, waits_for);
+	}
+	progress->waits = waits_for != NULL;
 }
 
 void cli_progress_show(void *opaque, const json_t *params)
 {
 	struct cli_progress *progress = opaque;
 	const char *phase = json_string_value(json_object_get(params, "phase"));
-	const char *waits_for = json_string_value(json_object_get(params, "waits_for"));
-	double done = (double)json_integer_value(json_object_get(params, "done_pages"));
-	double total = (double)json_integer_value(json_object_get(params, "total_pages"));
+	json_int_t done = json_integer_value(json_object_get(params, "done_pages"));
+	json_int_t total = json_integer_value(json_object_get(params, "total_pages"));
 
 	if (progress->cli->quiet || !phase)
 		return;
-	if (!progress->terminal) {
-		if (strcmp(progress->phase, phase))
-			fprintf(stderr, "vmcp: checkpoint: %s\n", phase);
-		if (waits_for && !progress->waits)
-			fprintf(stderr, "vmcp: checkpoint: waits for %s\n", waits_for);
-		snprintf(progress->phase, sizeof(progress->phase), "%s", phase);
-		progress->waits = waits_for != NULL;
-		return;
-	}
-	/* Once: the line of the bar has no room for it. */
-	if (waits_for && !progress->waits)
-		fprintf(stderr, "\r%*s\rvmcp: checkpoint: waits for %s\n", BAR_WIDTH + 26, "", waits_for);
-	progress->waits = waits_for != NULL;
-	double part = total > 0 && done <= total ? done / total : 0;
-	int filled = (int)(part * BAR_WIDTH);
-	fprintf(stderr, "\r[%.*s%*s] %3.0f %% %-16s", filled, "##############################", BAR_WIDTH - filled, "",
-		part * 100, phase);
-	progress->drawn = true;
+	if (!progress->terminal)
+		cli_progress_update(progress, phase, 0, 0);
+	show_wait(progress, json_string_value(json_object_get(params, "waits_for")));
+	if (progress->terminal)
+		cli_progress_update(progress, phase, done < 0 ? 0 : (uint64_t)done, total < 0 ? 0 : (uint64_t)total);
 }
 
 void cli_progress_end(struct cli_progress *progress)
