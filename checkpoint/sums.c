@@ -103,6 +103,22 @@ static int read_entries(const struct page_sums *s, uint64_t at, uint64_t count, 
 	return file_pread_full(s->fd, out, count * ENTRY_BYTES, HEADER_BYTES + at * ENTRY_BYTES, err);
 }
 
+int page_sums_list(const struct page_sums *s, uint64_t at, uint64_t count, struct page_sum_entry *entries, struct err *err)
+{
+	uint8_t data[PAGE_SUMS_MAX_READ * ENTRY_BYTES];
+	for (uint64_t done = 0, n; done < count; done += n) {
+		n = min_u64(count - done, PAGE_SUMS_MAX_READ);
+		int r = read_entries(s, at + done, n, data, err);
+		if (r != 0)
+			return r;
+		for (uint64_t i = 0; i < n; i++) {
+			const uint8_t *one = data + i * ENTRY_BYTES;
+			entries[done + i] = (struct page_sum_entry){.page = get_le32(one), .place = get_le32(one + 4), .sum = get_le64(one + 8)};
+		}
+	}
+	return 0;
+}
+
 /* --- the window: entries around the last one that was looked for --- */
 
 static int load_window(struct page_sums *s, uint64_t at, uint64_t count, struct err *err)

@@ -41,5 +41,10 @@ void page_sums_close(struct page_sums *s);
  * one of them, or if they are not side by side. */
 #define PAGE_SUMS_MAX_READ 256u
 int page_sums_read(struct page_sums *s, uint64_t first, uint64_t count, struct page_entry *entries, struct err *err);
+/* Entries [at, at + count) in the file's order, whatever they are of. Within the number of entries. */
+struct page_sum_entry {
+	uint64_t page, place, sum;
+};
+int page_sums_list(const struct page_sums *s, uint64_t at, uint64_t count, struct page_sum_entry *entries, struct err *err);
 
 #endif

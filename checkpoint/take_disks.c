@@ -19,7 +19,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include "base/buf.h"
 #include "base/bytes.h"
@@ -27,8 +26,8 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "checkpoint/engine_internal.h"
+#include "checkpoint/file_sum.h"
 
-#define HASH_CHUNK_BYTES (1u << 20)
 /* A chain of more than 1024 images cannot be opened again. */
 #define MAX_CHAIN_LENGTH 1000u
 
@@ -212,38 +211,10 @@ void take_unstage_disks(struct take *take)
 	}
 }
 
-/* xxh3 of the whole file; its holes are hashed without being read. */
-static int hash_file(int fd, uint64_t size, uint64_t *sum, const volatile bool *cancel, struct err *err)
+static bool goes_on(void *opaque, uint64_t bytes, bool read)
 {
-	XXH3_state_t *state = XXH3_createState();
-	CLEANUP_FREE uint8_t *chunk = malloc(HASH_CHUNK_BYTES);
-	int r = state && chunk ? 0 : err_sys(err, ENOMEM, "checksum");
-	uint64_t data = 0, hole = 0; /* [data, hole) is the next stretch of data */
-	if (r == 0)
-		XXH3_64bits_reset(state);
-	for (uint64_t at = 0; at < size && r == 0;) {
-		if (at >= hole) {
-			off_t next = lseek(fd, (off_t)at, SEEK_DATA);
-			data = next >= 0 ? (uint64_t)next : errno == ENXIO ? size : at;
-			off_t end = next >= 0 ? lseek(fd, next, SEEK_HOLE) : -1;
-			hole = end > (off_t)at ? (uint64_t)end : size;
-		}
-		uint64_t until = at < data ? data : hole;
-		size_t length = (size_t)min_u64(min_u64(until, size) - at, HASH_CHUNK_BYTES);
-		if (at < data)
-			memset(chunk, 0, length);
-		else
-			r = file_pread_full(fd, chunk, length, at, err);
-		if (r == 0)
-			XXH3_64bits_update(state, chunk, length);
-		at += length;
-		if (r == 0 && __atomic_load_n(cancel, __ATOMIC_RELAXED))
-			r = err_set(err, ERR_FAILED, ECANCELED, "cancelled while a disk layer was being checksummed");
-	}
-	if (r == 0)
-		*sum = XXH3_64bits_digest(state);
-	XXH3_freeState(state);
-	return r;
+	(void)bytes, (void)read;
+	return !__atomic_load_n((const volatile bool *)opaque, __ATOMIC_RELAXED);
 }
 
 static int measure_layer(struct take *take, struct take_disk *d, struct err *err)
@@ -253,7 +224,7 @@ static int measure_layer(struct take *take, struct take_disk *d, struct err *err
 	if (fd < 0 || fstat(fd, &st) != 0)
 		return err_sys(err, errno, "%s", d->layer_path);
 	d->layer.file_bytes = (uint64_t)st.st_size;
-	return hash_file(fd, d->layer.file_bytes, &d->layer.xxh3, &take->engine->cancel, err);
+	return file_sum(fd, d->layer.file_bytes, goes_on, (void *)&take->engine->cancel, &d->layer.xxh3, err);
 }
 
 int take_seal_disks(struct take *take, struct err *err)

@@ -55,6 +55,8 @@ int cli_open_store(const struct cli *cli, struct store **out, struct err *err);
 int cli_choose_vm(struct store *store, const char *name, char out[STORE_NAME_BYTES], struct err *err);
 /* Both, for a command whose first argument may name a VM. On failure nothing is open. */
 int cli_open_vm(const struct cli *cli, struct store **out, char name[STORE_NAME_BYTES], struct err *err);
+/* For a command that opens many layers: as many descriptors as this process may have. */
+void cli_allow_many_files(void);
 /* Names of VMs and checkpoints differ: a whole number of seconds such as "30" or "30s" for --timeout. */
 int cli_parse_seconds(const char *option, const char *text, unsigned *out, struct err *err);
 
@@ -79,7 +81,7 @@ void cli_progress_end(struct cli_progress *progress);
 /* the commands, by file */
 extern const struct cli_command cli_run, cli_ps, cli_console, cli_pause, cli_resume, cli_stop, cli_kill, cli_stats, cli_balloon;
 extern const struct cli_command cli_checkpoint, cli_cancel, cli_revert, cli_tag;
-extern const struct cli_command cli_rm, cli_gc;
+extern const struct cli_command cli_rm, cli_gc, cli_verify, cli_diff, cli_dump;
 extern const struct cli_command cli_disk, cli_log, cli_show, cli_doctor, cli_version, cli_help;
 
 #endif

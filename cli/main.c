@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "base/buf.h"
@@ -26,12 +27,12 @@ static const struct cli_option global_options[GLOBAL_OPTIONS + 1] = {
 const struct cli_command *const cli_commands[] = {
 	&cli_run,  &cli_ps,	    &cli_console, &cli_pause,	&cli_resume, &cli_stop,
 	&cli_kill, &cli_checkpoint, &cli_cancel,  &cli_revert,	&cli_log,    &cli_show,
-	&cli_tag,  &cli_rm,	    &cli_gc,	  &cli_disk,	&cli_stats,  &cli_balloon,
+	&cli_tag,  &cli_rm,	    &cli_gc,	  &cli_verify, &cli_diff, &cli_dump, &cli_disk,	&cli_stats,  &cli_balloon,
 	&cli_doctor, &cli_version,  &cli_help,    NULL,
 };
 
 /* Commands of the contract that this version does not have: said plainly, rather than "unknown". */
-static const char *const later_commands[] = {"verify", "diff", "export", "import", "dump", "clone", "suspend", NULL};
+static const char *const later_commands[] = {"export", "import", "clone", "suspend", NULL};
 
 static const struct cli_command *find_command(const char *name)
 {
@@ -275,6 +276,16 @@ static char *default_store(void)
 int cli_open_store(const struct cli *cli, struct store **out, struct err *err)
 {
 	return store_open(cli->store_path, false, out, err);
+}
+
+void cli_allow_many_files(void)
+{
+	struct rlimit limit;
+
+	if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+		limit.rlim_cur = limit.rlim_max;
+		setrlimit(RLIMIT_NOFILE, &limit);
+	}
 }
 
 int cli_choose_vm(struct store *store, const char *name, char out[STORE_NAME_BYTES], struct err *err)

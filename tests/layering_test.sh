@@ -16,7 +16,7 @@ allowed() {
 	checkpoint) echo "base/* vmm/* cowdisk/block.h cowdisk/overlay.h cowdisk/check.h" ;;
 	machine) echo "base/* vmm/* cowdisk/* net/* devices/* checkpoint/*" ;;
 	control) echo "base/* machine/* checkpoint/*" ;;
-	cli) echo "base/* control/* checkpoint/store/* cowdisk/block.h cowdisk/check.h cowdisk/info.h cowdisk/merge.h" ;;
+	cli) echo "base/* control/* checkpoint/store/* cowdisk/block.h cowdisk/check.h cowdisk/compare.h cowdisk/info.h cowdisk/merge.h" ;;
 	esac
 }
 

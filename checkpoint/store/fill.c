@@ -10,16 +10,12 @@
 #include "base/log.h"
 #include "checkpoint/store/store_internal.h"
 
-int store_read_committed(struct store *store, const char *id, struct store_checkpoint *out, struct store_layers *layers,
-			 struct err *err)
+int store_read_manifest(struct store *store, const char *id, struct store_checkpoint *out, struct err *err)
 {
 	CLEANUP_BUF struct buf text = BUF_INIT;
-	CLEANUP_BUF struct buf index = BUF_INIT;
 	char path[STORE_ID_BYTES + 16];
-	struct err damage = ERR_INIT;
 
 	*out = (struct store_checkpoint){0};
-	*layers = (struct store_layers){0};
 	snprintf(path, sizeof(path), "%s/manifest", id);
 	int rc = file_read_all(store->checkpoints_dir, path, MANIFEST_MAX_BYTES, &text, err);
 	if (!rc)
@@ -28,6 +24,17 @@ int store_read_committed(struct store *store, const char *id, struct store_check
 		rc = err_set(err, ERR_DAMAGED, EINVAL, "checkpoints/%s: it is the manifest of %s", path, out->id);
 		store_checkpoint_free(out);
 	}
+	return rc;
+}
+
+int store_read_committed(struct store *store, const char *id, struct store_checkpoint *out, struct store_layers *layers,
+			 struct err *err)
+{
+	CLEANUP_BUF struct buf index = BUF_INIT;
+	struct err damage = ERR_INIT;
+
+	*layers = (struct store_layers){0};
+	int rc = store_read_manifest(store, id, out, err);
 	if (rc)
 		return rc;
 	/* One whose index is damaged has lost its memory, whatever layers it named. */

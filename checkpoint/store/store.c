@@ -210,6 +210,11 @@ void store_checkpoint_free(struct store_checkpoint *checkpoint)
 	*checkpoint = (struct store_checkpoint){0};
 }
 
+bool store_has_folder(struct store *store, const char *id)
+{
+	return store_is_id(id) && faccessat(store->checkpoints_dir, id, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
+}
+
 int store_checkpoint_get(struct store *store, const char *id, struct store_checkpoint *out, struct err *err)
 {
 	CLEANUP_BUF struct buf text = BUF_INIT;

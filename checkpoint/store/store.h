@@ -148,6 +148,8 @@ void store_draft_abort(struct store_draft *draft);
 
 /* Finds the checkpoint meant by an id, a unique prefix (4 digits or more), a tag, a VM's name (the newest of it) or VM~N. Ambiguous: ERR_USAGE. None: ERR_NOT_FOUND. */
 int store_resolve(struct store *store, const char *reference, char id[STORE_ID_BYTES], struct err *err);
+/* True if there is a folder of such a checkpoint, whatever is in it and whether or not the catalogue knows it. */
+bool store_has_folder(struct store *store, const char *id);
 /* Reads and validates the manifest. Damaged: ERR_DAMAGED naming file and field. */
 int store_checkpoint_get(struct store *store, const char *id, struct store_checkpoint *out, struct err *err);
 /* What tells whether a checkpoint's manifest, and with it all that is sealed by its checksums, is still the one that was read. */

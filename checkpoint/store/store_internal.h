@@ -72,6 +72,8 @@ int refs_forget_locked(struct store *store, const char *id, struct dead_layers *
 int refs_has_layer_locked(struct store *store, const char *layer, struct err *err);
 
 /* fill.c */
+/* The manifest itself, whatever the catalogue says. */
+int store_read_manifest(struct store *store, const char *id, struct store_checkpoint *out, struct err *err);
 /* Reads a committed checkpoint's manifest, and the layer table of its index: empty if that is damaged, which is told. */
 int store_read_committed(struct store *store, const char *id, struct store_checkpoint *out, struct store_layers *layers,
 			 struct err *err);

@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Whole VMs with the tiny guest: what `verify` finds, what other commands do with damage, and what is read out of checkpoints (diff, dump)."""
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+import store_memory  # noqa: E402
+import vmcp_test  # noqa: E402
+from vmcp_test import check, check_equal  # noqa: E402
+
+
+def take(env, guest, count, **options):
+    """Checkpoints in a row, the guest at work in between: ids, and what the guest said of itself at each."""
+    ids, sums = [], {}
+    for number in range(count):
+        guest.epoch(100 + number)
+        time.sleep(0.05)
+        guest.set("pause")
+        state = {key: value for key, value in guest.sum().items() if key in ("mem", "disk", "sequence", "epoch")}
+        one = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+        guest.set("go")
+        ids.append(one)
+        sums[one] = state
+    return ids, sums
+
+
+def verify(env, *args, status=0):
+    report = env.vmcp_json("verify", *args, status=status)
+    return {one["id"]: one["errors"] for one in report["checkpoints"]}, report
+
+
+class Flipped:
+    """A byte of a file, flipped inside `with`."""
+
+    def __init__(self, path, offset, mask=0x10):
+        self.path, self.offset, self.mask = path, offset, mask
+
+    def write(self):
+        file = os.open(self.path, os.O_RDWR)
+        try:
+            byte = os.pread(file, 1, self.offset)
+            os.pwrite(file, bytes([byte[0] ^ self.mask]), self.offset)
+        finally:
+            os.close(file)
+
+    __enter__ = write
+
+    def __exit__(self, *_):
+        self.write()
+
+
+def index_pages(env, one):
+    """{layer: set of pages} that a checkpoint takes from layers, by the format's description alone."""
+    memory = store_memory.Memory(env.store, one)
+    pages = {}
+    for first, count, layer in memory.extents:
+        if layer:
+            pages.setdefault(memory.layers[layer - 1], set()).update(range(first, first + count))
+    memory.close()
+    return pages
+
+
+def test_verify_names_damage_and_sharers(env):
+    """While the VM runs: all are whole; each kind of damage is named with file and range, and told of exactly those that share it."""
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(memory="64M", cmdline="set=8M rate=4000 disk=1 disk_blocks=256 qd=4 report=0", disks=[("data", disk)])
+    ids, _ = take(env, guest, 5)
+    errors, report = verify(env)
+    check_equal(errors, {one: [] for one in ids}, "a whole store")
+    check(report["catalog"]["ok"] and report["read_bytes"] > 8 << 20, f"what was read: {report}")
+    check_equal(set(verify(env, ids[1][:8], ids[3])[0]), {ids[1], ids[3]}, "those that were named")
+    layers = os.path.join(env.store, "layers")
+
+    # A page that some of them take from the first layer, and others have from later ones.
+    root = env.vmcp_json("show", ids[0])["memory"]["layer"]
+    takers = {one: index_pages(env, one).get(root, set()) for one in ids}
+    page = max(page for page in takers[ids[0]] if any(page not in takers[one] for one in ids) and page in takers[ids[1]])
+    place = store_memory.read_places(os.path.join(layers, root + ".sums"))[page]
+    with Flipped(os.path.join(layers, root + ".mem"), place * 4096 + 77):
+        errors, report = verify(env, status=5)
+        sharers = {one for one in ids if page in takers[one]}
+        check_equal({one for one in ids if errors[one]}, sharers, "who shares the damaged page")
+        damage, = report["damages"]
+        check_equal((damage["file"], damage["offset_bytes"], damage["length_bytes"], set(damage["checkpoints"])),
+                    (f"layers/{root}.mem", place * 4096, 4096, sharers), "the damage")
+        text = env.vmcp("verify", status=5)
+        check(f"layers/{root}.mem: bytes {place * 4096} to " in text.out and "vmcp: verify: " in text.err, f"the report: {text}")
+    check_equal(verify(env)[0], {one: [] for one in ids}, "mended again")
+
+    # A disk layer in the middle: those above stand on it.
+    image = env.vmcp_json("show", ids[2])["disks"][0]["layer"]
+    with Flipped(os.path.join(layers, image + ".qcow2"), os.path.getsize(os.path.join(layers, image + ".qcow2")) // 2):
+        errors, report = verify(env, status=5)
+        check_equal({one for one in ids if errors[one]}, set(ids[2:]), "who stands on the damaged disk layer")
+        check(image in report["damages"][0]["file"], f"the damage: {report['damages']}")
+    os.rename(os.path.join(layers, image + ".qcow2"), os.path.join(layers, "away"))
+    errors, _ = verify(env, status=5)
+    check_equal({one for one in ids if errors[one]}, set(ids[2:]), "who stands on the missing disk layer")
+    os.rename(os.path.join(layers, "away"), os.path.join(layers, image + ".qcow2"))
+
+    for name in ("manifest", "state", "index"):
+        with Flipped(os.path.join(env.store, "checkpoints", ids[3], name), 40):
+            errors, _ = verify(env, status=5)
+            check_equal([one for one in ids if errors[one]], [ids[3]], f"a damaged {name} is one checkpoint's")
+            check(f"checkpoints/{ids[3]}/{name}" in errors[ids[3]][0], f"it names the file: {errors[ids[3]]}")
+    guest.check()
+    check_equal(verify(env)[0], {one: [] for one in ids}, "at the end")
+
+
+def test_verify_beside_removals(env):
+    """Checkpoints come and go while they are verified: none is taken for damaged."""
+    guest = env.start_tiny(memory="64M", cmdline="set=16M rate=20000 report=0")
+    take(env, guest, 6)
+    deadline, rounds = time.monotonic() + 6, 0
+    remover = subprocess.Popen(["bash", "-c", f"""
+        while :; do
+            {env.vmcp_bin} --store {env.store} checkpoint --live -q tiny >/dev/null 2>&1
+            {env.vmcp_bin} --store {env.store} rm tiny~3 tiny~2 >/dev/null 2>&1
+        done"""])
+    try:
+        while time.monotonic() < deadline:
+            errors, _ = verify(env)
+            check(errors, "nothing was looked at")
+            rounds += 1
+    finally:
+        remover.kill()
+        remover.wait()
+    check(rounds > 10, f"only {rounds} rounds")
+    guest.check()
+
+
+def memory_pages(env, one):
+    """Page contents of a checkpoint's memory, by the format's description alone."""
+    memory = store_memory.Memory(env.store, one)
+    data = b"".join(data for _, data in memory.runs())
+    memory.close()
+    return data
+
+
+def test_diff_is_exact(env):
+    """What diff says of memory and disk, against both read whole by other means."""
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(memory="64M", cmdline="set=4M rate=2000 disk=1 disk_blocks=256 qd=4 report=0", disks=[("data", disk)])
+    ids, _ = take(env, guest, 3)
+    for a, b in ((ids[0], ids[2]), (ids[2], ids[1]), (ids[1], ids[1])):
+        diff = env.vmcp_json("diff", a, b)
+        one, other = memory_pages(env, a), memory_pages(env, b)
+        want = {page for page in range(0, len(one), 4096) if one[page:page + 4096] != other[page:page + 4096]}
+        told = {page for part in diff["memory"]["ranges"] for page in range(part["gpa"], part["gpa"] + part["length_bytes"], 4096)}
+        check_equal(told, want, f"pages in which {a} and {b} differ")
+        check_equal(diff["memory"]["differing_pages"], len(want), "their number")
+        raws = []
+        for number, name in enumerate((a, b)):
+            raws.append(env.path(f"{number}.raw"))
+            env.vmcp("disk", "export", f"{name}:data", raws[-1], "--format", "raw")
+        with open(raws[0], "rb") as first, open(raws[1], "rb") as second:
+            one, other = first.read(), second.read()
+        want = {at for at in range(0, len(one), 512) if one[at:at + 512] != other[at:at + 512]}
+        told = {at for part in diff["disks"][0]["ranges"] for at in range(part["offset_bytes"], part["offset_bytes"] + part["length_bytes"], 512)}
+        check_equal(told, want, f"sectors in which {a} and {b} differ")
+        for raw in raws:
+            os.unlink(raw)
+    text = env.vmcp("diff", ids[0], ids[2]).out
+    check("pages differ" in text and "disk data  differs" in text, f"in words: {text}")
+
+
+def test_dump_is_read_by_gdb(env):
+    """A core file that gdb reads: registers as they were saved, memory below and above the hole byte by byte; refusals leave nothing."""
+    guest = env.start_tiny(memory="3328M", cmdline="set=2M rate=1000 report=0")
+    one = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+    guest.check()
+    core = env.write("core", "an old file")
+    result = env.vmcp_json("dump", one, core)
+    check_equal((result["cpus"], result["memory_bytes"]), (1, 3328 << 20), "what dump says")
+    check(os.stat(core).st_blocks * 512 < 64 << 20, "zero pages are holes")
+    memory = store_memory.Memory(env.store, one)
+    stored = {page for first, count, layer in memory.extents if layer for page in range(first, first + count)}
+    pages = {first + i: data[i * 4096:(i + 1) * 4096] for first, data in memory.runs() for i in range(len(data) // 4096) if first + i in stored}
+    memory.close()
+    with open(core, "rb") as file:
+        elf = file.read(64 + 3 * 56)
+        check_equal(elf[:4] + elf[16:20], b"\x7fELF" + bytes([4, 0, 62, 0]), "an ELF core of x86-64")
+        loads = [struct.unpack_from("<IIQQQQQQ", elf, 64 + 56 * i) for i in range(1, 3)]
+        check_equal([(load[4], load[5]) for load in loads], [(0, 3 << 30), (4 << 30, 256 << 20)], "ranges of physical memory")
+        for page, data in pages.items():
+            file.seek(loads[0][2] + page * 4096)
+            check_equal(file.read(4096), data, f"page {page} of the core")
+    for arguments, status in (((one, "-"), 2), ((one, env.dir), 2), ((one, env.path("no/core")), 3)):
+        env.vmcp("dump", *arguments, status=status)
+    layer = env.vmcp_json("show", one)["memory"]["layer"]
+    place = store_memory.read_places(os.path.join(env.store, "layers", layer + ".sums"))[max(pages)]
+    with Flipped(os.path.join(env.store, "layers", layer + ".mem"), place * 4096):
+        env.vmcp("dump", one, env.path("bad"), status=5)
+    check_equal([name for name in os.listdir(env.dir) if name.startswith("bad")], [], "a refused dump leaves nothing")
+    if not shutil.which("gdb"):
+        raise vmcp_test.Skip("gdb is not installed: the file was read by this test alone")
+    page = next(page for page in pages if page * 4096 >= 1 << 20 and any(pages[page][:8]))
+    word = struct.unpack_from("<Q", pages[page])[0]
+    out = subprocess.run(["gdb", "-batch", "-nx", "-ex", "info registers rip cs", "-ex", f"x/1xg {page * 4096}", env.tiny, core],
+                         capture_output=True, text=True, check=True, timeout=60).stdout
+    check(re.search(r"^rip +0x10[0-9a-f]{4} ", out, re.M) and re.search(r"^cs +0x", out, re.M), f"registers, at CPL 3 in the guest's code: {out}")
+    check(f"0x{word:016x}" in out, f"memory as gdb reads it: {out}")
+
+
+if __name__ == "__main__":
+    vmcp_test.main(__name__)
