@@ -12,9 +12,45 @@
 struct tree {
 	struct store_checkpoint *list;
 	size_t count;
+	size_t *by_parent; /* indices of the list, by parent, then in the list's order */
 	struct store_vm *vms;
 	size_t vm_count;
 };
+
+static int by_parent(const void *a, const void *b, void *opaque)
+{
+	const struct tree *tree = opaque;
+	size_t x = *(const size_t *)a, y = *(const size_t *)b;
+	int order = strcmp(tree->list[x].parent, tree->list[y].parent);
+
+	return order ? order : (x > y) - (x < y);
+}
+
+static void tree_sort(struct tree *tree)
+{
+	tree->by_parent = xcalloc(tree->count + 1, sizeof(*tree->by_parent));
+	for (size_t i = 0; i < tree->count; i++)
+		tree->by_parent[i] = i;
+	if (tree->count)
+		qsort_r(tree->by_parent, tree->count, sizeof(*tree->by_parent), by_parent, tree);
+}
+
+/* Its children are those at [*first, *end) of by_parent. */
+static void find_children(const struct tree *tree, const char *parent, size_t *first, size_t *end)
+{
+	size_t low = 0, high = tree->count;
+
+	while (low < high) {
+		size_t middle = (low + high) / 2;
+
+		if (strcmp(tree->list[tree->by_parent[middle]].parent, parent) < 0)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	for (*first = *end = low; *end < tree->count && !strcmp(tree->list[tree->by_parent[*end]].parent, parent);)
+		++*end;
+}
 
 static void tree_free(struct tree *tree)
 {
@@ -23,6 +59,7 @@ static void tree_free(struct tree *tree)
 	for (size_t i = 0; i < tree->vm_count; i++)
 		store_vm_free(&tree->vms[i]);
 	free(tree->list);
+	free(tree->by_parent);
 	free(tree->vms);
 }
 
@@ -50,6 +87,8 @@ static int tree_read(const struct cli *cli, const char *vm, struct tree *tree, s
 	store_close(store);
 	if (rc)
 		tree_free(tree);
+	else
+		tree_sort(tree);
 	return rc;
 }
 
@@ -62,10 +101,11 @@ static json_t *log_to_json(const struct tree *tree, const char *vm)
 	for (size_t i = 0; i < tree->count; i++) {
 		const struct store_checkpoint *c = &tree->list[i];
 		json_t *children = json_array();
+		size_t first, end;
 
-		for (size_t j = 0; j < tree->count; j++)
-			if (!strcmp(tree->list[j].parent, c->id))
-				json_array_append_new(children, json_string(tree->list[j].id));
+		find_children(tree, c->id, &first, &end);
+		for (size_t j = first; j < end; j++)
+			json_array_append_new(children, json_string(tree->list[tree->by_parent[j]].id));
 		json_array_append_new(checkpoints,
 				      json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:I, s:s, s:b}", "id", c->id, "vm",
 						c->vm, "parent", text_or_null(c->parent), "children", children,
@@ -105,17 +145,6 @@ static void print_line(const struct tree *tree, const struct store_checkpoint *c
 	       c->tag[0] ? c->tag : "-", c->message ? c->message : c->periodic ? "(periodic)" : "", at);
 }
 
-static bool is_child(const struct tree *tree, size_t i, const char *parent)
-{
-	if (parent)
-		return !strcmp(tree->list[i].parent, parent);
-	/* A root: no parent, or one that is not listed. */
-	for (size_t j = 0; j < tree->count; j++)
-		if (!strcmp(tree->list[i].parent, tree->list[j].id))
-			return false;
-	return true;
-}
-
 /* A subtree still to be printed. The depth of a tree is the user's, so the walk keeps its own stack. */
 struct pending {
 	size_t index;
@@ -126,25 +155,39 @@ struct pending {
 static size_t push_children(const struct tree *tree, const char *parent, const char *prefix, struct pending *stack,
 			    size_t top)
 {
-	bool last = true;
+	size_t first, end;
 
-	for (size_t i = tree->count; i-- > 0;) {
-		if (!is_child(tree, i, parent))
-			continue;
+	find_children(tree, parent, &first, &end);
+	bool only = end == first + 1; /* it follows in the same column, as a long history would not fit otherwise */
+	for (size_t i = end; i-- > first;)
 		stack[top++] = (struct pending){
-			.index = i,
-			.graph = parent ? xasprintf("%s%s", prefix, last ? "`- " : "|- ") : xstrdup(""),
-			.prefix = parent ? xasprintf("%s%s", prefix, last ? "   " : "|  ") : xstrdup(""),
+			.index = tree->by_parent[i],
+			.graph = xasprintf("%s%s", prefix, only ? "|  " : i + 1 == end ? "`- " : "|- "),
+			.prefix = xasprintf("%s%s", prefix, only ? "" : i + 1 == end ? "   " : "|  "),
 		};
-		last = false;
-	}
+	return top;
+}
+
+/* No parent, or one that is not listed. */
+static size_t push_roots(const struct tree *tree, struct pending *stack)
+{
+	bool *listed = xcalloc(tree->count + 1, sizeof(*listed));
+	size_t top = 0, first, end;
+
+	for (size_t i = 0; i < tree->count; i++)
+		for (find_children(tree, tree->list[i].id, &first, &end); first < end; first++)
+			listed[tree->by_parent[first]] = true;
+	for (size_t i = tree->count; i-- > 0;)
+		if (!listed[i])
+			stack[top++] = (struct pending){.index = i, .graph = xstrdup("*  "), .prefix = xstrdup("")};
+	free(listed);
 	return top;
 }
 
 static void print_graph(const struct tree *tree)
 {
 	struct pending *stack = xcalloc(tree->count + 1, sizeof(*stack));
-	size_t top = push_children(tree, NULL, "", stack, 0);
+	size_t top = push_roots(tree, stack);
 
 	while (top) {
 		struct pending one = stack[--top];

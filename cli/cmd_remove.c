@@ -99,13 +99,34 @@ static int run_rm(struct cli *cli, struct err *err)
 
 /* --- gc --- */
 
+static int rebuild(struct cli *cli, json_t **document, struct err *err)
+{
+	struct store_rebuilt made;
+	int rc = store_rebuild(cli->store_path, &made, err);
+
+	if (rc)
+		return rc;
+	*document = json_pack("{s:I, s:I, s:I, s:b, s:b, s:b}", "checkpoints", (json_int_t)made.checkpoints, "vms", (json_int_t)made.vms, "tags",
+			      (json_int_t)made.tags, "lost_vms", made.lost_vms, "lost_tags", made.lost_tags, "lost_images", made.lost_images);
+	if (!cli->quiet)
+		fprintf(stderr, "vmcp: the catalogue is new: %llu checkpoints, %llu VMs\n", (unsigned long long)made.checkpoints,
+			(unsigned long long)made.vms);
+	if (!cli->quiet && (made.lost_vms || made.lost_tags || made.lost_images))
+		fprintf(stderr, "vmcp: the old one could not be read to its end: look whether%s%s%s are missing\n", made.lost_vms ? " VMs," : "",
+			made.lost_tags ? " tags," : "", made.lost_images ? " images that stand on layers" : "");
+	return 0;
+}
+
 static int run_gc(struct cli *cli, struct err *err)
 {
 	struct store_gc_result result;
+	json_t *rebuilt = NULL;
 	struct store *store;
 	char size[16];
-	int rc = cli_open_store(cli, &store, err);
+	int rc = cli_given(cli, "rebuild") ? rebuild(cli, &rebuilt, err) : 0;
 
+	if (!rc)
+		rc = cli_open_store(cli, &store, err);
 	if (rc)
 		return rc;
 	rc = store_gc(store, &result, err);
@@ -113,12 +134,13 @@ static int run_gc(struct cli *cli, struct err *err)
 	if (rc)
 		return rc;
 	if (cli->json) {
-		cli_print_json(json_pack("{s:I, s:I, s:I, s:I, s:I}", "freed_bytes", (json_int_t)result.bytes, "memory_layers",
+		cli_print_json(json_pack("{s:I, s:I, s:I, s:I, s:I, s:o*}", "freed_bytes", (json_int_t)result.bytes, "memory_layers",
 					 (json_int_t)result.memory_layers, "disk_layers", (json_int_t)result.disk_layers,
 					 "kept_disk_layers", (json_int_t)result.kept_disk_layers, "forgotten",
-					 (json_int_t)result.forgotten));
+					 (json_int_t)result.forgotten, "rebuilt", rebuilt));
 		return 0;
 	}
+	json_decref(rebuilt);
 	cli_format_size(size, result.bytes);
 	printf("%s given back: %llu memory layers, %llu disk layers\n", size, (unsigned long long)result.memory_layers,
 	       (unsigned long long)result.disk_layers);
@@ -131,7 +153,10 @@ static const struct cli_option rm_options[] = {
 	{"force", 'f', NULL, "remove checkpoints with their tags"},
 	{0},
 };
-static const struct cli_option none[] = {{0}};
+static const struct cli_option gc_options[] = {
+	{"rebuild", 0, NULL, "first make the catalogue anew from the checkpoints; no VM may run on the store"},
+	{0},
+};
 
 const struct cli_command cli_rm = {
 	.name = "rm",
@@ -150,10 +175,10 @@ const struct cli_command cli_rm = {
 };
 const struct cli_command cli_gc = {
 	.name = "gc",
-	.synopsis = "",
+	.synopsis = "[--rebuild]",
 	.summary = "give back the space of what nothing needs",
 	.help = "Removes memory and disk layers that no checkpoint needs and no disk of a VM stands on: what commands that were\n"
 		"killed left, and disk layers of removed checkpoints. Safe at any time.",
-	.options = none,
+	.options = gc_options,
 	.run = run_gc,
 };

@@ -11,8 +11,11 @@
 
 void cli_print_json(json_t *document)
 {
-	json_dumpf(document, stdout, JSON_INDENT(2));
-	putchar('\n');
+	char *text = json_dumps(document, JSON_INDENT(2)); /* at once: json_dumpf writes piece by piece */
+
+	if (text)
+		puts(text);
+	free(text);
 	json_decref(document);
 }
 

@@ -57,8 +57,11 @@ int catalog_error_locked(struct store *store, const char *what, struct err *err)
 	int code = sqlite3_errcode(store->db);
 	int number = code == SQLITE_BUSY ? EBUSY : code == SQLITE_FULL ? ENOSPC : EIO;
 
-	err_set(err, code == SQLITE_CORRUPT || code == SQLITE_NOTADB ? ERR_DAMAGED : ERR_FAILED, number,
-		"%s/catalog.db: %s: %s", store->path, what, sqlite3_errmsg(store->db));
+	/* ERROR: our statements are right, so the tables are not what they must be. */
+	bool damaged = code == SQLITE_CORRUPT || code == SQLITE_NOTADB || code == SQLITE_ERROR;
+	err_set(err, damaged ? ERR_DAMAGED : ERR_FAILED, number, "%s/catalog.db: %s: %s", store->path, what, sqlite3_errmsg(store->db));
+	if (damaged)
+		err_hint(err, "`vmcp gc --rebuild` makes it anew from the checkpoints");
 	if (number == ENOSPC)
 		err_hint(err, "free space on that filesystem");
 	return -number;
@@ -153,16 +156,31 @@ static int upgrade(struct store *store, struct err *err)
 	return rc;
 }
 
-int catalog_open(struct store *store, struct err *err)
+static int open_file(struct store *store, const char *name, struct err *err)
 {
-	char *path = xasprintf("%s/catalog.db", store->path);
-	int version, rc = sqlite3_open_v2(path, &store->db, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, NULL);
+	char *path = xasprintf("%s/%s", store->path, name);
+	int rc = sqlite3_open_v2(path, &store->db, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, NULL);
 
 	free(path);
 	if (rc != SQLITE_OK)
 		return catalog_error_locked(store, "open", err);
 	sqlite3_busy_timeout(store->db, BUSY_MS);
-	rc = set_wal(store, err);
+	return 0;
+}
+
+int catalog_make(struct store *store, const char *name, struct err *err)
+{
+	int rc = open_file(store, name, err);
+
+	return rc ? rc : upgrade(store, err);
+}
+
+int catalog_open(struct store *store, struct err *err)
+{
+	int version, rc = open_file(store, "catalog.db", err);
+
+	if (!rc)
+		rc = set_wal(store, err);
 	if (!rc)
 		rc = catalog_run_locked(store, "PRAGMA synchronous = NORMAL", err);
 	if (!rc)

@@ -304,6 +304,13 @@ static int need_all_vm_images(struct collection *g, struct err *err)
 	return rc;
 }
 
+/* rebuild.c could not find out. */
+static int unknown_images(struct err *err)
+{
+	err_set(err, ERR_FAILED, ENOTSUP, "images: which of them stand on layers of this store was lost with the old catalogue");
+	return err_hint(err, "disk layers that no checkpoint names stay, as an image outside the store may stand on them");
+}
+
 static int need_noted_images(struct collection *g, struct err *err)
 {
 	CLEANUP_BUF struct buf paths = BUF_INIT;
@@ -319,7 +326,7 @@ static int need_noted_images(struct collection *g, struct err *err)
 	sqlite3_finalize(s);
 	pthread_mutex_unlock(&g->store->lock);
 	for (size_t at = 0; !rc && at < paths.length; at += strlen((char *)paths.data + at) + 1)
-		rc = need_chain(g, xstrdup((char *)paths.data + at), err);
+		rc = !strcmp((char *)paths.data + at, STORE_UNKNOWN_IMAGES) ? unknown_images(err) : need_chain(g, xstrdup((char *)paths.data + at), err);
 	return rc;
 }
 

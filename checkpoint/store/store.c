@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #include <xxhash.h>
 
@@ -18,6 +19,7 @@
 #include "checkpoint/store/store_internal.h"
 
 #define FORMAT_FILE	"format"
+#define SHARE_TRIES	1500 /* of 20 ms */
 #define STATE_MAX_BYTES (1ull << 30)
 #define MISSING_HINT	"`vmcp run` makes it; another one is named by --store or VMCP_STORE"
 
@@ -147,12 +149,31 @@ static int open_folders(struct store *store, struct err *err)
 	return 0;
 }
 
-int store_open(const char *path, bool create, struct store **out, struct err *err)
+/* Held while the store is open. Who makes the catalogue anew has it alone, for moments. */
+static int share(struct store *store, struct err *err)
+{
+	const struct timespec moment = {.tv_nsec = 20000000};
+	struct flock lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET};
+
+	store->format_fd = openat(store->dir, FORMAT_FILE, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+	if (store->format_fd < 0)
+		return err_sys(err, errno, "%s/%s", store->path, FORMAT_FILE);
+	for (unsigned tries = 0; fcntl(store->format_fd, F_OFD_SETLK, &lock); tries++) {
+		if (tries == SHARE_TRIES) {
+			err_set(err, ERR_STATE, EBUSY, "%s: its catalogue is being made anew", store->path);
+			return err_hint(err, "try again when `vmcp gc --rebuild` has ended");
+		}
+		nanosleep(&moment, NULL);
+	}
+	return 0;
+}
+
+int store_open_folders(const char *path, bool create, struct store **out, struct err *err)
 {
 	struct store *store = xcalloc(1, sizeof(*store));
 	int rc;
 
-	store->checkpoints_dir = store->layers_dir = store->vms_dir = store->staging_dir = -1;
+	store->checkpoints_dir = store->layers_dir = store->vms_dir = store->staging_dir = store->format_fd = -1;
 	pthread_mutex_init(&store->lock, NULL);
 	store->path = xstrdup(path);
 	store->dir = rc = file_open_dir(AT_FDCWD, path, create, err);
@@ -170,11 +191,9 @@ int store_open(const char *path, bool create, struct store **out, struct err *er
 	}
 	rc = check_format(store, create, err);
 	if (!rc)
+		rc = share(store, err);
+	if (!rc)
 		rc = open_folders(store, err);
-	if (!rc)
-		rc = catalog_open(store, err);
-	if (!rc)
-		rc = draft_recover(store, err);
 	if (rc)
 		goto fail;
 	*out = store;
@@ -184,12 +203,28 @@ fail:
 	return rc < 0 ? rc : -EIO;
 }
 
+int store_open(const char *path, bool create, struct store **out, struct err *err)
+{
+	int rc = store_open_folders(path, create, out, err);
+
+	if (rc)
+		return rc;
+	rc = catalog_open(*out, err);
+	if (!rc)
+		rc = draft_recover(*out, err);
+	if (!rc)
+		return 0;
+	store_close(*out);
+	*out = NULL;
+	return rc < 0 ? rc : -EIO;
+}
+
 void store_close(struct store *store)
 {
 	if (!store)
 		return;
 	catalog_close(store);
-	const int fds[] = {store->dir, store->checkpoints_dir, store->layers_dir, store->vms_dir, store->staging_dir};
+	const int fds[] = {store->dir, store->checkpoints_dir, store->layers_dir, store->vms_dir, store->staging_dir, store->format_fd};
 	for (size_t i = 0; i < ARRAY_LENGTH(fds); i++)
 		if (fds[i] >= 0)
 			close(fds[i]);

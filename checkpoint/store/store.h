@@ -225,6 +225,16 @@ int store_gc(struct store *store, struct store_gc_result *out, struct err *err);
 /* Remembers that the image at `path` may stand on layers of this store. Before it does. */
 int store_note_image(struct store *store, const char *path, struct err *err);
 
+struct store_rebuilt {
+	uint64_t checkpoints, vms, tags; /* in the new catalogue; tags: taken over from the old one */
+	bool lost_vms, lost_tags, lost_images; /* the old one could not be read to the end */
+};
+/*
+ * Makes the catalogue anew from manifests and indices; what it alone knows is taken over from the old one as far as that can be read. For a store that no
+ * process has open: -EBUSY, ERR_STATE. If it is not known any more which images stand on layers, store_gc leaves all disk layers alone from then on.
+ */
+int store_rebuild(const char *path, struct store_rebuilt *out, struct err *err);
+
 /*
  * The memory layers that a consolidation may merge: of those in `layers` the ones that are no checkpoint's own layer, and that no checkpoint
  * names but periodic ones of `vm` without a tag: others keep them in any case. Sets may[i].

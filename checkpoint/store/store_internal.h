@@ -17,12 +17,21 @@
 struct store {
 	char *path; /* absolute; immutable, like the descriptors */
 	int dir, checkpoints_dir, layers_dir, vms_dir, staging_dir;
+	int format_fd; /* with a read lock: rebuild.c has to be alone */
 	pthread_mutex_t lock;
 	sqlite3 *db; /* under lock */
 };
 
+/* store.c: without the catalogue. */
+int store_open_folders(const char *path, bool create, struct store **out, struct err *err);
+
+/* In the table `images`: there are some that are not known. */
+#define STORE_UNKNOWN_IMAGES "?"
+
 /* catalog.c. All take the lock themselves unless their name says _locked. */
 int catalog_open(struct store *store, struct err *err);
+/* Makes a new database of that name in the store, filled from the manifests, and opens it. */
+int catalog_make(struct store *store, const char *name, struct err *err);
 void catalog_close(struct store *store);
 /* Runs statements without results. */
 int catalog_run_locked(struct store *store, const char *sql, struct err *err);

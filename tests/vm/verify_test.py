@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
-"""Whole VMs with the tiny guest: what `verify` finds, what other commands do with damage, and what is read out of checkpoints (diff, dump)."""
+"""Whole VMs with the tiny guest: what `verify` finds, what other commands do with damage, and what is read out of checkpoints (diff, dump).
 
+VMCP_TEST_FLIPS sets how many bytes are flipped (350), VMCP_TEST_SEED where."""
+
+import json
 import os
+import random
 import re
 import shutil
 import struct
@@ -206,6 +210,150 @@ def test_dump_is_read_by_gdb(env):
                          capture_output=True, text=True, check=True, timeout=60).stdout
     check(re.search(r"^rip +0x10[0-9a-f]{4} ", out, re.M) and re.search(r"^cs +0x", out, re.M), f"registers, at CPL 3 in the guest's code: {out}")
     check(f"0x{word:016x}" in out, f"memory as gdb reads it: {out}")
+
+
+# --- flipped bytes ---
+
+KINDS = ("manifest", "state", "index", "mem", "sums", "qcow2", "catalog")
+
+
+def files_of(env, ids):
+    layers = os.path.join(env.store, "layers")
+    files = {kind: [os.path.join(env.store, "checkpoints", one, kind) for one in ids] for kind in ("manifest", "state", "index")}
+    for kind in ("mem", "sums", "qcow2"):
+        files[kind] = sorted(os.path.join(layers, name) for name in os.listdir(layers) if name.endswith("." + kind))
+    files["catalog"] = [os.path.join(env.store, "catalog.db")]
+    return files
+
+
+def json_or_none(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError:
+        return None
+
+
+def layer_needs(env, ids):
+    """{layer: pages that any of the checkpoints takes from it}."""
+    needs = {}
+    for one in ids:
+        for layer, pages in index_pages(env, one).items():
+            needs.setdefault(layer, set()).update(pages)
+    return needs
+
+
+def matters(kind, path, offset, needs, places, manifest):
+    """Whether a checkpoint reads otherwise for the flip, by the format's description. None: it may, or may not."""
+    layer = os.path.basename(path).split(".")[0]
+    if kind == "manifest":
+        return json_or_none(path) != manifest
+    if kind in ("state", "index", "qcow2"):
+        return True
+    if kind == "mem":
+        return offset // 4096 in {places[layer][page] for page in needs.get(layer, ())}
+    if kind == "sums":
+        pages = list(places[layer])
+        return True if offset < 32 or pages[(offset - 32) // 16] in needs.get(layer, ()) else None
+    return None
+
+
+def try_start(env, one, want):
+    """A start from a damaged store refuses, ends with an error, or the guest is what it was."""
+    started = env.vmcp("run", "--from", one, "--name", "again", "--detach", status=None)
+    check(started.status in (0, 1, 4, 5), f"a start: {started}")
+    if started.status != 0:
+        check(started.err.startswith("vmcp: "), f"a refusal says why: {started}")
+        return "refused"
+    guest = env.attach_tiny("again")
+    try:
+        guest.set("pause", timeout=20)
+        got = {key: value for key, value in guest.sum().items() if key in want}
+    except Exception:
+        states = {vm["name"]: vm["state"] for vm in env.vmcp_json("ps")["vms"]}
+        check(states["again"] in ("crashed", "stopped"), f"the VM neither answers nor ended: {states}")
+        return "ended"
+    finally:
+        guest.console.close()
+        env.vmcp("kill", "again", status=None)
+    check_equal(got, want, "what the guest is after a start")
+    return "right"
+
+
+class Catalog:
+    """The catalogue as it was, to be put back."""
+
+    def __init__(self, env):
+        self.env, self.path = env, os.path.join(env.store, "catalog.db")
+        self.log = env.vmcp_json("log")
+        with open(self.path, "rb") as file:
+            self.bytes = file.read()
+
+    def put_back(self):
+        for suffix in ("-wal", "-shm"):
+            if os.path.exists(self.path + suffix):
+                os.unlink(self.path + suffix)
+        with open(self.path, "wb") as file:
+            file.write(self.bytes)
+
+    def check_flipped(self, ids, where, thorough):
+        """No command crashes; what the log says of checkpoints is right, or verify finds the damage, or it is an error; --rebuild mends it."""
+        result = self.env.vmcp("verify", "--json", status=None)
+        check(result.status in (0, 1, 5), f"{where}: {result}")
+        log = self.env.vmcp("log", "--json", status=None)
+        check(log.status in (0, 1, 5), f"{where}: {log}")
+        if result.status == 0:
+            check_equal(log.json["checkpoints"], self.log["checkpoints"], f"{where}: the log")
+        if thorough:
+            mended = self.env.vmcp("gc", "--rebuild", status=0)
+            check_equal({one["id"] for one in self.env.vmcp_json("log")["checkpoints"]}, set(ids), f"{where}: rebuilt: {mended}")
+            check_equal(verify(self.env)[0], {one: [] for one in ids}, f"{where}: rebuilt")
+        return result.status != 0
+
+
+def test_flipped_bytes(env):
+    """Bytes flipped at random places of every kind of file: verify finds each that matters, starts refuse or are right, nothing crashes."""
+    seed = int(os.environ.get("VMCP_TEST_SEED", "5"))
+    total = int(os.environ.get("VMCP_TEST_FLIPS", "350"))
+    rng = random.Random(seed)
+    disk = env.image("disk.qcow2", "8M")
+    guest = env.start_tiny(memory="16M", cmdline="set=2M rate=4000 disk=1 disk_blocks=128 qd=4 report=0", disks=[("data", disk)])
+    ids, sums = take(env, guest, 6)
+    env.vmcp("tag", ids[2], "second")
+    env.vmcp("kill", "tiny")
+    files = files_of(env, ids)
+    needs = layer_needs(env, ids)
+    places = {os.path.basename(path).split(".")[0]: store_memory.read_places(path) for path in files["sums"]}
+    check(all(files.values()), f"a kind of file is missing: {files}")
+    catalog = Catalog(env)
+    counts = {kind: [0, 0, 0] for kind in KINDS}  # flipped, found, of no matter
+    starts = {}
+    for number in range(total):
+        kind = KINDS[number % len(KINDS)]
+        path = rng.choice(files[kind])
+        offset, mask = rng.randrange(os.path.getsize(path)), rng.randrange(1, 256)
+        manifest = json_or_none(path) if kind == "manifest" else None
+        with Flipped(path, offset, mask):
+            where = f"seed {seed} number {number}: {path} offset {offset} mask {mask:#x}"
+            if kind == "catalog":
+                found = catalog.check_flipped(ids, where, number % 5 == 0)
+                counts[kind][1 if found else 2] += 1
+            else:
+                must = matters(kind, path, offset, needs, places, manifest)
+                result = env.vmcp("verify", *ids, "--json", status=None)
+                check(result.status == 5 if must else result.status == 0 if must is False else result.status in (0, 5), f"{where}: {must}: {result}")
+                counts[kind][1 if result.status == 5 else 2] += 1
+                if number % 25 == 0 and kind != "qcow2":
+                    one = rng.choice(ids)
+                    got = try_start(env, one, sums[one])
+                    starts[got] = starts.get(got, 0) + 1
+        counts[kind][0] += 1
+        if kind == "catalog":
+            catalog.put_back()
+    for kind, (flipped, found, harmless) in counts.items():
+        print(f"  {kind}: {flipped} flipped, {found} found, {harmless} of no matter")
+    print(f"  starts beside damage: {starts}")
+    check_equal(set(verify(env, *ids)[0]), set(ids), "mended, all are whole")
 
 
 if __name__ == "__main__":
