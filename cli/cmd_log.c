@@ -94,31 +94,46 @@ static int tree_read(const struct cli *cli, const char *vm, struct tree *tree, s
 
 static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
 
-static json_t *log_to_json(const struct tree *tree, const char *vm)
+static json_t *checkpoint_to_json(const struct tree *tree, const struct store_checkpoint *c)
 {
-	json_t *checkpoints = json_array(), *vms = json_array();
+	json_t *children = json_array();
+	size_t first, end;
 
-	for (size_t i = 0; i < tree->count; i++) {
-		const struct store_checkpoint *c = &tree->list[i];
-		json_t *children = json_array();
-		size_t first, end;
+	find_children(tree, c->id, &first, &end);
+	for (size_t j = first; j < end; j++)
+		json_array_append_new(children, json_string(tree->list[tree->by_parent[j]].id));
+	return json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:I, s:s, s:b}", "id", c->id, "vm", c->vm, "parent", text_or_null(c->parent),
+			 "children", children, "created", control_time_to_json(c->created_wall_ns), "tag", text_or_null(c->tag), "message",
+			 text_or_null(c->message), "size_bytes", (json_int_t)c->size_bytes, "durability", "durable", "periodic", c->periodic);
+}
 
-		find_children(tree, c->id, &first, &end);
-		for (size_t j = first; j < end; j++)
-			json_array_append_new(children, json_string(tree->list[tree->by_parent[j]].id));
-		json_array_append_new(checkpoints,
-				      json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:I, s:s, s:b}", "id", c->id, "vm",
-						c->vm, "parent", text_or_null(c->parent), "children", children,
-						"created", control_time_to_json(c->created_wall_ns), "tag",
-						text_or_null(c->tag), "message", text_or_null(c->message), "size_bytes",
-						(json_int_t)c->size_bytes, "durability", "durable", "periodic",
-						c->periodic));
-	}
+/* One element of a list, on a line of its own. Steals it. */
+static void print_element(json_t *element, bool last)
+{
+	char *text = json_dumps(element, JSON_COMPACT);
+
+	printf("    %s%s\n", text ? text : "null", last ? "" : ",");
+	free(text);
+	json_decref(element);
+}
+
+/* Element by element: thousands of them as one document would take longer to make than to find. */
+static void print_json(const struct tree *tree, const char *vm)
+{
+	size_t shown = 0, all = 0;
+
+	printf("{\n  \"checkpoints\": [\n");
+	for (size_t i = 0; i < tree->count; i++)
+		print_element(checkpoint_to_json(tree, &tree->list[i]), i + 1 == tree->count);
+	printf("  ],\n  \"vms\": [\n");
+	for (size_t i = 0; i < tree->vm_count; i++)
+		all += !vm || !strcmp(tree->vms[i].name, vm);
 	for (size_t i = 0; i < tree->vm_count; i++)
 		if (!vm || !strcmp(tree->vms[i].name, vm))
-			json_array_append_new(vms, json_pack("{s:s, s:s, s:o}", "name", tree->vms[i].name, "state",
-							     tree->vms[i].state, "at", text_or_null(tree->vms[i].at)));
-	return json_pack("{s:o, s:o}", "checkpoints", checkpoints, "vms", vms);
+			print_element(json_pack("{s:s, s:s, s:o}", "name", tree->vms[i].name, "state", tree->vms[i].state, "at",
+						text_or_null(tree->vms[i].at)),
+				      ++shown == all);
+	printf("  ]\n}\n");
 }
 
 /* Names of the VMs that stand at a checkpoint: " <- web, api". */
@@ -211,7 +226,7 @@ static int run_log(struct cli *cli, struct err *err)
 	if (rc)
 		return rc;
 	if (cli->json) {
-		cli_print_json(log_to_json(&tree, vm));
+		print_json(&tree, vm);
 	} else {
 		printf("%-12s  %5s  %-12s  %6s  %-16s %s\n", "ID", "AGE", "PARENT", "SIZE", "TAG", "MESSAGE");
 		if (cli_given(cli, "graph"))
