@@ -302,11 +302,27 @@ static void replace_by_second(struct verify_result *first, struct verify_result 
 	second->damages = NULL;
 }
 
+/* What only checkpoints have that are gone by now is no damage. */
 static void count_blame(struct verify_result *result)
 {
+	uint32_t *numbers = xcalloc(result->damage_count + 1, sizeof(*numbers)), kept = 0;
 	for (size_t i = 0; i < result->checkpoint_count; i++)
 		for (size_t k = 0; k < result->checkpoints[i].damage_count; k++)
 			result->damages[result->checkpoints[i].damages[k]].checkpoints++;
+	for (size_t i = 0; i < result->damage_count; i++) {
+		numbers[i] = kept;
+		if (result->damages[i].checkpoints) {
+			result->damages[kept++] = result->damages[i];
+			continue;
+		}
+		free(result->damages[i].file);
+		free(result->damages[i].message);
+	}
+	result->damage_count = kept;
+	for (size_t i = 0; i < result->checkpoint_count; i++)
+		for (size_t k = 0; k < result->checkpoints[i].damage_count; k++)
+			result->checkpoints[i].damages[k] = numbers[result->checkpoints[i].damages[k]];
+	free(numbers);
 }
 
 static int add_checkpoint(struct verify_result *result, const char *id, struct err *err)
