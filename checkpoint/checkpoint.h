@@ -64,7 +64,14 @@ int ckpt_engine_create(const struct ckpt_engine_config *config, struct ckpt_engi
 /* Cancels and waits for a checkpoint under way. The VM is stopped or quiesced. */
 void ckpt_engine_destroy(struct ckpt_engine *engine);
 
-enum ckpt_wait { CKPT_WAIT_CAPTURED, CKPT_WAIT_DURABLE };
+/*
+ * How safe a checkpoint is. CAPTURED: it is whole in this process, and dies with it. WRITTEN: all is handed to the filesystem, though not synced; it comes to be
+ * by its commit. DURABLE: committed; a crash of the host does not hurt it.
+ */
+enum ckpt_level { CKPT_NOTHING, CKPT_CAPTURED, CKPT_WRITTEN, CKPT_DURABLE };
+const char *ckpt_level_name(enum ckpt_level level); /* "captured", ...; "" for nothing */
+
+enum ckpt_wait { CKPT_WAIT_CAPTURED, CKPT_WAIT_DURABLE, CKPT_WAIT_WRITTEN };
 
 /* When the instant of a live checkpoint comes: as soon as can be, at the price of write faults until all is saved; or at the end
  * of the save, with the guest at its speed meanwhile. */
@@ -78,7 +85,9 @@ struct ckpt_request {
 	uint64_t max_rate;   /* of writing memory, bytes a second; 0: as fast as it goes */
 	const char *tag;     /* NULL: none. Must be free: -EEXIST, ERR_STATE */
 	const char *message; /* NULL: none */
-	enum ckpt_wait wait; /* CAPTURED: return after resume; the rest goes on in the background */
+	/* CAPTURED: return after resume; the rest goes on in the background. WRITTEN is machine_checkpoint's: here it is as DURABLE. */
+	enum ckpt_wait wait;
+	uint64_t deadline_ns; /* clock_now_ns; 0: none. It only tells ckpt_cancel_late */
 };
 
 struct ckpt_disk_result {
@@ -91,6 +100,7 @@ struct ckpt_disk_result {
 struct ckpt_result {
 	char id[STORE_ID_BYTES], parent[STORE_ID_BYTES];
 	bool live, durable;
+	bool written; /* what ckpt_wait_written waited for */
 	uint64_t created_wall_ns;
 	uint64_t pause_ns, quiesce_ns, state_ns, disks_ns, memory_ns, resume_ns;
 	uint64_t captured_ns; /* request to captured */
@@ -119,8 +129,12 @@ int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, st
 /* Waits for a checkpoint that runs in the background, and gives its final result; 0 and result->id "" if there is none.
  */
 int ckpt_wait(struct ckpt_engine *engine, struct ckpt_result *result, struct err *err);
+/* The same until all is written; *result of the capture is kept, marked written. One that is durable or failed by then is told as by ckpt_wait. */
+int ckpt_wait_written(struct ckpt_engine *engine, struct ckpt_result *result, struct err *err);
 struct ckpt_progress {
 	bool active;
+	enum ckpt_level level;
+	uint64_t created_wall_ns; /* the instant that it shows, once it is captured */
 	char id[STORE_ID_BYTES];
 	const char *phase; /* "stage", "pause", "memory", "in-flight I/O", "disks", "commit" */
 	uint64_t done_pages, total_pages;
@@ -134,6 +148,9 @@ bool ckpt_cancel(struct ckpt_engine *engine, struct ckpt_progress *what);
 
 /* The same, but only for one that was asked for as periodic. */
 bool ckpt_cancel_periodic(struct ckpt_engine *engine);
+
+/* The same, but only for one whose deadline has passed. */
+bool ckpt_cancel_late(struct ckpt_engine *engine);
 
 struct ckpt_revert_result {
 	char id[STORE_ID_BYTES];

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "base/buf.h"
 #include "base/log.h"
 #include "checkpoint/engine_internal.h"
@@ -138,6 +139,7 @@ int operation_begin(struct ckpt_engine *engine, enum operation_kind kind, struct
 		engine->activity = ENGINE_BUSY;
 		engine->cancellable = kind == OPERATION_TAKE;
 		engine->periodic = false;
+		engine->deadline_ns = 0;
 		__atomic_store_n(&engine->cancel, false, __ATOMIC_RELAXED);
 		engine->progress = (struct ckpt_progress){.active = kind == OPERATION_TAKE, .phase = "stage"};
 	}
@@ -214,10 +216,24 @@ int ckpt_wait(struct ckpt_engine *engine, struct ckpt_result *result, struct err
 	return r;
 }
 
-static bool cancel(struct ckpt_engine *engine, bool periodic_only, struct ckpt_progress *what)
+int ckpt_wait_written(struct ckpt_engine *engine, struct ckpt_result *result, struct err *err)
 {
 	pthread_mutex_lock(&engine->lock);
-	bool there = engine->activity != ENGINE_FREE && engine->cancellable && (engine->periodic || !periodic_only);
+	while (engine->activity == ENGINE_BACKGROUND && engine->progress.level < CKPT_WRITTEN)
+		pthread_cond_wait(&engine->changed, &engine->lock);
+	bool under_way = engine->activity == ENGINE_BACKGROUND;
+	pthread_mutex_unlock(&engine->lock);
+	result->written = under_way;
+	return under_way ? 0 : ckpt_wait(engine, result, err);
+}
+
+enum who { WHO_ANY, WHO_PERIODIC, WHO_LATE };
+
+static bool cancel(struct ckpt_engine *engine, enum who who, struct ckpt_progress *what)
+{
+	pthread_mutex_lock(&engine->lock);
+	bool there = engine->activity != ENGINE_FREE && engine->cancellable && (engine->periodic || who != WHO_PERIODIC) &&
+		     (who != WHO_LATE || (engine->deadline_ns && clock_now_ns() >= engine->deadline_ns));
 	if (there)
 		__atomic_store_n(&engine->cancel, true, __ATOMIC_RELAXED);
 	if (there && what)
@@ -226,9 +242,11 @@ static bool cancel(struct ckpt_engine *engine, bool periodic_only, struct ckpt_p
 	return there;
 }
 
-bool ckpt_cancel(struct ckpt_engine *engine, struct ckpt_progress *what) { return cancel(engine, false, what); }
+bool ckpt_cancel(struct ckpt_engine *engine, struct ckpt_progress *what) { return cancel(engine, WHO_ANY, what); }
 
-bool ckpt_cancel_periodic(struct ckpt_engine *engine) { return cancel(engine, true, NULL); }
+bool ckpt_cancel_periodic(struct ckpt_engine *engine) { return cancel(engine, WHO_PERIODIC, NULL); }
+
+bool ckpt_cancel_late(struct ckpt_engine *engine) { return cancel(engine, WHO_LATE, NULL); }
 
 /* --- what others ask --- */
 
@@ -238,6 +256,21 @@ void engine_set_phase(struct ckpt_engine *engine, const char *phase)
 	engine->progress.phase = phase;
 	engine->progress.waits_for[0] = '\0';
 	pthread_mutex_unlock(&engine->lock);
+}
+
+void engine_set_level(struct ckpt_engine *engine, enum ckpt_level level, uint64_t created_wall_ns)
+{
+	pthread_mutex_lock(&engine->lock);
+	engine->progress.level = level;
+	engine->progress.created_wall_ns = created_wall_ns;
+	pthread_cond_broadcast(&engine->changed);
+	pthread_mutex_unlock(&engine->lock);
+}
+
+const char *ckpt_level_name(enum ckpt_level level)
+{
+	static const char *const names[] = {[CKPT_NOTHING] = "", [CKPT_CAPTURED] = "captured", [CKPT_WRITTEN] = "written", [CKPT_DURABLE] = "durable"};
+	return names[level];
 }
 
 void engine_report(void *opaque, const char *waits_for)

@@ -72,6 +72,7 @@ struct ckpt_engine {
 	enum engine_activity activity;
 	bool cancellable;
 	bool periodic; /* the checkpoint under way was asked for by a timer */
+	uint64_t deadline_ns; /* the checkpoint under way was given, 0: none */
 	char position[STORE_ID_BYTES];
 	struct consolidated *consolidated; /* waits for the next checkpoint, or NULL */
 	struct err broken;   /* sticky: a revert failed half way */
@@ -128,6 +129,8 @@ void engine_keep_base(struct ckpt_engine *engine, const char *id, struct page_in
 /* Gives it out, if it is that of checkpoint `id`. The caller frees it. */
 bool engine_take_base(struct ckpt_engine *engine, const char *id, struct page_index *out);
 void engine_set_phase(struct ckpt_engine *engine, const char *phase);
+/* Of the checkpoint under way, whose instant was `created_wall_ns`. */
+void engine_set_level(struct ckpt_engine *engine, enum ckpt_level level, uint64_t created_wall_ns);
 int engine_check_cancel(struct ckpt_engine *engine, struct err *err);
 /* What the checkpoint under way waits for, for its progress; "": nothing any more. `opaque` is the engine: for struct wait. */
 void engine_report(void *opaque, const char *waits_for);

@@ -183,6 +183,8 @@ static int commit(struct take *take, struct err *err)
 	engine_set_phase(engine, "commit");
 	int r = put_state(take, &put_bytes, err);
 	if (r == 0)
+		engine_set_level(engine, CKPT_WRITTEN, take->result.created_wall_ns);
+	if (r == 0)
 		r = engine_check_cancel(engine, err);
 	if (r == 0)
 		r = fault_check(FAULT_TAKE_BEFORE_COMMIT, err);
@@ -199,6 +201,7 @@ int take_persist(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
 	struct ckpt_result *result = &take->result;
+	engine_set_level(engine, CKPT_CAPTURED, result->created_wall_ns);
 	int r = save_memory(take, err);
 	if (r == 0)
 		r = finish_requests(take, err);

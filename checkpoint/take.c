@@ -250,6 +250,7 @@ int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, st
 	}
 	pthread_mutex_lock(&engine->lock);
 	engine->periodic = request->periodic;
+	engine->deadline_ns = request->deadline_ns;
 	pthread_mutex_unlock(&engine->lock);
 	struct take *take = take_new(engine, request);
 	cpu_set_t before;

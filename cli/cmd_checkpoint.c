@@ -74,7 +74,7 @@ static void canceller_stop(struct canceller *canceller)
 
 static json_t *text_or_null(const char *text) { return text ? json_string(text) : json_null(); }
 
-static int take(struct cli *cli, struct store *store, const char *vm, uint64_t max_rate, json_t **result, struct err *err)
+static int take(struct cli *cli, struct store *store, const char *vm, uint64_t max_rate, unsigned seconds, json_t **result, struct err *err)
 {
 	const char *wait = cli_value(cli, "wait"), *instant = cli_value(cli, "instant");
 	struct cli_progress progress = cli_progress_begin(cli, "checkpoint");
@@ -86,8 +86,9 @@ static int take(struct cli *cli, struct store *store, const char *vm, uint64_t m
 		return rc;
 	bool cancels = canceller_start(&canceller);
 	rc = control_call(client, "checkpoint.take",
-			  json_pack("{s:b, s:b, s:I, s:s, s:o, s:o, s:s}", "live", cli_given(cli, "live"), "full",
-				    cli_given(cli, "full"), "max_rate", (json_int_t)max_rate, "instant",
+			  json_pack("{s:b, s:b, s:I, s:I, s:s, s:o, s:o, s:s}", "live", cli_given(cli, "live"), "full",
+				    cli_given(cli, "full"), "max_rate", (json_int_t)max_rate, "timeout_ns",
+				    (json_int_t)seconds * 1000000000, "instant",
 				    instant ? instant : "now", "tag", text_or_null(cli_value(cli, "tag")), "message",
 				    text_or_null(cli_value(cli, "message")), "wait", wait ? wait : "durable"),
 			  cli_progress_show, &progress, result, err);
@@ -108,7 +109,8 @@ static void print_taken(const struct cli *cli, const json_t *result)
 	cli_format_duration(pause, (uint64_t)json_integer_value(json_object_get(result, "pause_ns")));
 	fflush(stdout);
 	if (!json_is_integer(json_object_get(result, "durable_ns"))) {
-		fprintf(stderr, "vmcp: captured, the VM stood still for %s; it is being written\n", pause);
+		fprintf(stderr, "vmcp: %s, the VM stood still for %s; it is not yet durable\n",
+			json_string_value(json_object_get(result, "durability")), pause);
 		return;
 	}
 	cli_format_duration(durable, (uint64_t)json_integer_value(json_object_get(result, "durable_ns")));
@@ -118,15 +120,16 @@ static void print_taken(const struct cli *cli, const json_t *result)
 static int run_checkpoint(struct cli *cli, struct err *err)
 {
 	const char *wait = cli_value(cli, "wait"), *tag = cli_value(cli, "tag"), *instant = cli_value(cli, "instant");
-	const char *max_rate = cli_value(cli, "max-rate");
+	const char *max_rate = cli_value(cli, "max-rate"), *timeout = cli_value(cli, "timeout");
+	unsigned seconds = 0;
 	char name[STORE_NAME_BYTES];
 	struct store *store;
 	json_t *result;
 	uint64_t rate = 0;
 	int rc = 0;
 
-	if (wait && strcmp(wait, "captured") && strcmp(wait, "durable")) {
-		err_set(err, ERR_USAGE, EINVAL, "--wait: '%s' is neither captured nor durable", wait);
+	if (wait && strcmp(wait, "captured") && strcmp(wait, "written") && strcmp(wait, "durable")) {
+		err_set(err, ERR_USAGE, EINVAL, "--wait: '%s' is not captured, written or durable", wait);
 		return err_hint(err, "durable is the default");
 	}
 	if (max_rate && (!size_parse(max_rate, &rate) || rate == 0 || rate > INT64_MAX)) {
@@ -137,13 +140,17 @@ static int run_checkpoint(struct cli *cli, struct err *err)
 		err_set(err, ERR_USAGE, EINVAL, "--instant: '%s' is neither now nor settled", instant);
 		return err_hint(err, "now is the default");
 	}
-	if (tag)
+	if (timeout)
+		rc = cli_parse_seconds("--timeout", timeout, &seconds, err);
+	if (!rc && timeout && seconds == 0)
+		rc = err_set(err, ERR_USAGE, EINVAL, "--timeout: no checkpoint takes less than a second for sure");
+	if (!rc && tag)
 		rc = store_check_name("--tag", tag, err);
 	if (!rc)
 		rc = cli_open_vm(cli, &store, name, err);
 	if (rc)
 		return rc;
-	rc = take(cli, store, name, rate, &result, err);
+	rc = take(cli, store, name, rate, seconds, &result, err);
 	store_close(store);
 	if (rc)
 		return rc;
@@ -309,7 +316,8 @@ static const struct cli_option checkpoint_options[] = {
 	{"message", 'm', "TEXT", "a note that `vmcp log` shows"},
 	{"tag", 't', "NAME", "a name for it"},
 	{"wait", 0, "WHAT",
-	 "captured: return when the VM runs again; durable (default): when all is on stable storage"},
+	 "captured: return when the VM runs again; written: when all is handed to the filesystem; durable (default): when it is on stable storage"},
+	{"timeout", 0, "SECONDS", "cancel it if what is waited for has not come by then"},
 	{0},
 };
 static const struct cli_option revert_options[] = {
@@ -320,11 +328,13 @@ static const struct cli_option none[] = {{0}};
 
 const struct cli_command cli_checkpoint = {
 	.name = "checkpoint",
-	.synopsis = "[--live] [--full] [--instant now|settled] [--max-rate SIZE] [VM] [-m TEXT] [--tag NAME] [--wait captured|durable]",
+	.synopsis = "[--live] [--full] [--instant now|settled] [--max-rate SIZE] [VM] [-m TEXT] [--tag NAME] [--wait captured|written|durable] [--timeout SECONDS]",
 	.summary = "save a VM: registers, devices, memory and disks at one instant",
 	.help = "Prints the checkpoint's id. Where one VM runs, VM may be left out. Ctrl-C cancels cleanly: the VM "
 		"runs on and\n"
 		"nothing of the checkpoint is left.\n\n"
+		"Captured, it is whole in the VM's process and dies with it; written, it is in the host's page cache; durable, a crash of the\n"
+		"host does not hurt it. `vmcp log` shows those that are not durable yet too.\n\n"
 		"Examples:\n"
 		"    vmcp checkpoint --live web --tag before-upgrade -m 'all tests pass'\n"
 		"    vmcp checkpoint --live --wait captured",

@@ -7,11 +7,14 @@
 #include "base/buf.h"
 #include "base/clock.h"
 #include "cli/cli.h"
+#include "control/client.h"
 #include "control/protocol.h"
 
 struct tree {
 	struct store_checkpoint *list;
 	size_t count;
+	size_t durable; /* the first so many are in the store; the others are what VMs are about to commit */
+	char (*levels)[16]; /* of the others */
 	size_t *by_parent; /* indices of the list, by parent, then in the list's order */
 	struct store_vm *vms;
 	size_t vm_count;
@@ -60,7 +63,72 @@ static void tree_free(struct tree *tree)
 		store_vm_free(&tree->vms[i]);
 	free(tree->list);
 	free(tree->by_parent);
+	free(tree->levels);
 	free(tree->vms);
+}
+
+/* Asks a VM for the checkpoint that it is about to commit. False if there is none. NULL allowed: phase. */
+static bool ask_pending(struct store *store, const char *vm, struct store_checkpoint *out, char level[16], json_t **document)
+{
+	struct control_client *client;
+	const char *id, *parent, *durability;
+	json_t *result = NULL;
+
+	*out = (struct store_checkpoint){0};
+	if (control_connect(store, vm, &client, NULL))
+		return false;
+	int rc = control_call(client, "checkpoint.pending", NULL, NULL, NULL, &result, NULL);
+	control_close(client);
+	id = rc ? NULL : json_string_value(json_object_get(result, "id"));
+	parent = rc ? NULL : json_string_value(json_object_get(result, "parent"));
+	durability = rc ? NULL : json_string_value(json_object_get(result, "durability"));
+	if (id) {
+		snprintf(out->id, sizeof(out->id), "%s", id);
+		snprintf(out->parent, sizeof(out->parent), "%s", parent ? parent : "");
+		snprintf(out->vm, sizeof(out->vm), "%s", vm);
+		snprintf(level, 16, "%s", durability ? durability : "");
+		out->created_wall_ns = (uint64_t)json_integer_value(json_object_get(result, "created_wall_ns"));
+	}
+	if (id && document)
+		*document = json_incref(result);
+	json_decref(result);
+	return id != NULL;
+}
+
+static bool has_id(const struct tree *tree, const char *id)
+{
+	for (size_t i = tree->durable; i-- > 0;)
+		if (!strcmp(tree->list[i].id, id))
+			return true;
+	return false;
+}
+
+/* The VMs were asked after the list was read: what has become durable in between is in neither, and one that is in both is durable. */
+static void add_pending(struct store *store, const char *vm, struct tree *tree)
+{
+	tree->durable = tree->count;
+	tree->levels = xcalloc(tree->vm_count + 1, sizeof(*tree->levels));
+	struct store_checkpoint *grown = xcalloc(tree->count + tree->vm_count + 1, sizeof(*grown));
+	if (tree->count)
+		memcpy(grown, tree->list, tree->count * sizeof(*grown));
+	free(tree->list);
+	tree->list = grown;
+	for (size_t i = 0; i < tree->vm_count; i++) {
+		const struct store_vm *one = &tree->vms[i];
+
+		if (!one->alive || (vm && strcmp(one->name, vm)))
+			continue;
+		if (ask_pending(store, one->name, &grown[tree->count], tree->levels[tree->count - tree->durable], NULL) &&
+		    !has_id(tree, grown[tree->count].id))
+			tree->count++;
+	}
+}
+
+static const char *level_of(const struct tree *tree, const struct store_checkpoint *c)
+{
+	size_t at = (size_t)(c - tree->list);
+
+	return at < tree->durable ? "durable" : tree->levels[at - tree->durable];
 }
 
 static int tree_read(const struct cli *cli, const char *vm, struct tree *tree, struct err *err)
@@ -84,6 +152,8 @@ static int tree_read(const struct cli *cli, const char *vm, struct tree *tree, s
 		rc = store_checkpoint_list(store, vm, &tree->list, &tree->count, err);
 	if (!rc)
 		rc = store_vm_list(store, &tree->vms, &tree->vm_count, err);
+	if (!rc)
+		add_pending(store, vm, tree);
 	store_close(store);
 	if (rc)
 		tree_free(tree);
@@ -104,7 +174,7 @@ static json_t *checkpoint_to_json(const struct tree *tree, const struct store_ch
 		json_array_append_new(children, json_string(tree->list[tree->by_parent[j]].id));
 	return json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:I, s:s, s:b}", "id", c->id, "vm", c->vm, "parent", text_or_null(c->parent),
 			 "children", children, "created", control_time_to_json(c->created_wall_ns), "tag", text_or_null(c->tag), "message",
-			 text_or_null(c->message), "size_bytes", (json_int_t)c->size_bytes, "durability", "durable", "periodic", c->periodic);
+			 text_or_null(c->message), "size_bytes", (json_int_t)c->size_bytes, "durability", level_of(tree, c), "periodic", c->periodic);
 }
 
 /* One element of a list, on a line of its own. Steals it. */
@@ -157,7 +227,11 @@ static void print_line(const struct tree *tree, const struct store_checkpoint *c
 	cli_format_size(size, c->size_bytes);
 	standing(tree, c->id, at, sizeof(at));
 	printf("%s%.12s  %5s  %-12.12s  %6s  %-16s %s%s\n", graph, c->id, age, c->parent[0] ? c->parent : "-", size,
-	       c->tag[0] ? c->tag : "-", c->message ? c->message : c->periodic ? "(periodic)" : "", at);
+	       c->tag[0] ? c->tag : "-", c->message				  ? c->message
+	       : (size_t)(c - tree->list) >= tree->durable ? level_of(tree, c)
+	       : c->periodic				  ? "(periodic)"
+							  : "",
+	       at);
 }
 
 /* A subtree still to be printed. The depth of a tree is the user's, so the walk keeps its own stack. */
@@ -281,7 +355,7 @@ static void print_show(const struct store_checkpoint *c)
 	       c->parent[0] ? c->parent : "-");
 	printf("tag         %s\nmessage     %s\ncreated     %s\n", c->tag[0] ? c->tag : "-",
 	       c->message ? c->message : "-", json_string_value(created));
-	printf("taken       %s%s, %u vCPU%s, pause %s, durable after %s\nsize        %s\n", c->periodic ? "by a timer, " : "", c->live ? "live" : "stopped",
+	printf("durability  durable\ntaken       %s%s, %u vCPU%s, pause %s, durable after %s\nsize        %s\n", c->periodic ? "by a timer, " : "", c->live ? "live" : "stopped",
 	       c->cpus, c->cpus == 1 ? "" : "s", pause, durable, size);
 	cli_format_size(size, c->memory_bytes);
 	cli_format_size(other, c->written_bytes);
@@ -300,6 +374,38 @@ static void print_show(const struct store_checkpoint *c)
 	json_decref(created);
 }
 
+/* One that is not in the store yet, by its id or the beginning of it: what its VM says. False: there is none. */
+static bool show_pending(const struct cli *cli, struct store *store)
+{
+	const char *reference = cli->arguments[0];
+	struct store_checkpoint c;
+	struct store_vm *vms;
+	json_t *document = NULL;
+	char level[16] = "";
+	size_t count;
+
+	if (strlen(reference) < 4 || store_vm_list(store, &vms, &count, NULL))
+		return false;
+	for (size_t i = 0; i < count; i++) {
+		if (vms[i].alive && !document && ask_pending(store, vms[i].name, &c, level, &document) && strncmp(c.id, reference, strlen(reference))) {
+			json_decref(document);
+			document = NULL;
+		}
+		store_vm_free(&vms[i]);
+	}
+	free(vms);
+	if (!document)
+		return false;
+	if (cli->json) {
+		cli_print_json(document);
+		return true;
+	}
+	printf("checkpoint  %s\nvm          %s\nparent      %s\ndurability  %s\nat          %s\n", c.id, c.vm, c.parent[0] ? c.parent : "-", level,
+	       json_string_value(json_object_get(document, "phase")));
+	json_decref(document);
+	return true;
+}
+
 static int run_show(struct cli *cli, struct err *err)
 {
 	struct store_checkpoint checkpoint;
@@ -310,6 +416,10 @@ static int run_show(struct cli *cli, struct err *err)
 	if (rc)
 		return rc;
 	rc = store_resolve(store, cli->arguments[0], id, err);
+	if (rc == -ENOENT && show_pending(cli, store)) {
+		store_close(store);
+		return 0;
+	}
 	if (!rc)
 		rc = store_checkpoint_get(store, id, &checkpoint, err);
 	store_close(store);

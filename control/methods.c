@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/log.h"
@@ -97,7 +98,7 @@ static json_t *result_to_json(const char *vm, const struct ckpt_request *request
 	return json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:s, s:I, s:o, s:o, s:o, s:I, s:o}", "id", r->id, "vm",
 			 vm, "parent", text_or_null(r->parent), "tag", text_or_null(request->tag), "message",
 			 text_or_null(request->message), "created", control_time_to_json(r->created_wall_ns), "live",
-			 r->live, "durability", r->durable ? "durable" : "captured", "pause_ns", number(r->pause_ns),
+			 r->live, "durability", ckpt_level_name(r->durable ? CKPT_DURABLE : r->written ? CKPT_WRITTEN : CKPT_CAPTURED), "pause_ns", number(r->pause_ns),
 			 "pause", pause, "memory", memory, "disks", disks, "captured_ns", number(r->captured_ns),
 			 "durable_ns", r->durable ? json_integer(number(r->durable_ns)) : json_null());
 }
@@ -169,6 +170,7 @@ struct reporter {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	bool stop;
+	bool late; /* its deadline passed, and it was cancelled */
 };
 
 static void send_progress(struct control_exchange *x)
@@ -200,8 +202,10 @@ static void *reporter_main(void *opaque)
 		until.tv_nsec += 200000000;
 		until.tv_sec += until.tv_nsec / 1000000000;
 		until.tv_nsec %= 1000000000;
-		if (pthread_cond_timedwait(&reporter->changed, &reporter->lock, &until) == ETIMEDOUT && !reporter->stop)
+		if (pthread_cond_timedwait(&reporter->changed, &reporter->lock, &until) == ETIMEDOUT && !reporter->stop) {
+			reporter->late |= ckpt_cancel_late(machine_engine(reporter->x->target->machine));
 			send_progress(reporter->x);
+		}
 	}
 	pthread_mutex_unlock(&reporter->lock);
 	return NULL;
@@ -213,6 +217,7 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 	struct reporter reporter = {.x = x, .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 	struct ckpt_result taken;
 	const char *wait, *instant;
+	uint64_t timeout_ns, started_ns = clock_now_ns();
 	int rc;
 
 	rc = get_bool(params, "live", &request.live, err);
@@ -228,20 +233,22 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 		rc = get_text(params, "instant", false, &instant, err);
 	if (!rc)
 		rc = get_count(params, "max_rate", &request.max_rate, err);
+	if (!rc)
+		rc = get_count(params, "timeout_ns", &timeout_ns, err);
 	if (rc)
 		return rc;
 	if (instant && strcmp(instant, "now") && strcmp(instant, "settled"))
 		return err_set(err, ERR_USAGE, EINVAL, "control message: `instant` is '%s', neither now nor settled", instant);
-	if (wait && strcmp(wait, "captured") && strcmp(wait, "durable"))
-		return err_set(err, ERR_USAGE, EINVAL, "control message: `wait` is '%s', neither captured nor durable",
-			       wait);
+	if (wait && strcmp(wait, "captured") && strcmp(wait, "written") && strcmp(wait, "durable"))
+		return err_set(err, ERR_USAGE, EINVAL, "control message: `wait` is '%s', not captured, written or durable", wait);
 	if (request.tag) {
 		rc = store_check_name("tag", request.tag, err);
 		if (rc)
 			return rc;
 	}
 	request.instant = instant && !strcmp(instant, "settled") ? CKPT_INSTANT_SETTLED : CKPT_INSTANT_NOW;
-	request.wait = wait && !strcmp(wait, "captured") ? CKPT_WAIT_CAPTURED : CKPT_WAIT_DURABLE;
+	request.wait = wait && !strcmp(wait, "captured") ? CKPT_WAIT_CAPTURED : wait && !strcmp(wait, "written") ? CKPT_WAIT_WRITTEN : CKPT_WAIT_DURABLE;
+	request.deadline_ns = timeout_ns ? started_ns + timeout_ns : 0;
 	bool reports = pthread_create(&reporter.thread, NULL, reporter_main, &reporter) == 0;
 	rc = machine_checkpoint(x->target->machine, &request, &taken, err);
 	if (reports) {
@@ -250,6 +257,10 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 		pthread_cond_signal(&reporter.changed);
 		pthread_mutex_unlock(&reporter.lock);
 		pthread_join(reporter.thread, NULL);
+	}
+	if (rc == -ECANCELED && reporter.late) {
+		rc = err_set(err, ERR_FAILED, ETIMEDOUT, "%s: the checkpoint was not done in time, and was cancelled", x->target->name);
+		err_hint(err, "the VM runs on; give it more time, or see what it waits for: `vmcp checkpoint` shows it");
 	}
 	if (!rc)
 		*result = result_to_json(x->target->name, &request, &taken);
@@ -266,6 +277,26 @@ static int checkpoint_cancel(struct control_exchange *x, const json_t *params, j
 	*result = json_pack("{s:s, s:s}", "id", what.id, "phase", what.phase);
 	if (what.waits_for[0])
 		json_object_set_new(*result, "waits_for", json_string(what.waits_for));
+	return 0;
+}
+
+/* The one that is under way, once it is captured. */
+static int checkpoint_pending(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	struct ckpt_engine *engine = machine_engine(x->target->machine);
+	char parent[STORE_ID_BYTES];
+	struct ckpt_progress now;
+
+	(void)params, (void)err;
+	ckpt_position(engine, parent);
+	ckpt_progress(engine, &now);
+	if (!now.active || now.level == CKPT_NOTHING) {
+		*result = json_object();
+		return 0;
+	}
+	*result = json_pack("{s:s, s:s, s:s, s:o, s:I, s:s, s:I, s:I}", "id", now.id, "vm", x->target->name, "durability", ckpt_level_name(now.level),
+			    "parent", text_or_null(parent), "created_wall_ns", number(now.created_wall_ns), "phase", now.phase, "done_pages",
+			    number(now.done_pages), "total_pages", number(now.total_pages));
 	return 0;
 }
 
@@ -389,6 +420,7 @@ static const struct method {
 	{"vm.revert", revert, false},
 	{"checkpoint.take", checkpoint_take, false},
 	{"checkpoint.cancel", checkpoint_cancel, false},
+	{"checkpoint.pending", checkpoint_pending, false},
 	{"console.attach", console_attach_method, true},
 };
 

@@ -430,7 +430,7 @@ static int take_checkpoint(struct machine *machine, const struct ckpt_request *r
 	pthread_mutex_unlock(&machine->turn);
 	if (rc || result->durable || request->wait == CKPT_WAIT_CAPTURED)
 		return rc;
-	return ckpt_wait(machine->engine, result, err);
+	return request->wait == CKPT_WAIT_WRITTEN ? ckpt_wait_written(machine->engine, result, err) : ckpt_wait(machine->engine, result, err);
 }
 
 static bool wait_for_turn(struct machine *machine, uint64_t ns)
