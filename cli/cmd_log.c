@@ -67,7 +67,7 @@ static void tree_free(struct tree *tree)
 	free(tree->vms);
 }
 
-/* Asks a VM for the checkpoint that it is about to commit. False if there is none. NULL allowed: phase. */
+/* Asks a VM for the checkpoint that it is about to commit. False if there is none. *document: all that it says; NULL: not asked for. */
 static bool ask_pending(struct store *store, const char *vm, struct store_checkpoint *out, char level[16], json_t **document)
 {
 	struct control_client *client;
@@ -103,24 +103,32 @@ static bool has_id(const struct tree *tree, const char *id)
 	return false;
 }
 
-/* The VMs were asked after the list was read: what has become durable in between is in neither, and one that is in both is durable. */
-static void add_pending(struct store *store, const char *vm, struct tree *tree)
+/* Of all VMs, or one. Before the list is read: what becomes durable in between is then in both, and else it would be in neither. */
+static void ask_all(struct store *store, const char *vm, struct tree *tree, struct store_checkpoint *pending, size_t *count)
 {
-	tree->durable = tree->count;
 	tree->levels = xcalloc(tree->vm_count + 1, sizeof(*tree->levels));
-	struct store_checkpoint *grown = xcalloc(tree->count + tree->vm_count + 1, sizeof(*grown));
+	for (size_t i = 0; i < tree->vm_count; i++) {
+		const struct store_vm *one = &tree->vms[i];
+
+		if (one->alive && (!vm || !strcmp(one->name, vm)))
+			*count += ask_pending(store, one->name, &pending[*count], tree->levels[*count], NULL);
+	}
+}
+
+static void add_pending(struct tree *tree, const struct store_checkpoint *pending, size_t count)
+{
+	struct store_checkpoint *grown = xcalloc(tree->count + count + 1, sizeof(*grown));
+
+	tree->durable = tree->count;
 	if (tree->count)
 		memcpy(grown, tree->list, tree->count * sizeof(*grown));
 	free(tree->list);
 	tree->list = grown;
-	for (size_t i = 0; i < tree->vm_count; i++) {
-		const struct store_vm *one = &tree->vms[i];
-
-		if (!one->alive || (vm && strcmp(one->name, vm)))
+	for (size_t i = 0; i < count; i++) {
+		if (has_id(tree, pending[i].id))
 			continue;
-		if (ask_pending(store, one->name, &grown[tree->count], tree->levels[tree->count - tree->durable], NULL) &&
-		    !has_id(tree, grown[tree->count].id))
-			tree->count++;
+		memmove(tree->levels[tree->count - tree->durable], tree->levels[i], sizeof(*tree->levels));
+		grown[tree->count++] = pending[i];
 	}
 }
 
@@ -149,11 +157,16 @@ static int tree_read(const struct cli *cli, const char *vm, struct tree *tree, s
 			store_vm_free(&known);
 	}
 	if (!rc)
+		rc = store_vm_list(store, &tree->vms, &tree->vm_count, err);
+	struct store_checkpoint *pending = xcalloc(tree->vm_count + 1, sizeof(*pending));
+	size_t count = 0;
+	if (!rc)
+		ask_all(store, vm, tree, pending, &count);
+	if (!rc)
 		rc = store_checkpoint_list(store, vm, &tree->list, &tree->count, err);
 	if (!rc)
-		rc = store_vm_list(store, &tree->vms, &tree->vm_count, err);
-	if (!rc)
-		add_pending(store, vm, tree);
+		add_pending(tree, pending, count);
+	free(pending);
 	store_close(store);
 	if (rc)
 		tree_free(tree);
@@ -420,6 +433,8 @@ static int run_show(struct cli *cli, struct err *err)
 		store_close(store);
 		return 0;
 	}
+	if (rc == -ENOENT) /* it may have been committed since */
+		rc = store_resolve(store, cli->arguments[0], id, err);
 	if (!rc)
 		rc = store_checkpoint_get(store, id, &checkpoint, err);
 	store_close(store);

@@ -542,7 +542,7 @@ def test_captured(env):
     taken = env.vmcp_json("checkpoint", "--live", "--wait", "captured", "tiny")
     check(taken["durability"] in ("captured", "durable"), "durability")
     deadline = time.monotonic() + 60
-    while env.vmcp("show", taken["id"], status=None).status != 0:
+    while env.vmcp_json("show", taken["id"])["durability"] != "durable":
         check(time.monotonic() < deadline, "the checkpoint does not become durable")
         time.sleep(0.05)
     env.vmcp_json("revert", taken["id"])
