@@ -414,6 +414,7 @@ int store_gc(struct store *store, struct store_gc_result *out, struct err *err)
 		int disks = need_disks(&g, &first);
 
 		rc = unlink_rest(&g, err);
+		disk_records_collect(store);
 		if (!rc && disks) {
 			rc = disks;
 			if (err)

@@ -241,6 +241,7 @@ static void clean_up(struct removal *r, int rc, struct err *later, struct store_
 		rc = fault_check(FAULT_STORE_REMOVE_FORGOTTEN, later);
 	if (!rc)
 		rc = unlink_dead(r, freed, later);
+	disk_records_keep(r->store, r->staged);
 	if (!rc)
 		rc = file_remove_tree(r->store->staging_dir, r->staged, later);
 	if (rc)
@@ -383,6 +384,7 @@ void remove_recover(struct store *store, const char *name)
 		rc = unlink_dead(&r, &freed, &error);
 	if (!rc) {
 		unlink_unnamed(&r);
+		disk_records_keep(store, name);
 		rc = file_remove_tree(store->staging_dir, name, &error);
 	}
 	if (rc)

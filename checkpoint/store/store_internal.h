@@ -93,6 +93,14 @@ int catalog_fill_locked(struct store *store, struct err *err);
 #define REMOVED_PREFIX "rm-"
 void remove_recover(struct store *store, const char *name);
 
+/* disk_record.c: checksums of disk layers that no manifest names any more */
+/* Of the layers that the checkpoint in staging/<staged> names. */
+void disk_records_keep(struct store *store, const char *staged);
+/* True if one is recorded of the very file that the layer is now. */
+bool disk_record_find(struct store *store, const char *layer, const char *format, uint64_t *bytes, uint64_t *xxh3);
+/* Removes records of layers that are gone. */
+void disk_records_collect(struct store *store);
+
 /* manifest.c */
 int manifest_encode(const struct store_checkpoint *checkpoint, struct buf *out, struct err *err);
 int manifest_decode(const char *what, const void *data, size_t length, struct store_checkpoint *out, struct err *err);

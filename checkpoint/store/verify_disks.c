@@ -1,6 +1,6 @@
 /*
- * Disk layers and what they stand on. A layer's checksum is in the manifests that name it; below a layer there are layers of older checkpoints, whose manifests
- * may be gone, and base images: of those no checksum is recorded, and they are only opened.
+ * Disk layers and what they stand on. A layer's checksum is in the manifests that name it, or was left beside it when those went (disk_record.c). Of base images, and of
+ * files that merges made, none is recorded: they are only opened.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -93,7 +93,8 @@ static int find_record(struct verify *v, struct needed_disk *disk, struct err *e
 		disk->recorded = true;
 		disk->bytes = found->file_bytes;
 		disk->xxh3 = found->xxh3;
-	}
+	} else if (r == 0)
+		disk->recorded = disk_record_find(v->store, key.layer, strrchr(disk->path, '.') + 1, &disk->bytes, &disk->xxh3);
 	return r;
 }
 

@@ -108,11 +108,19 @@ def test_verify_names_damage_and_sharers(env):
     check_equal({one for one in ids if errors[one]}, set(ids[2:]), "who stands on the missing disk layer")
     os.rename(os.path.join(layers, "away"), os.path.join(layers, image + ".qcow2"))
 
+    # Its checkpoint is removed: others stand on the layer, and it is still checked.
+    env.vmcp("rm", ids[2])
+    check_equal(verify(env)[1]["unrecorded"], [], "files without a checksum")
+    with Flipped(os.path.join(layers, image + ".qcow2"), 4097):
+        errors, _ = verify(env, status=5)
+        check_equal({one for one in errors if errors[one]}, set(ids[3:]), "who stands on a damaged disk layer that no checkpoint names")
+    ids.remove(ids[2])
+
     for name in ("manifest", "state", "index"):
-        with Flipped(os.path.join(env.store, "checkpoints", ids[3], name), 40):
+        with Flipped(os.path.join(env.store, "checkpoints", ids[2], name), 40):
             errors, _ = verify(env, status=5)
-            check_equal([one for one in ids if errors[one]], [ids[3]], f"a damaged {name} is one checkpoint's")
-            check(f"checkpoints/{ids[3]}/{name}" in errors[ids[3]][0], f"it names the file: {errors[ids[3]]}")
+            check_equal([one for one in ids if errors[one]], [ids[2]], f"a damaged {name} is one checkpoint's")
+            check(f"checkpoints/{ids[2]}/{name}" in errors[ids[2]][0], f"it names the file: {errors[ids[2]]}")
     guest.check()
     check_equal(verify(env)[0], {one: [] for one in ids}, "at the end")
 
