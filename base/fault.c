@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -144,6 +145,8 @@ static int act(struct err *err)
 	case FAULT_ACT_SLEEP:
 		break;
 	}
+	/* For a test that has to do something meanwhile. */
+	fprintf(stderr, "fault point %u (%s): sleeping\n", plan.number, name_of(plan.number));
 	struct timespec rest = {.tv_sec = (time_t)(plan.sleep_ms / 1000),
 				.tv_nsec = (long)(plan.sleep_ms % 1000) * 1000000};
 	while (nanosleep(&rest, &rest) != 0 && errno == EINTR)

@@ -1,7 +1,7 @@
 /*
  * Numbered fault points. A test sets VMCP_FAULT=NUMBER[:COUNT][:ACTION] in the environment: at the COUNT-th passage
  * (default 1) through that point the process acts: "kill" (SIGKILL to itself, the default), "eio", "enospc" (the point
- * reports that errno), "sleep=MS". Without the variable a point costs one predictable branch.
+ * reports that errno), "sleep=MS" (said on stderr as it begins). Without the variable a point costs one predictable branch.
  * The numbers are listed in fault_points.def, one line each with the place's meaning; numbers are never reused.
  */
 #ifndef VMCP_BASE_FAULT_H

@@ -234,7 +234,7 @@ def test_errors_at_fault_points(env):
                 sub.vmcp("kill", "tiny", status=None)
                 image_check(disk)
                 continue
-            guest.ready(timeout=20)
+            guest.ready()
             result = sub.vmcp("checkpoint", "--live", "tiny", status=None)
             check(result.status in (0, 1, 6), f"{number} {name}: {result}")
             failed += result.status != 0

@@ -83,8 +83,7 @@ def test_revert_of_a_vm_that_is_gone(env):
     check_equal(second["parent"], taken["id"], "parent")
     pid = next(vm["pid"] for vm in env.vmcp_json("ps")["vms"])
     os.kill(pid, 9)
-    time.sleep(0.2)
-    check_equal(env.vmcp_json("ps")["vms"][0]["state"], "crashed", "state after kill -9")
+    wait_until(lambda: env.vmcp_json("ps")["vms"][0]["state"] == "crashed", "state 'crashed' after kill -9")
     env.vmcp_json("revert", second["id"])
     check_equal(env.attach_tiny("tiny").check()["epoch"], "8", "epoch")
     env.vmcp("kill", "tiny")
@@ -597,7 +596,7 @@ def test_second_vm_from_a_checkpoint(env):
 def test_guest_powers_off(env):
     guest = env.start_tiny(cmdline="report=0")
     guest.console.send_line("\nquit")
-    check_equal(guest.console.wait_exit(20), 0, "exit status")
+    check_equal(guest.console.wait_exit(60), 0, "exit status")
     check_equal(env.vmcp_json("ps")["vms"][0]["state"], "stopped", "state")
 
 
@@ -608,7 +607,7 @@ def test_guest_powers_off_during_a_revert(env):
     taken = env.vmcp_json("checkpoint", "--live", "tiny")
     argv = [env.vmcp_bin, "--store", env.store, "revert", taken["id"]]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        time.sleep(0.5)
+        wait_until(lambda: "sleeping" in env.stderr_text(), "revert under way")
         guest.console.send_line("\nquit")
         _, err = running.communicate(timeout=60)
     check_equal(running.returncode, 0, f"exit status of the revert: {err.decode()}")
@@ -623,7 +622,7 @@ def test_captured_and_powered_off(env):
     guest = env.spawn_tiny("run", config, env={"VMCP_FAULT": "217:1:sleep=1500"})  # memory-saved
     taken = env.vmcp_json("checkpoint", "--live", "--wait", "captured", "tiny")
     guest.console.send_line("\nquit")
-    check_equal(guest.console.wait_exit(20), 0, "exit status")
+    check_equal(guest.console.wait_exit(60), 0, "exit status")
     env.vmcp("show", taken["id"])
     env.vmcp_json("revert", taken["id"])
     env.attach_tiny("tiny").check()
