@@ -107,6 +107,7 @@ def stress(image, seed, **options):
 
 
 MIB = 1 << 20
+BACKINGS = "backings"
 CLUSTERS = [512, 1024, 4096, 16384, 65536, 262144, 2 * MIB]
 
 
@@ -151,9 +152,24 @@ def matrix_images():
         yield f"cluster {cluster} snapshot", snapshots
 
 
+backings = {}
+
+
 def make_backing(kind, size):
+    """The name of a backing file, made once for a test's folder, as most of the matrix differs in what is above it. None where there is none."""
     if kind == "none":
         return None
+    here = os.getcwd()
+    if (here, kind) not in backings:
+        os.makedirs(f"{BACKINGS}/{kind}")
+        os.chdir(f"{BACKINGS}/{kind}")
+        backings[here, kind] = build_backing(kind, size)
+        os.chdir(here)
+    name = f"{BACKINGS}/{kind}/{backings[here, kind]}"
+    return os.path.abspath(name) if kind == "absolute" else name
+
+
+def build_backing(kind, size):
     length = {"short": size // 2 + 512, "long": size + MIB}.get(kind, size)
     tool("pattern", "base.raw", length, 5)
     if kind == "odd":
@@ -169,9 +185,7 @@ def make_backing(kind, size):
         create(f"deep{n}.qcow2", length, options, name)
         name = f"deep{n}.qcow2"
         qemu_io(name, f"write -P {n + 20} {n * 300 * 1024} 100000", f"discard {n * 200 * 1024} 64k")
-    if name != "middle.qcow2":
-        return name
-    return os.path.abspath("middle.qcow2") if kind == "absolute" else "middle.qcow2"
+    return name
 
 
 def scribble(image, size, options):
@@ -189,7 +203,7 @@ def test_matrix():
     """Every image is read as QEMU reads it."""
     made = 0
     for name, make in matrix_images():
-        fresh()
+        fresh(keep=BACKINGS)
         make()
         try:
             same_reading("top.qcow2")
@@ -205,7 +219,7 @@ def test_matrix_written():
     rng = random.Random(SEED)
     images = list(matrix_images())
     for name, make in rng.sample(images, int(len(images) * min(SCALE, 1) / 2)):
-        fresh()
+        fresh(keep=BACKINGS)
         make()
         snapshot = "snapshot" in name
         if snapshot:
@@ -956,8 +970,10 @@ def interesting(image):
     return places
 
 
-def fresh():
+def fresh(keep=""):
     for name in os.listdir("."):
+        if name == keep:
+            continue
         if os.path.isdir(name) and not os.path.islink(name):
             shutil.rmtree(name)
         else:
