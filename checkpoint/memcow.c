@@ -611,6 +611,7 @@ static int copy_scope(struct memcow *cow, const struct memcow_target *target, en
 		r = fault_check(FAULT_MEMCOW_ARM, err);
 	struct page_words pages;
 	CLEANUP_FREE uint32_t *list = list_scope(cow, &pages);
+	(void)list; /* pages points into it */
 	if (r == 0)
 		r = copy_pages(cow, &pages, way == MEMCOW_STAGE, err);
 	if (r != 0)

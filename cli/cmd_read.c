@@ -9,6 +9,7 @@
 #include "checkpoint/store/diff.h"
 #include "checkpoint/store/dump.h"
 #include "cli/cli.h"
+#include "cli/diff_files.h"
 #include "cowdisk/compare.h"
 
 #define SHOWN_RANGES 10u /* --json has all */
@@ -48,10 +49,12 @@ struct disk_diff {
 	struct cow_compare compare;
 	struct diff_range *ranges; /* malloc */
 	size_t count, capacity;
+	struct file_diff files;
 };
 
 struct diff {
 	struct watched watched;
+	bool files; /* look at those too */
 	struct store_checkpoint sides[2];
 	struct memory_diff memory;
 	struct disk_diff *disks; /* malloc */
@@ -61,7 +64,7 @@ struct diff {
 static void diff_free(struct diff *diff)
 {
 	for (size_t i = 0; i < diff->disk_count; i++)
-		free(diff->disks[i].ranges);
+		free(diff->disks[i].ranges), file_diff_free(&diff->disks[i].files);
 	free(diff->disks);
 	free(diff->memory.ranges);
 	store_checkpoint_free(&diff->sides[0]);
@@ -93,6 +96,23 @@ static void show_disk_progress(void *opaque, uint64_t done, uint64_t total)
 	show_progress(&diff->watched, done, total);
 }
 
+/* True if the disk's ranges, in ascending order, have something of it. */
+static int differs_there(void *opaque, uint64_t offset, uint64_t length)
+{
+	const struct disk_diff *disk = opaque;
+	size_t low = 0, high = disk->count;
+
+	while (low < high) {
+		size_t middle = (low + high) / 2;
+
+		if (disk->ranges[middle].start + disk->ranges[middle].bytes <= offset)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < disk->count && disk->ranges[low].start < offset + length;
+}
+
 static int diff_layers(struct store *store, struct diff *diff, struct disk_diff *disk, const struct store_disk_layer *layers[2], struct err *err)
 {
 	char *paths[2] = {NULL, NULL};
@@ -106,6 +126,13 @@ static int diff_layers(struct store *store, struct diff *diff, struct disk_diff 
 	}
 	if (!rc)
 		rc = cow_compare(&disk->compare, err);
+	disk->files = (struct file_diff){.paths = {paths[0], paths[1]}, .differs = differs_there, .opaque = disk};
+	if (!rc && diff->files && disk->compare.differing_bytes) {
+		rc = diff_files(&disk->files, err);
+		if (rc)
+			err_prefix(err, "disk %s", disk->name);
+	}
+	disk->files.paths[0] = disk->files.paths[1] = NULL;
 	disk->compare.paths[0] = disk->compare.paths[1] = NULL;
 	disk->state = disk->compare.differing_bytes ? "differs" : "same";
 	free(paths[0]);
@@ -170,6 +197,32 @@ static json_t *ranges_to_json(const char *key, const struct diff_range *ranges, 
 	return list;
 }
 
+/* A name need be no UTF-8; what is none becomes '?'. */
+static json_t *path_to_json(const char *path)
+{
+	json_t *text = json_string(path);
+
+	if (text)
+		return text;
+	char *copy = xstrdup(path);
+	for (char *c = copy; *c; c++)
+		if ((unsigned char)*c >= 0x80)
+			*c = '?';
+	text = json_string(copy);
+	free(copy);
+	return text;
+}
+
+static json_t *files_to_json(const struct disk_diff *disk)
+{
+	json_t *list = json_array();
+
+	for (size_t i = 0; i < disk->files.count; i++)
+		json_array_append_new(list, json_pack("{s:o, s:s, s:I}", "path", path_to_json(disk->files.changes[i].path), "change",
+						      disk->files.changes[i].change, "size_bytes", (json_int_t)disk->files.changes[i].size_bytes));
+	return list;
+}
+
 static json_t *diff_to_json(const struct diff *diff)
 {
 	const struct memory_diff *memory = &diff->memory;
@@ -178,10 +231,11 @@ static json_t *diff_to_json(const struct diff *diff)
 	for (size_t i = 0; i < diff->disk_count; i++) {
 		const struct disk_diff *disk = &diff->disks[i];
 
-		json_array_append_new(disks, json_pack("{s:s, s:s, s:I, s:I, s:o}", "name", disk->name, "state", disk->state, "differing_bytes",
+		json_array_append_new(disks, json_pack("{s:s, s:s, s:I, s:I, s:o, s:o*}", "name", disk->name, "state", disk->state, "differing_bytes",
 						       (json_int_t)disk->compare.differing_bytes, "compared_bytes",
 						       (json_int_t)disk->compare.read_bytes, "ranges",
-						       ranges_to_json("offset_bytes", disk->ranges, disk->count)));
+						       ranges_to_json("offset_bytes", disk->ranges, disk->count), "files",
+						       diff->files ? files_to_json(disk) : NULL));
 	}
 	return json_pack("{s:s, s:s, s:{s:I, s:I, s:I, s:I, s:o}, s:o}", "a", diff->sides[0].id, "b", diff->sides[1].id, "memory", "total_pages",
 			 (json_int_t)memory->total_pages[1], "differing_pages", (json_int_t)memory->differing_pages, "differing_bytes",
@@ -201,6 +255,19 @@ static void print_ranges(const struct diff_range *ranges, size_t count)
 		printf("    and %zu more\n", count - SHOWN_RANGES);
 }
 
+static void print_files(const struct diff *diff, const struct disk_diff *disk)
+{
+	if (diff->files && disk->compare.differing_bytes && disk->files.filesystems == 0)
+		printf("    no ext2, ext3 or ext4 filesystem on it\n");
+	for (size_t i = 0; i < disk->files.count; i++) {
+		const struct file_change *change = &disk->files.changes[i];
+		char size[16];
+
+		cli_format_size(size, change->size_bytes);
+		printf("    %-8s %6s  %s\n", change->change, size, change->path);
+	}
+}
+
 static void print_diff(const struct diff *diff)
 {
 	const struct memory_diff *memory = &diff->memory;
@@ -217,6 +284,7 @@ static void print_diff(const struct diff *diff)
 		printf("disk %s  %s%s%s\n", disk->name, disk->state, disk->compare.differing_bytes ? ": " : "",
 		       disk->compare.differing_bytes ? size : "");
 		print_ranges(disk->ranges, disk->count);
+		print_files(diff, disk);
 	}
 }
 
@@ -241,7 +309,7 @@ static int diff_named(struct cli *cli, struct store *store, struct diff *diff, s
 
 static int run_diff(struct cli *cli, struct err *err)
 {
-	struct diff diff = {.watched = watch(cli)};
+	struct diff diff = {.watched = watch(cli), .files = cli_given(cli, "files")};
 	struct store *store;
 	int rc = cli_open_store(cli, &store, err);
 
@@ -296,15 +364,22 @@ static int run_dump(struct cli *cli, struct err *err)
 
 static const struct cli_option none[] = {{0}};
 
+static const struct cli_option diff_options[] = {
+	{"files", 0, NULL, "also which files of ext2, ext3 and ext4 filesystems on the disks changed"},
+	{0},
+};
+
 const struct cli_command cli_diff = {
 	.name = "diff",
-	.synopsis = "A B",
+	.synopsis = "A B [--files]",
 	.summary = "which memory pages and disk ranges of two checkpoints differ",
 	.help = "A and B are checkpoints, of one VM or of two. Memory is told in guest-physical addresses, disks in offsets.\n"
 		"What both have from one layer is equal without being read. --json lists all ranges.\n\n"
-		"Example:\n"
-		"    vmcp diff web~1 web",
-	.options = none,
+		"--files reads the filesystems as a mount would find them, with what their journals hold.\n\n"
+		"Examples:\n"
+		"    vmcp diff web~1 web\n"
+		"    vmcp diff before-upgrade web --files",
+	.options = diff_options,
 	.min_arguments = 2,
 	.max_arguments = 2,
 	.run = run_diff,

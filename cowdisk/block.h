@@ -44,7 +44,7 @@ struct cow_request {
 	void *work;
 };
 
-/* The ring is added to `loop`, whose thread is the I/O thread. No io_uring on this host: falls back to threads, same contract. */
+/* The ring is added to `loop`, whose thread is the I/O thread; NULL: only the synchronous forms below serve it. No io_uring on this host: falls back to threads, same contract. */
 int cow_io_create(struct loop *loop, struct cow_io **out, struct err *err);
 void cow_io_destroy(struct cow_io *io); /* nothing in flight, no disk open */
 

@@ -182,6 +182,75 @@ def test_diff_is_exact(env):
     check("pages differ" in text and "disk data  differs" in text, f"in words: {text}")
 
 
+def make_filesystem(env, name, partitioned):
+    """A raw image with ext4 on it, on a partition if asked for: its path and the filesystem's offset."""
+    path, offset = env.path(name), (1 << 20) if partitioned else 0
+    with open(path, "wb") as file:
+        file.truncate(64 << 20)
+        if partitioned:
+            file.seek(446)
+            file.write(struct.pack("<BBBBBBBBII", 0, 0, 0, 0, 0x83, 0, 0, 0, offset // 512, (60 << 20) // 512) + bytes(48) + b"\x55\xaa")
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-b", "1024", "-E", f"offset={offset}", path, "60000"], check=True)
+    return path, offset
+
+
+def write_file(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def test_diff_of_files(env):
+    """Files added, removed, rewritten in place and renamed, of a filesystem that was copied while it was mounted: its journal has what its tables have not."""
+    for partitioned in (False, True):
+        raw, offset = make_filesystem(env, "fs.raw", partitioned)
+        mount = env.path("mnt")
+        os.makedirs(mount, exist_ok=True)
+        mounted = subprocess.run(["mount", "-o", f"loop,offset={offset},data=ordered", raw, mount], capture_output=True, text=True, check=False)
+        if mounted.returncode:
+            raise vmcp_test.Skip(f"no ext4 can be mounted here: {mounted.stderr.strip()}")
+        try:
+            os.makedirs(os.path.join(mount, "etc/deep/er"))
+            for name, data in (("etc/same", b"same" * 5000), ("etc/rewritten", b"a" * 70000), ("etc/removed", b"x"), ("etc/deep/er/old", b"old" * 400)):
+                write_file(os.path.join(mount, name), data)
+            os.sync()
+            shutil.copy(raw, env.path("a.raw"))
+            with open(os.path.join(mount, "etc/rewritten"), "r+b") as file:
+                file.seek(33000)
+                file.write(b"B")
+                os.fsync(file.fileno())
+            os.unlink(os.path.join(mount, "etc/removed"))
+            os.rename(os.path.join(mount, "etc/deep/er/old"), os.path.join(mount, "etc/deep/new"))
+            write_file(os.path.join(mount, "etc/added"), b"n" * 12345)
+            shutil.copy(raw, env.path("b.raw"))
+        finally:
+            subprocess.run(["umount", mount], check=True)
+        if not partitioned:
+            plain = subprocess.run(["debugfs", "-R", "stat /etc/added", env.path("b.raw")], capture_output=True, text=True, check=False)
+            check("not found" in plain.stderr, f"without its journal the filesystem does not have the file yet: {plain}")
+        ids = []
+        for name in ("a", "b"):
+            config = env.tiny_config(name=f"{name}{int(partitioned)}", memory="16M", cmdline="set=1M rate=10 report=0", disks=[("root", env.path(name + ".raw"))])
+            guest = env.spawn_tiny("run", config)
+            ids.append(env.vmcp_json("checkpoint", "--live", f"{name}{int(partitioned)}")["id"])
+            env.vmcp("kill", f"{name}{int(partitioned)}")
+            guest.console.close()
+        diff = env.vmcp_json("diff", *ids, "--files")
+        prefix = "p1:" if partitioned else ""
+        told = {one["path"][len(prefix):]: one["change"] for one in diff["disks"][0]["files"] if one["path"].startswith(prefix)}
+        folders = {"/etc", "/etc/deep", "/etc/deep/er"}
+        check_equal({path: change for path, change in told.items() if path not in folders},
+                    {"/etc/rewritten": "changed", "/etc/removed": "removed", "/etc/deep/er/old": "removed", "/etc/deep/new": "added", "/etc/added": "added"},
+                    "files that changed")
+        check(folders <= set(told), f"folders that changed: {told}")
+        sizes = {one["path"]: one["size_bytes"] for one in diff["disks"][0]["files"]}
+        check_equal(sizes[prefix + "/etc/added"], 12345, "the size of a file")
+        text = env.vmcp("diff", *ids, "--files").out
+        check("added       12K  " + prefix + "/etc/added" in text, f"in words: {text}")
+        check_equal(env.vmcp_json("diff", ids[0], ids[0], "--files")["disks"][0]["files"], [], "files of one and the same")
+
+
 def test_dump_is_read_by_gdb(env):
     """A core file that gdb reads: registers as they were saved, memory below and above the hole byte by byte; refusals leave nothing."""
     guest = env.start_tiny(memory="3328M", cmdline="set=2M rate=1000 report=0")
