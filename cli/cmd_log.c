@@ -177,17 +177,41 @@ static int tree_read(const struct cli *cli, const char *vm, struct tree *tree, s
 
 static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
 
-static json_t *checkpoint_to_json(const struct tree *tree, const struct store_checkpoint *c)
+/* "KEY": and a value, in quotes or null. What users may write is escaped; all else is plain by its rules. */
+static void print_text(const char *key, const char *text, bool escaped)
 {
-	json_t *children = json_array();
+	json_t *value = text && *text && escaped ? json_string(text) : NULL;
+	char *quoted = value ? json_dumps(value, JSON_ENCODE_ANY) : NULL;
+
+	if (quoted)
+		printf(",\"%s\":%s", key, quoted);
+	else if (text && *text && !escaped)
+		printf(",\"%s\":\"%s\"", key, text);
+	else
+		printf(",\"%s\":null", key);
+	free(quoted);
+	json_decref(value);
+}
+
+/* Written as text: thousands of them as documents would take longer to make than to find. */
+static void print_checkpoint(const struct tree *tree, const struct store_checkpoint *c, bool last)
+{
+	json_t *created = control_time_to_json(c->created_wall_ns);
 	size_t first, end;
 
 	find_children(tree, c->id, &first, &end);
+	printf("    {\"id\":\"%s\",\"children\":[", c->id);
 	for (size_t j = first; j < end; j++)
-		json_array_append_new(children, json_string(tree->list[tree->by_parent[j]].id));
-	return json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:I, s:s, s:b}", "id", c->id, "vm", c->vm, "parent", text_or_null(c->parent),
-			 "children", children, "created", control_time_to_json(c->created_wall_ns), "tag", text_or_null(c->tag), "message",
-			 text_or_null(c->message), "size_bytes", (json_int_t)c->size_bytes, "durability", level_of(tree, c), "periodic", c->periodic);
+		printf("%s\"%s\"", j == first ? "" : ",", tree->list[tree->by_parent[j]].id);
+	putchar(']');
+	print_text("vm", c->vm, false);
+	print_text("parent", c->parent, false);
+	print_text("created", json_string_value(created), false);
+	print_text("tag", c->tag, false);
+	print_text("message", c->message, true);
+	print_text("durability", level_of(tree, c), false);
+	printf(",\"size_bytes\":%llu,\"periodic\":%s}%s\n", (unsigned long long)c->size_bytes, c->periodic ? "true" : "false", last ? "" : ",");
+	json_decref(created);
 }
 
 /* One element of a list, on a line of its own. Steals it. */
@@ -200,14 +224,13 @@ static void print_element(json_t *element, bool last)
 	json_decref(element);
 }
 
-/* Element by element: thousands of them as one document would take longer to make than to find. */
 static void print_json(const struct tree *tree, const char *vm)
 {
 	size_t shown = 0, all = 0;
 
 	printf("{\n  \"checkpoints\": [\n");
 	for (size_t i = 0; i < tree->count; i++)
-		print_element(checkpoint_to_json(tree, &tree->list[i]), i + 1 == tree->count);
+		print_checkpoint(tree, &tree->list[i], i + 1 == tree->count);
 	printf("  ],\n  \"vms\": [\n");
 	for (size_t i = 0; i < tree->vm_count; i++)
 		all += !vm || !strcmp(tree->vms[i].name, vm);
