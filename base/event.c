@@ -168,6 +168,15 @@ int loop_add(struct loop *loop, int fd, uint32_t events, loop_fn *fn, void *opaq
 	return 0;
 }
 
+int loop_modify(struct loop *loop, struct loop_source *source, uint32_t events, struct err *err)
+{
+	struct epoll_event event = {.events = events, .data.ptr = source};
+
+	if (epoll_ctl(loop->epoll_fd, EPOLL_CTL_MOD, source->fd, &event) < 0)
+		return err_sys(err, errno, "event loop: watching descriptor %d", source->fd);
+	return 0;
+}
+
 void loop_remove(struct loop *loop, struct loop_source *source)
 {
 	if (source == NULL)

@@ -15,6 +15,7 @@ static int run(struct cli *cli, struct err *err)
 		.memory_backing = cli_value(cli, "memory-backing"),
 		.every = cli_value(cli, "every"),
 		.keep = cli_value(cli, "keep"),
+		.net = cli_value(cli, "net"),
 		.detach = cli_given(cli, "detach"),
 		.started_ns = cli->started_ns,
 	};
@@ -40,6 +41,7 @@ static const struct cli_option options[] = {
 	{"detach", 'd', NULL, "return once the guest runs, and print the VM's name"},
 	{"from", 0, "CKPT", "start from a checkpoint instead of booting"},
 	{"memory-backing", 0, "B", "small, thp or hugetlb, whatever the configuration or the checkpoint says"},
+	{"net", 0, "SETTING", "NAME:KEY=VALUE[,...]: other settings of network cards, such as lan:forward=tcp:8081:80"},
 	{"name", 0, "NAME", "name of the VM (default: the configuration's)"},
 	{"every", 0, "TIME", "take a live checkpoint at this interval, such as 30s or 50ms; 0: never (default: the configuration's)"},
 	{"keep", 0, "N", "how many of these to keep (default: the configuration's, else 20)"},
@@ -48,7 +50,7 @@ static const struct cli_option options[] = {
 
 const struct cli_command cli_run = {
 	.name = "run",
-	.synopsis = "GUEST.CFG | --from CKPT  [--detach] [--name NAME] [--memory-backing B] [--every TIME] [--keep N]",
+	.synopsis = "GUEST.CFG | --from CKPT  [--detach] [--name NAME] [--memory-backing B] [--net SETTING] [--every TIME] [--keep N]",
 	.summary = "boot a VM, or start one from a checkpoint",
 	.help = "In the foreground the guest's serial console is on stdin and stdout; Ctrl-] ends the VM. With --from "
 		"and another\n"

@@ -148,6 +148,23 @@ static void print_figure(const char *key, const char *part, const json_t *value)
 		printf("%-28s %s\n", name, json_string_value(value));
 }
 
+/* Of an object each figure; of a list each member's, by its name: nets.lan.sent_bytes. */
+static void print_parts(const char *key, json_t *value)
+{
+	const char *part;
+	json_t *figure, *member;
+	size_t i;
+
+	json_object_foreach(value, part, figure)
+		print_figure(key, part, figure);
+	json_array_foreach(value, i, member)
+	{
+		CLEANUP_FREE char *name = xasprintf("%s.%s", key, json_string_value(json_object_get(member, "name")));
+
+		print_parts(name, member);
+	}
+}
+
 static int run_stats(struct cli *cli, struct err *err)
 {
 	char name[STORE_NAME_BYTES];
@@ -163,12 +180,8 @@ static int run_stats(struct cli *cli, struct err *err)
 	}
 	json_object_foreach(result, key, value)
 	{
-		const char *part;
-		json_t *figure;
-
 		print_figure(key, NULL, value);
-		json_object_foreach(value, part, figure)
-			print_figure(key, part, figure);
+		print_parts(key, value);
 	}
 	json_decref(result);
 	return 0;

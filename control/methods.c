@@ -334,6 +334,25 @@ static void add_balloon(json_t *result, struct machine *machine)
 						 number(b.kept_bytes)));
 }
 
+static json_t *nets_to_json(struct machine *machine)
+{
+	json_t *list = json_array();
+	struct machine_net_stats n;
+
+	for (unsigned i = 0; machine_net_stats(machine, i, &n); i++) {
+		char mac[18];
+
+		snprintf(mac, sizeof(mac), "%02x:%02x:%02x:%02x:%02x:%02x", n.mac[0], n.mac[1], n.mac[2], n.mac[3], n.mac[4], n.mac[5]);
+		json_array_append_new(list, json_pack("{s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "name", n.name, "mode", n.mode,
+						      "interface", n.interface, "mac", mac, "sent_frames", number(n.traffic.sent_frames),
+						      "sent_bytes", number(n.traffic.sent_bytes), "received_frames",
+						      number(n.traffic.received_frames), "received_bytes", number(n.traffic.received_bytes),
+						      "send_errors", number(n.traffic.send_errors), "receive_drops",
+						      number(n.traffic.receive_drops), "filtered", number(n.traffic.filtered)));
+	}
+	return list;
+}
+
 static json_t *latency_to_json(const struct ckpt_latency *l)
 {
 	return json_pack("{s:I, s:I, s:I, s:I, s:I}", "count", number(l->count), "p50_ns", number(l->p50_ns), "p99_ns",
@@ -359,6 +378,7 @@ static int stats(struct control_exchange *x, const json_t *params, json_t **resu
 			    "throttled_ns", number(history.throttled_ns), "periodic",
 			    x->target->periodic ? periodic_to_json(x->target->periodic) : json_null());
 	add_balloon(*result, x->target->machine);
+	json_object_set_new(*result, "nets", nets_to_json(x->target->machine));
 	return 0;
 }
 

@@ -456,6 +456,8 @@ static int prepare(struct process *process, struct err *err)
 		rc = find_config(process, err);
 	if (!rc && options->memory_backing)
 		rc = config_choose_backing(&process->config, options->memory_backing, err);
+	if (!rc && options->net)
+		rc = config_set_nets(&process->config, options->net, err);
 	if (!rc && options->name) {
 		rc = store_check_name("--name", options->name, err);
 		if (!rc)

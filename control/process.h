@@ -21,6 +21,7 @@ struct process_options {
 	const char *memory_backing; /* --memory-backing, or NULL: the configuration's */
 	const char *every;	 /* --every, or NULL: the configuration's */
 	const char *keep;	 /* --keep, or NULL */
+	const char *net;	 /* --net: settings of network cards beside the configuration's (config_set_nets), or NULL */
 	bool detach;
 	uint64_t started_ns;	 /* CLOCK_MONOTONIC at the start of this program */
 };

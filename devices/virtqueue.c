@@ -230,20 +230,38 @@ static uint8_t *used_at(struct virtqueue *q, uint64_t offset, uint64_t length)
 	return mem_at(q->mem, q->s.used_gpa + offset, length, true);
 }
 
-int virtq_push(struct virtqueue *q, uint16_t head, uint32_t written, struct err *err)
+int virtq_fill(struct virtqueue *q, uint16_t ahead, uint16_t head, uint32_t written, struct err *err)
 {
-	uint8_t *entry = used_at(q, USED_RING + USED_ENTRY_BYTES * (q->s.next_used % q->s.size), USED_ENTRY_BYTES);
-	uint8_t *index = used_at(q, USED_IDX, 2);
+	uint64_t slot = (uint16_t)(q->s.next_used + ahead) % q->s.size;
+	uint8_t *entry = used_at(q, USED_RING + USED_ENTRY_BYTES * slot, USED_ENTRY_BYTES);
 
-	if (!q->s.enabled || entry == NULL || index == NULL)
+	if (!q->s.enabled || entry == NULL)
 		return err_set(err, ERR_FAILED, EPROTO, "no used ring for chain %u", head);
 	put_le32(entry, head);
 	put_le32(entry + 4, written);
-	q->s.next_used++;
-	/* The driver reads the entry, and what the chain holds, after it sees the index. */
+	return 0;
+}
+
+int virtq_publish(struct virtqueue *q, uint16_t count, struct err *err)
+{
+	uint8_t *index = used_at(q, USED_IDX, 2);
+
+	if (!q->s.enabled || index == NULL)
+		return err_set(err, ERR_FAILED, EPROTO, "no used ring for %u chains", count);
+	q->s.next_used = (uint16_t)(q->s.next_used + count);
+	/* The driver reads the entries, and what the chains hold, after it sees the index. */
 	__atomic_store_n((uint16_t *)(void *)index, q->s.next_used, __ATOMIC_RELEASE);
 	return 0;
 }
+
+int virtq_push(struct virtqueue *q, uint16_t head, uint32_t written, struct err *err)
+{
+	int ret = virtq_fill(q, 0, head, written, err);
+
+	return ret < 0 ? ret : virtq_publish(q, 1, err);
+}
+
+void virtq_unpop(struct virtqueue *q, uint16_t count) { q->s.next_avail = (uint16_t)(q->s.next_avail - count); }
 
 bool virtq_wants_interrupt(struct virtqueue *q)
 {

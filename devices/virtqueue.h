@@ -71,6 +71,12 @@ int virtq_pop(struct virtqueue *q, struct virtq_chain *chain, struct err *err);
 int virtq_walk(struct virtqueue *q, uint16_t head, struct virtq_chain *chain, struct err *err);
 /* Gives the chain back with `written` bytes (2.7.8). */
 int virtq_push(struct virtqueue *q, uint16_t head, uint32_t written, struct err *err);
+/* The same in two steps, for chains that the driver must see given back at once: fill 0, 1, 2 ... ahead, then publish
+ * how many. */
+int virtq_fill(struct virtqueue *q, uint16_t ahead, uint16_t head, uint32_t written, struct err *err);
+int virtq_publish(struct virtqueue *q, uint16_t count, struct err *err);
+/* The last `count` chains were not popped after all; nothing of them is kept. */
+void virtq_unpop(struct virtqueue *q, uint16_t count);
 /* After pushes: must the driver be interrupted (2.7.7)? Remembers that it was. */
 bool virtq_wants_interrupt(struct virtqueue *q);
 /* The driver may not know of all that was pushed: it has not said that it has seen it. For queues put back from a

@@ -33,6 +33,8 @@ int config_fail(struct config_reading *r, const char *key, const char *format, .
 	va_start(args, format);
 	vsnprintf(why, sizeof(why), format, args);
 	va_end(args);
+	if (r->line == 0) /* of no file: a setting beside it */
+		return err_set(r->err, ERR_USAGE, EINVAL, "%s: %.64s: %s", r->what, key, why);
 	return err_set(r->err, ERR_USAGE, EINVAL, "%s:%u: %.64s: %s", r->what, r->line, key, why);
 }
 
@@ -82,7 +84,7 @@ static const char *nearest_of(const char *name, const char *const *known, size_t
 	return nearest;
 }
 
-static int unknown_key(struct config_reading *r, const char *name, const struct config_key *keys, size_t count)
+int config_unknown_key(struct config_reading *r, const char *name, const struct config_key *keys, size_t count)
 {
 	const char *names[16];
 	char list[200] = "";
@@ -191,7 +193,7 @@ static int end_section(struct config_reading *r)
 		return 0;
 	r->line = r->section_line;
 	config_fail(r, "mode", "is missing in [%s]", r->sections[r->section_count - 1]);
-	return err_hint(r->err, "write mode = none: networks are not supported yet");
+	return err_hint(r->err, "write mode = user, tap, bridge or none");
 }
 
 static int begin_disk(struct config_reading *r, const char *name)
@@ -240,6 +242,8 @@ static int begin_section(struct config_reading *r, const char *word, const char 
 	r->section = section_kinds[kind].section;
 	r->section_line = r->line;
 	r->seen_keys = 0;
+	if (r->section == CONFIG_SECTION_NET)
+		return config_begin_net(r, name);
 	return r->section == CONFIG_SECTION_DISK ? begin_disk(r, name) : 0;
 }
 
@@ -299,9 +303,14 @@ static int set_key(struct config_reading *r, const char *name, const char *value
 			return err_hint(r->err, "keep one of them");
 		}
 		r->seen_keys |= 1ull << i;
-		return keys[i].set(r, r->section == CONFIG_SECTION_DISK ? (void *)r->disk : r->config, name, value);
+		void *object = r->config;
+		if (r->section == CONFIG_SECTION_DISK)
+			object = r->disk;
+		else if (r->section == CONFIG_SECTION_NET)
+			object = r->net;
+		return keys[i].set(r, object, name, value);
 	}
-	return unknown_key(r, name, keys, count);
+	return config_unknown_key(r, name, keys, count);
 }
 
 /* inih takes 1 for success. */
@@ -433,6 +442,8 @@ static int read_text(struct config_reading *r, const char *text, struct machine_
 	rc = end_section(r);
 	if (!rc)
 		rc = check_vm(r);
+	if (!rc)
+		rc = config_check_nets(r);
 	return rc ? rc : check_disks(r);
 }
 
@@ -529,9 +540,7 @@ int config_read_text(const char *what, const char *text, struct machine_config *
 	return rc;
 }
 
-static int append(struct buf *out, struct err *err, const char *format, ...) __attribute__((format(printf, 3, 4)));
-
-static int append(struct buf *out, struct err *err, const char *format, ...)
+int config_append(struct buf *out, struct err *err, const char *format, ...)
 {
 	char *line = NULL;
 	va_list args;
@@ -549,32 +558,34 @@ static int append(struct buf *out, struct err *err, const char *format, ...)
 
 int config_to_text(const struct machine_config *config, struct buf *out, struct err *err)
 {
-	int rc = append(out, err, "[vm]\nname = %s\nmemory = %llu\ncpus = %u\n", config->name,
+	int rc = config_append(out, err, "[vm]\nname = %s\nmemory = %llu\ncpus = %u\n", config->name,
 			(unsigned long long)config->memory_bytes, config->cpus);
 
 	if (!rc && config->kernel)
-		rc = append(out, err, "kernel = %s\n", config->kernel);
+		rc = config_append(out, err, "kernel = %s\n", config->kernel);
 	if (!rc && config->initrd)
-		rc = append(out, err, "initrd = %s\n", config->initrd);
+		rc = config_append(out, err, "initrd = %s\n", config->initrd);
 	if (!rc && config->cmdline[0])
-		rc = append(out, err, "cmdline = %s\n", config->cmdline);
+		rc = config_append(out, err, "cmdline = %s\n", config->cmdline);
 	if (!rc)
-		rc = append(out, err, "cpu_model = %s\nmemory_backing = %s\nconsole = %s\nrng = %s\nballoon = %s\n",
+		rc = config_append(out, err, "cpu_model = %s\nmemory_backing = %s\nconsole = %s\nrng = %s\nballoon = %s\n",
 			    config->cpu_model, config_backing_name(config->memory_backing), config->console == CONFIG_CONSOLE_STDIO ? "stdio" : "socket",
 			    config->rng ? "yes" : "no", config->balloon ? "yes" : "no");
 	for (unsigned i = 0; !rc && i < config->disk_count; i++) {
 		const struct config_disk *disk = &config->disks[i];
 
-		rc = append(out, err, "\n[disk %s]\n%s = %s\n", disk->name, disk->base ? "base" : "path",
+		rc = config_append(out, err, "\n[disk %s]\n%s = %s\n", disk->name, disk->base ? "base" : "path",
 			    disk->base ? disk->base : disk->path);
 		if (!rc && disk->readonly)
-			rc = append(out, err, "readonly = yes\n");
+			rc = config_append(out, err, "readonly = yes\n");
 	}
+	if (!rc)
+		rc = config_nets_to_text(config, out, err);
 	if (!rc && config->every_ns) {
 		char every[32];
 
 		duration_format(every, config->every_ns);
-		rc = append(out, err, "\n[checkpoint]\nevery = %s\nkeep = %llu\n", every, (unsigned long long)config->keep);
+		rc = config_append(out, err, "\n[checkpoint]\nevery = %s\nkeep = %llu\n", every, (unsigned long long)config->keep);
 	}
 	return rc;
 }

@@ -12,9 +12,11 @@
 
 #include "base/buf.h"
 #include "base/err.h"
+#include "net/net.h"
 #include "vmm/memory.h"
 
 #define CONFIG_MAX_DISKS 26
+#define CONFIG_MAX_NETS 8
 #define CONFIG_NAME_BYTES 64
 #define CONFIG_KEEP	  20 /* periodic checkpoints, where nothing else is said */
 #define CONFIG_MAX_KEEP	  1000000u
@@ -28,6 +30,17 @@ struct config_disk {
 	char *path;		      /* absolute; the file that is the disk. NULL for a `base` disk until the machine places it */
 	char *base;		      /* absolute; read-only base shared by many VMs, or NULL */
 	bool readonly;
+};
+
+struct config_net {
+	char name[CONFIG_NAME_BYTES]; /* of its section: [net NAME] */
+	enum net_mode mode;	      /* NET_NONE: no card */
+	bool mac_given;		      /* else the machine chooses one */
+	uint8_t mac[6];
+	uint64_t send_rate, receive_rate; /* bytes a second, 0: no limit */
+	char tap[NET_INTERFACE_BYTES], bridge[NET_INTERFACE_BYTES];
+	unsigned forward_count;
+	struct net_forward forwards[NET_MAX_FORWARDS];
 };
 
 struct machine_config {
@@ -47,6 +60,8 @@ struct machine_config {
 	uint64_t keep;	   /* how many of these stay */
 	unsigned disk_count;
 	struct config_disk disks[CONFIG_MAX_DISKS];
+	unsigned net_count;
+	struct config_net nets[CONFIG_MAX_NETS];
 };
 
 /* As the keys `every` and `keep`: false if the text is none or out of bounds. */
@@ -61,6 +76,10 @@ int config_read_file(const char *path, struct machine_config *out, struct err *e
 int config_read_text(const char *what, const char *text, struct machine_config *out, struct err *err);
 /* Appends the canonical form: every key, absolute paths. */
 int config_to_text(const struct machine_config *config, struct buf *out, struct err *err);
+/* Settings of cards beside the text: "NAME:KEY=VALUE", several with commas between them; keys and values as in [net NAME]. The first `forward` of a
+ * card replaces those that it has. -EINVAL, ERR_USAGE; the configuration is then not to be used. */
+int config_set_nets(struct machine_config *config, const char *settings, struct err *err);
+const char *config_net_mode_name(enum net_mode mode);
 const char *config_backing_name(enum mem_backing backing);
 /* Another backing than the text says: -EINVAL, ERR_USAGE if `name` is none, or the configuration excludes it. */
 int config_choose_backing(struct machine_config *config, const char *name, struct err *err);

@@ -28,19 +28,20 @@ struct config_reading {
 	enum config_section section;
 	unsigned section_line;
 	struct config_disk *disk;
+	struct config_net *net;
 	uint64_t seen_keys; /* bit per entry of the section's key table */
 	/* all sections so far, "disk root" */
 	unsigned section_count;
 	char sections[CONFIG_MAX_SECTIONS][CONFIG_SECTION_BYTES];
 	unsigned lines[CONFIG_MAX_SECTIONS];
-	unsigned disk_lines[CONFIG_MAX_DISKS];
+	unsigned disk_lines[CONFIG_MAX_DISKS], net_lines[CONFIG_MAX_NETS];
 };
 
 typedef int config_set_fn(struct config_reading *reading, void *object, const char *key, const char *value);
 
 struct config_key {
 	const char *name;
-	config_set_fn *set; /* `object` is the machine_config, or the config_disk in a disk's section */
+	config_set_fn *set; /* `object` is the machine_config, or the config_disk or config_net of the section */
 	bool repeats;
 };
 
@@ -50,6 +51,16 @@ const struct config_key *config_keys(enum config_section section, size_t *count)
 int config_fail(struct config_reading *reading, const char *key, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
 int config_check_name(struct config_reading *reading, const char *key, const char *value);
+/* config_net.c */
+int config_begin_net(struct config_reading *reading, const char *name);
+int config_check_nets(struct config_reading *reading);
+int config_nets_to_text(const struct machine_config *config, struct buf *out, struct err *err);
+extern const struct config_key config_net_keys[];
+extern const size_t config_net_key_count;
+int config_parse_size(struct config_reading *reading, const char *key, const char *value, uint64_t *out);
+/* config.c */
+int config_unknown_key(struct config_reading *reading, const char *name, const struct config_key *keys, size_t count);
+int config_append(struct buf *out, struct err *err, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* UTF-8 without control characters other than the tab. */
 bool config_is_text(const char *text, size_t length);
 

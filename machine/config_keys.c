@@ -14,7 +14,7 @@
 #include "vmm/memory.h"
 #include "vmm/vm.h"
 
-static int parse_size(struct config_reading *r, const char *key, const char *value, uint64_t *out)
+int config_parse_size(struct config_reading *r, const char *key, const char *value, uint64_t *out)
 {
 	if (size_parse(value, out))
 		return 0;
@@ -25,7 +25,7 @@ static int parse_size(struct config_reading *r, const char *key, const char *val
 static int set_memory(struct config_reading *r, void *object, const char *key, const char *value)
 {
 	struct machine_config *config = object;
-	int rc = parse_size(r, key, value, &config->memory_bytes);
+	int rc = config_parse_size(r, key, value, &config->memory_bytes);
 
 	if (rc)
 		return rc;
@@ -277,67 +277,6 @@ static int set_disk_readonly(struct config_reading *r, void *object, const char 
 	return parse_bool(r, key, value, &((struct config_disk *)object)->readonly);
 }
 
-static int set_net_mode(struct config_reading *r, void *object, const char *key, const char *value)
-{
-	static const char *const modes[] = {"user", "tap", "bridge", "libvirt"};
-
-	(void)object;
-	if (!strcmp(value, "none"))
-		return 0;
-	for (size_t i = 0; i < ARRAY_LENGTH(modes); i++)
-		if (!strcmp(value, modes[i])) {
-			config_fail(r, key, "networks are not supported yet");
-			return err_hint(r->err, "write mode = none, or leave the section out");
-		}
-	config_fail(r, key, "'%s' is no network mode", value);
-	return err_hint(r->err, "user, tap, bridge, libvirt or none");
-}
-
-static int set_net_mac(struct config_reading *r, void *object, const char *key, const char *value)
-{
-	bool good = strlen(value) == 17 && strspn(value, "0:") < 17;
-
-	(void)object;
-	for (int i = 0; good && i < 17; i++)
-		good = i % 3 == 2 ? value[i] == ':' : isxdigit((unsigned char)value[i]) != 0;
-	/* The lowest bit of the first byte marks a group's address. */
-	if (good && strchr("02468aceACE", value[1]))
-		return 0;
-	config_fail(r, key, "'%s' is no MAC address of a network card", value);
-	return err_hint(r->err, "six bytes in hexadecimal, the first one even, for example 52:54:00:12:34:56");
-}
-
-static bool skip_port(const char **at)
-{
-	unsigned long port = 0;
-	const char *start = *at;
-
-	for (; isdigit((unsigned char)**at) && *at - start < 5; (*at)++)
-		port = port * 10 + (unsigned long)(**at - '0');
-	return port > 0 && port < 65536;
-}
-
-static int set_net_forward(struct config_reading *r, void *object, const char *key, const char *value)
-{
-	const char *at = value + 4;
-
-	(void)object;
-	if ((!strncmp(value, "tcp:", 4) || !strncmp(value, "udp:", 4)) && skip_port(&at) && *at++ == ':' &&
-	    skip_port(&at) && !*at)
-		return 0;
-	config_fail(r, key, "'%s' is no port to forward", value);
-	return err_hint(r->err, "PROTOCOL:HOST_PORT:GUEST_PORT, for example tcp:8080:80");
-}
-
-static int set_net_interface(struct config_reading *r, void *object, const char *key, const char *value)
-{
-	(void)object;
-	if (*value && strlen(value) < 16 && !strpbrk(value, "/ \t"))
-		return 0;
-	config_fail(r, key, "'%s' is no interface name", value);
-	return err_hint(r->err, "at most 15 characters, no space and no '/'");
-}
-
 bool config_parse_every(const char *text, uint64_t *ns)
 {
 	uint64_t every;
@@ -388,13 +327,6 @@ static const struct config_key disk_keys[] = {
 	{.name = "base", .set = set_disk_base},
 	{.name = "readonly", .set = set_disk_readonly},
 };
-static const struct config_key net_keys[] = {
-	{.name = "mode", .set = set_net_mode},
-	{.name = "mac", .set = set_net_mac},
-	{.name = "forward", .set = set_net_forward, .repeats = true},
-	{.name = "tap", .set = set_net_interface},
-	{.name = "bridge", .set = set_net_interface},
-};
 static const struct config_key checkpoint_keys[] = {
 	{.name = "every", .set = set_every},
 	{.name = "keep", .set = set_keep},
@@ -408,10 +340,13 @@ const struct config_key *config_keys(enum config_section section, size_t *count)
 	} tables[] = {
 		[CONFIG_SECTION_VM] = {vm_keys, ARRAY_LENGTH(vm_keys)},
 		[CONFIG_SECTION_DISK] = {disk_keys, ARRAY_LENGTH(disk_keys)},
-		[CONFIG_SECTION_NET] = {net_keys, ARRAY_LENGTH(net_keys)},
 		[CONFIG_SECTION_CHECKPOINT] = {checkpoint_keys, ARRAY_LENGTH(checkpoint_keys)},
 	};
 
+	if (section == CONFIG_SECTION_NET) {
+		*count = config_net_key_count;
+		return config_net_keys;
+	}
 	*count = tables[section].count;
 	return tables[section].keys;
 }

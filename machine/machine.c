@@ -20,11 +20,12 @@
 #include "devices/virtio_balloon.h"
 #include "devices/virtio_blk.h"
 #include "devices/virtio_rng.h"
+#include "machine/machine_internal.h"
 #include "vmm/acpi.h"
 #include "vmm/boot.h"
 #include "vmm/memory_guard.h"
 
-#define MAX_COMPONENTS (VM_MAX_CPUS + CONFIG_MAX_DISKS + 16)
+#define MAX_COMPONENTS (VM_MAX_CPUS + CONFIG_MAX_DISKS + CONFIG_MAX_NETS + 16)
 #define FIRST_ENTRY_WAIT_NS 1000000000ull
 #define PERIODIC_PATIENCE_NS 1000000000ull
 
@@ -50,6 +51,8 @@ struct machine {
 	struct virtio_balloon *balloon;
 	struct disk disks[CONFIG_MAX_DISKS];
 	unsigned disk_count;
+	struct machine_net nets[CONFIG_MAX_NETS];
+	unsigned net_count;
 	struct ckpt_engine *engine;
 	pthread_mutex_t turn; /* held by whoever stops or starts the VM */
 	_Atomic bool paused;  /* changed under turn: by the user's wish */
@@ -152,6 +155,15 @@ static int open_disk(struct machine *machine, struct config_disk *config, struct
 	return virtio_blk_create(machine->pci, vm_memory(machine->vm), machine->loop, disk->image, &device, &disk->device, err);
 }
 
+static int open_net(struct machine *machine, struct config_net *config, struct err *err)
+{
+	const struct machine_net_place place = {
+		.pci = machine->pci, .mem = vm_memory(machine->vm), .loop = machine->loop, .uuid = machine->options.uuid};
+
+	/* Also one that fails half way: machine_destroy closes it. */
+	return machine_net_open(&machine->nets[machine->net_count++], &place, config, err);
+}
+
 /* --- building --- */
 
 static int create_devices(struct machine *machine, struct err *err)
@@ -175,6 +187,9 @@ static int create_devices(struct machine *machine, struct err *err)
 		rc = virtio_rng_create(machine->pci, vm_memory(machine->vm), machine->loop, &machine->rng, err);
 	if (!rc && config->balloon)
 		rc = virtio_balloon_create(machine->pci, vm_memory(machine->vm), machine->loop, &machine->balloon, err);
+	for (unsigned i = 0; !rc && i < config->net_count; i++)
+		if (config->nets[i].mode != NET_NONE)
+			rc = open_net(machine, &config->nets[i], err);
 	return rc;
 }
 
@@ -195,6 +210,8 @@ static unsigned list_components(struct machine *machine, struct component *list)
 		list[n++] = virtio_rng_component(machine->rng, 0);
 	if (machine->balloon)
 		list[n++] = virtio_balloon_component(machine->balloon, 0);
+	for (unsigned i = 0; i < machine->net_count; i++)
+		list[n++] = virtio_net_component(machine->nets[i].device, i);
 	return n;
 }
 
@@ -336,6 +353,8 @@ int machine_destroy(struct machine *machine, struct err *err)
 		loop_stop(machine->loop);
 		pthread_join(machine->io_thread, NULL);
 	}
+	for (unsigned i = 0; i < machine->net_count; i++)
+		machine_net_close(&machine->nets[i]);
 	virtio_balloon_destroy(machine->balloon);
 	virtio_rng_destroy(machine->rng);
 	for (unsigned i = 0; i < machine->disk_count; i++)
@@ -514,6 +533,14 @@ bool machine_balloon_stats(struct machine *machine, struct virtio_balloon_stats 
 	if (machine->balloon)
 		virtio_balloon_get_stats(machine->balloon, out);
 	return machine->balloon != NULL;
+}
+
+bool machine_net_stats(struct machine *machine, unsigned index, struct machine_net_stats *out)
+{
+	if (index >= machine->net_count)
+		return false;
+	machine_net_tell(&machine->nets[index], out);
+	return true;
 }
 
 struct ckpt_engine *machine_engine(struct machine *machine) { return machine->engine; }

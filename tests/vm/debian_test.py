@@ -5,6 +5,7 @@ import concurrent.futures
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -185,6 +186,101 @@ def test_balloon(env):
     console.check("head -c 150M /dev/zero | tr '\\0' x > /dev/shm/used; rm /dev/shm/used", 180)
     check_equal(said(console, "sha256sum /dev/shm/secret"), secret, "content at the end")
     check_log(console, "with a balloon")
+    env.vmcp("kill", "debian")
+
+
+DHCP = r"""printf '#!/bin/sh\n[ "$1" = bound ] && ip addr add $ip/24 dev $interface && ip route add default via $router\nexit 0\n' > /run/dhcp
+chmod +x /run/dhcp; busybox ip link set eth0 up; sed -i 's/ip /busybox ip /g' /run/dhcp; busybox udhcpc -i eth0 -n -q -t 30 -T 1 -s /run/dhcp"""
+# A server that answers lines, and a client that writes down how its connection ended.
+SERVER = """perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 8080, Listen => 8, ReuseAddr => 1) or die;
+while ($c = $s->accept) { if (!fork) { $c->autoflush(1); while (<$c>) { print $c "echo $_" } exit } }' > /run/server 2>&1 &"""
+CLIENT = """perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(PeerAddr => "10.0.2.2:%d") or die; open(F, ">/run/ended"); $n = sysread($s, $b, 1);
+print F defined $n ? "end" : "error: $!"; close F' > /run/client 2>&1 &"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Caller:
+    """A connection from the host to the guest's server."""
+
+    def __init__(self, port):
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+
+    def echo(self, text):
+        self.socket.sendall(f"{text}\n".encode())
+        answer = b""
+        while not answer.endswith(b"\n"):
+            got = self.socket.recv(100)
+            check(got, "the connection ended")
+            answer += got
+        check_equal(answer.decode(), f"echo {text}\n", "answer")
+
+    def is_reset(self):
+        try:
+            return self.socket.recv(1) == b"never"
+        except ConnectionResetError:
+            return True
+
+
+def wait_ended(console):
+    """How the guest's client lost its connection, which was open at the checkpoint."""
+    return console.check("for i in $(seq 60); do [ -s /run/ended ] && break; sleep 0.5; done; cat /run/ended", 120).strip()
+
+
+def test_network(env):
+    """DHCP; a service behind a forwarded port before, during and after a checkpoint, a revert and a start; connections of another life are reset."""
+    port, other = free_port(), free_port()
+    net = f"[net lan]\nmode = user\nforward = tcp:{port}:8080"
+    console = boot(env, extra=net)
+    console.check(DHCP, 90)
+    check("10.0.2.15/24" in console.check("busybox ip addr show eth0"), "no address")
+    check("52:56:" in console.check("cat /sys/class/net/eth0/address"), "the address is not the VM's own")
+    console.check(SERVER + " sleep 2")
+    Caller(port).echo("first")
+    listener = socket.create_server(("127.0.0.1", 0))
+    console.check(CLIENT % listener.getsockname()[1])
+    accepted, _ = listener.accept()
+    caller = Caller(port)
+    caller.echo("before")
+    taken = env.vmcp_json("checkpoint", "--live", "--tag", "good", timeout=120)
+    caller.echo("after the checkpoint")
+    check_equal(console.run("test -s /run/ended")[0], 1, "the guest's client has lost its connection at the checkpoint")
+
+    env.vmcp_json("revert", "good", timeout=120)
+    check(caller.is_reset(), "the host's end of an old connection is no reset")
+    accepted.settimeout(60)
+    try:
+        check(accepted.recv(1) == b"never", "the other one's neither")
+    except ConnectionResetError:
+        pass
+    console.sync(60)
+    check_equal(wait_ended(console), "error: Connection reset by peer", "the guest's end")
+    Caller(port).echo("after the revert")
+    with open(os.path.join(env.store, "checkpoints", taken["id"], "manifest"), encoding="utf-8") as manifest:
+        check("mac = 52:56" in manifest.read(), "the address is not in the manifest")
+
+    # The port is taken as long as the VM runs; another one does.
+    result = env.vmcp("run", "--detach", "--from", "good", "--name", "two", status=4, timeout=120)
+    check(f"127.0.0.1:{port}" in result.err and "hint:" in result.err, str(result))
+    env.vmcp("run", "--detach", "--from", "good", "--name", "two", "--net", f"lan:forward=tcp:{other}:8080", timeout=120)
+    second = attach(env, "two")
+    Caller(other).echo("the second")
+    Caller(port).echo("the first")
+    check_equal(wait_ended(second), "error: Connection reset by peer", "the second's old connection")
+    env.vmcp("kill", "two")
+
+    env.vmcp("kill", "debian")
+    back = env.vmcp_json("revert", "good", timeout=120)
+    check_equal(back["mode"], "started", "mode")
+    console = attach(env)
+    Caller(port).echo("after the start")
+    nets = env.vmcp_json("stats", "debian")["nets"]
+    check(nets[0]["received_frames"] > 0 and nets[0]["sent_frames"] > 0 and nets[0]["mode"] == "user", f"stats: {nets}")
+    check_log(console, "with a network card")
     env.vmcp("kill", "debian")
 
 

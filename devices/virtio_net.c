@@ -1,0 +1,440 @@
+#include "devices/virtio_net.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+#include "base/buf.h"
+#include "base/bytes.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "devices/virtio_net_internal.h"
+
+#define CLASS_ETHERNET	 0x020000u
+#define QUEUE_SIZE	 256u
+#define CONFIG_BYTES	 8u /* mac, status (5.1.4) */
+#define CONFIG_STATUS	 6u
+#define FRAMES_IN_A_TURN 64u
+#define ETHER_ARP	 0x0806u
+#define ETHER_RARP	 0x8035u
+#define ARP_BYTES	 42u
+#define RUNT_BYTES	 60u /* what an Ethernet frame has at least, without its checksum */
+
+void net_look_later(struct virtio_net *n, uint64_t wait_ns)
+{
+	const struct itimerspec at = {.it_value = {.tv_sec = (time_t)(wait_ns / 1000000000), .tv_nsec = (long)(wait_ns % 1000000000) + 1}};
+
+	if (timerfd_settime(n->timer_fd, 0, &at, NULL) < 0)
+		log_error("%s: timer: %s", n->name, strerror(errno));
+}
+
+/* --- after a driver's or a machine's start --- */
+
+static void configure_backend(struct virtio_net *n)
+{
+	unsigned offloads = 0;
+
+	if (virtio_has_feature(n->vdev, NET_F_GUEST_CSUM)) {
+		offloads = NET_OFFLOAD_CSUM;
+		offloads |= virtio_has_feature(n->vdev, NET_F_GUEST_TSO4) ? NET_OFFLOAD_TSO4 : 0;
+		offloads |= virtio_has_feature(n->vdev, NET_F_GUEST_TSO6) ? NET_OFFLOAD_TSO6 : 0;
+		offloads |= virtio_has_feature(n->vdev, NET_F_GUEST_ECN) ? NET_OFFLOAD_ECN : 0;
+	}
+	net_set_offloads(n->net, offloads);
+	n->configured = true;
+}
+
+/* An ARP packet that asks nobody and tells all: who is `mac`, and that it has `ipv4` (RFC 5227, 3); of RARP that only the card is here. */
+static void make_announcement(const struct virtio_net *n, uint16_t kind, uint8_t *out)
+{
+	uint8_t *frame = out + NET_HEADER_BYTES, *arp = frame + NET_ETHERNET_BYTES;
+
+	memset(out, 0, NET_HEADER_BYTES + RUNT_BYTES);
+	memset(frame, 0xff, 6);
+	memcpy(frame + 6, n->mac, 6);
+	put_be16(frame + 12, kind);
+	put_be16(arp, 1);
+	put_be16(arp + 2, 0x0800);
+	arp[4] = 6;
+	arp[5] = 4;
+	put_be16(arp + 6, kind == ETHER_RARP ? 3 : 1);
+	memcpy(arp + 8, n->mac, 6);
+	memcpy(arp + 14, n->ipv4, 4);
+	if (kind == ETHER_RARP)
+		memcpy(arp + 18, n->mac, 6);
+	memcpy(arp + 24, n->ipv4, 4);
+}
+
+/* In the guest's name, as switches and neighbours may still look for it elsewhere. */
+static void announce(struct virtio_net *n)
+{
+	static const uint8_t none[4] = {0};
+	uint8_t frame[NET_HEADER_BYTES + RUNT_BYTES];
+	const struct iovec iov = {.iov_base = frame, .iov_len = sizeof(frame)};
+
+	make_announcement(n, ETHER_RARP, frame);
+	net_send(n->net, &iov, 1, sizeof(frame));
+	if (memcmp(n->ipv4, none, sizeof(none)) != 0) {
+		make_announcement(n, ETHER_ARP, frame);
+		net_send(n->net, &iov, 1, sizeof(frame));
+	}
+	net_flush(n->net);
+	if (virtio_has_feature(n->vdev, NET_F_GUEST_ANNOUNCE | NET_F_STATUS | NET_F_CTRL_VQ)) {
+		n->status |= NET_S_ANNOUNCE;
+		virtio_config_changed(n->vdev);
+	}
+}
+
+static void restart_backend(struct virtio_net *n)
+{
+	n->restart = false;
+	n->frame_bytes = 0;
+	net_restart(n->net, n->mac, &n->connections);
+	if (virtio_is_live(n->vdev))
+		announce(n);
+}
+
+/* Before anything else that the loop does with the card. */
+static void prepare(struct virtio_net *n)
+{
+	if (n->restart)
+		restart_backend(n);
+	if (!n->configured)
+		configure_backend(n);
+}
+
+/* --- frames to the guest --- */
+
+/* The driver must see how many buffers hold the frame, in the first of them. */
+static int tell_number(struct virtio_net *n, struct virtqueue *q, uint16_t first, uint16_t count, struct err *err)
+{
+	uint8_t number[2];
+	int ret = virtq_walk(q, first, &n->chain, err);
+
+	if (ret < 0)
+		return ret;
+	put_le16(number, count);
+	virtq_copy_to(&n->chain, NET_H_NUM_BUFFERS, number, sizeof(number));
+	return 0;
+}
+
+/* Takes buffers until `frame` fits: how many; 0 if there are too few, then *never says whether it is no use to wait for more; or -EPROTO. */
+static int fill_buffers(struct virtio_net *n, struct virtqueue *q, bool *never, struct err *err)
+{
+	bool merge = virtio_has_feature(n->vdev, NET_F_MRG_RXBUF);
+	uint16_t count = 0, first = 0;
+
+	for (size_t done = 0; done < n->frame_bytes; count++) {
+		int ret = virtq_pop(q, &n->chain, err);
+		if (ret < 0)
+			return ret;
+		*never = ret == 0 ? count == q->s.size : !merge && n->chain.in_bytes < n->frame_bytes;
+		if (ret == 1 && (n->chain.out_count > 0 || n->chain.in_bytes < (count == 0 ? NET_HEADER_BYTES : 1)))
+			return err_set(err, ERR_FAILED, EPROTO, "receive chain %u has %u readable segments and %llu writable bytes", n->chain.head,
+				       n->chain.out_count, (unsigned long long)n->chain.in_bytes);
+		if (ret == 0 || *never) {
+			virtq_unpop(q, (uint16_t)(count + ret));
+			return 0;
+		}
+		uint64_t bytes = virtq_copy_to(&n->chain, 0, n->frame + done, n->frame_bytes - done);
+		ret = virtq_fill(q, count, n->chain.head, (uint32_t)bytes, err);
+		if (ret < 0)
+			return ret;
+		first = count == 0 ? n->chain.head : first;
+		done += bytes;
+	}
+	int ret = count > 1 ? tell_number(n, q, first, count, err) : 0;
+	return ret < 0 ? ret : count;
+}
+
+/* 1: delivered or dropped; 0: the guest has no buffers; -EPROTO. */
+static int deliver(struct virtio_net *n, struct virtqueue *q, struct err *err)
+{
+	bool never = false;
+	int count = fill_buffers(n, q, &never, err);
+
+	if (count == 0 && !never && virtq_rearm(q))
+		count = fill_buffers(n, q, &never, err);
+	if (count < 0 || (count == 0 && !never))
+		return count;
+	int ret = count > 0 ? virtq_publish(q, (uint16_t)count, err) : 0;
+	if (ret < 0)
+		return ret;
+	n->stats.receive_drops += count == 0;
+	n->stats.received_frames += count > 0;
+	n->stats.received_bytes += count > 0 ? n->frame_bytes - NET_HEADER_BYTES : 0;
+	n->frame_bytes = 0;
+	return 1;
+}
+
+/* The next frame that is for the guest: false if there is none. */
+static bool fetch(struct virtio_net *n)
+{
+	while (n->frame_bytes == 0) {
+		n->frame_bytes = net_receive(n->net, n->frame);
+		if (n->frame_bytes == 0)
+			return false;
+		if (!net_passes_filter(n, n->frame + NET_HEADER_BYTES)) {
+			n->stats.filtered++;
+			n->frame_bytes = 0;
+			continue;
+		}
+		if (!virtio_has_feature(n->vdev, NET_F_GUEST_CSUM))
+			n->frame[NET_H_FLAGS] = 0;
+		put_le16(n->frame + NET_H_NUM_BUFFERS, 1);
+	}
+	return true;
+}
+
+/* Frames are wanted unless the guest has no buffers, or has had enough for now. */
+static int serve_receive(struct virtio_net *n, struct virtqueue *q, struct err *err)
+{
+	uint64_t wait_ns = 0, now = n->receive_limit.bytes_per_s ? clock_now_ns() : 0;
+	unsigned turn = 0;
+	int ret = 1;
+
+	for (; turn < FRAMES_IN_A_TURN && ret == 1; turn++) {
+		wait_ns = rate_limit_wait_ns(&n->receive_limit, now);
+		if (wait_ns > 0 || !fetch(n))
+			break;
+		size_t bytes = n->frame_bytes;
+		ret = deliver(n, q, err);
+		if (ret == 1)
+			rate_limit_take(&n->receive_limit, now, bytes);
+	}
+	net_want(n->net, ret == 1 && wait_ns == 0);
+	virtio_signal(n->vdev, NET_QUEUE_RECEIVE);
+	if (wait_ns > 0)
+		net_look_later(n, wait_ns);
+	else if (turn == FRAMES_IN_A_TURN && ret == 1)
+		virtio_kick(n->vdev, NET_QUEUE_RECEIVE);
+	return ret < 0 ? ret : 0;
+}
+
+/* --- frames from the guest --- */
+
+static void learn_address(struct virtio_net *n)
+{
+	uint8_t frame[ARP_BYTES];
+
+	if (virtq_copy_from(&n->chain, NET_HEADER_BYTES, frame, sizeof(frame)) != sizeof(frame))
+		return;
+	if (get_be16(frame + 12) == ETHER_ARP && get_be16(frame + 16) == 0x0800 && memcmp(frame + 22, n->mac, 6) == 0)
+		memcpy(n->ipv4, frame + 28, sizeof(n->ipv4));
+}
+
+/* 1, 0 if there is none, -EAGAIN if it must wait, -EPROTO. */
+static int send_one(struct virtio_net *n, struct virtqueue *q, struct err *err)
+{
+	int ret = virtq_pop(q, &n->chain, err);
+
+	if (ret != 1)
+		return ret;
+	if (n->chain.in_count > 0 || n->chain.out_bytes < NET_HEADER_BYTES || n->chain.out_bytes > NET_BUFFER_BYTES)
+		return err_set(err, ERR_FAILED, EPROTO, "send chain %u has %u writable segments and %llu bytes", n->chain.head, n->chain.in_count,
+			       (unsigned long long)n->chain.out_bytes);
+	size_t bytes = n->chain.out_bytes;
+	ret = net_send(n->net, n->chain.iov, n->chain.out_count, bytes);
+	if (ret == -EAGAIN) {
+		virtq_unpop(q, 1);
+		return ret;
+	}
+	learn_address(n);
+	if (ret < 0) {
+		n->stats.send_errors++;
+	} else {
+		n->stats.sent_frames++;
+		n->stats.sent_bytes += bytes - NET_HEADER_BYTES;
+	}
+	rate_limit_take(&n->send_limit, n->send_limit.bytes_per_s ? clock_now_ns() : 0, bytes);
+	ret = virtq_push(q, n->chain.head, 0, err);
+	return ret < 0 ? ret : 1;
+}
+
+static int serve_send(struct virtio_net *n, struct virtqueue *q, struct err *err)
+{
+	uint64_t wait_ns = 0;
+	int ret = 1;
+
+	for (unsigned turn = 0; turn < FRAMES_IN_A_TURN && ret == 1; turn++) {
+		wait_ns = n->send_limit.bytes_per_s ? rate_limit_wait_ns(&n->send_limit, clock_now_ns()) : 0;
+		if (wait_ns > 0)
+			break;
+		ret = send_one(n, q, err);
+		if (ret == 0 && virtq_rearm(q))
+			ret = 1;
+	}
+	net_flush(n->net);
+	virtio_signal(n->vdev, NET_QUEUE_SEND);
+	if (wait_ns > 0)
+		net_look_later(n, wait_ns);
+	else if (ret == 1)
+		virtio_kick(n->vdev, NET_QUEUE_SEND);
+	return ret == -EPROTO ? ret : 0;
+}
+
+/* --- events --- */
+
+static int serve_control(struct virtio_net *n, struct virtqueue *q, struct err *err)
+{
+	int ret;
+
+	do {
+		ret = net_control(n, q, err);
+	} while (ret == 1 || (ret == 0 && virtq_rearm(q)));
+	virtio_signal(n->vdev, NET_QUEUE_CONTROL);
+	return ret;
+}
+
+/* With the lock held. */
+static void serve(struct virtio_net *n, unsigned queue)
+{
+	struct virtqueue *q = virtio_queue(n->vdev, queue);
+	struct err err = ERR_INIT;
+	int ret = 0;
+
+	prepare(n);
+	if (queue == NET_QUEUE_CONTROL && virtio_has_feature(n->vdev, NET_F_CTRL_VQ))
+		ret = serve_control(n, q, &err);
+	else if (queue == NET_QUEUE_SEND)
+		ret = serve_send(n, q, &err);
+	/* What was sent may have been answered at once. */
+	if (ret == 0 && (queue == NET_QUEUE_RECEIVE || net_waiting(n->net)))
+		ret = serve_receive(n, virtio_queue(n->vdev, NET_QUEUE_RECEIVE), &err);
+	if (ret < 0)
+		virtio_break(n->vdev, &err);
+}
+
+static void notify(void *opaque, unsigned queue) { serve(opaque, queue); }
+
+static void serve_if_live(struct virtio_net *n, unsigned queue)
+{
+	virtio_lock(n->vdev);
+	if (virtio_is_live(n->vdev))
+		serve(n, queue);
+	else
+		net_want(n->net, false); /* a kick comes when the device lives */
+	virtio_unlock(n->vdev);
+}
+
+static void readable(void *opaque) { serve_if_live(opaque, NET_QUEUE_RECEIVE); }
+static void writable(void *opaque) { serve_if_live(opaque, NET_QUEUE_SEND); }
+
+static void link_changed(void *opaque, bool up)
+{
+	struct virtio_net *n = opaque;
+
+	virtio_lock(n->vdev);
+	n->status = (uint16_t)((n->status & ~NET_S_LINK_UP) | (up ? NET_S_LINK_UP : 0));
+	virtio_config_changed(n->vdev);
+	virtio_unlock(n->vdev);
+}
+
+static void timer_ready(void *opaque, uint32_t events)
+{
+	struct virtio_net *n = opaque;
+	uint64_t count;
+	(void)events;
+
+	if (read(n->timer_fd, &count, sizeof(count)) < 0)
+		return;
+	virtio_lock(n->vdev);
+	if (n->restart)
+		restart_backend(n);
+	virtio_unlock(n->vdev);
+	virtio_kick(n->vdev, NET_QUEUE_RECEIVE);
+	virtio_kick(n->vdev, NET_QUEUE_SEND);
+}
+
+static void cancel(void *opaque)
+{
+	struct virtio_net *n = opaque;
+
+	n->frame_bytes = 0;
+	n->configured = false;
+	if (virtio_is_resetting(n->vdev))
+		net_reset_settings(n);
+}
+
+static void config_read(void *opaque, uint64_t offset, uint8_t *data, unsigned size)
+{
+	struct virtio_net *n = opaque;
+	uint8_t config[CONFIG_BYTES];
+
+	memcpy(config, n->mac, sizeof(n->mac));
+	put_le16(config + CONFIG_STATUS, n->status);
+	memcpy(data, config + offset, size);
+}
+
+static const struct virtio_ops ops = {.notify = notify, .cancel = cancel, .config_read = config_read};
+static const struct net_events events = {.readable = readable, .writable = writable, .link = link_changed};
+
+/* --- life --- */
+
+static int create_timer(struct virtio_net *n, struct err *err)
+{
+	n->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+	if (n->timer_fd < 0)
+		return err_sys(err, errno, "%s: timerfd", n->name);
+	return loop_add(n->loop, n->timer_fd, EPOLLIN, timer_ready, n, &n->timer, err);
+}
+
+int virtio_net_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop, struct net *net, const struct virtio_net_config *config,
+		      struct virtio_net **out, struct err *err)
+{
+	struct virtio_net *n = xcalloc(1, sizeof(*n));
+	const struct virtio_config about = {
+		.name = n->name,
+		.device_id = VIRTIO_ID_NET,
+		.class_code = CLASS_ETHERNET,
+		.features = NET_F_CSUM | NET_F_GUEST_CSUM | NET_F_MAC | NET_F_GUEST_TSO4 | NET_F_GUEST_TSO6 | NET_F_GUEST_ECN | NET_F_HOST_TSO4 |
+			    NET_F_HOST_TSO6 | NET_F_HOST_ECN | NET_F_MRG_RXBUF | NET_F_STATUS | NET_F_CTRL_VQ | NET_F_CTRL_RX |
+			    NET_F_CTRL_RX_EXTRA | NET_F_GUEST_ANNOUNCE | NET_F_CTRL_MAC_ADDR,
+		.queues = NET_QUEUES,
+		.queue_size = QUEUE_SIZE,
+		.config_bytes = CONFIG_BYTES,
+		.ops = &ops,
+		.opaque = n,
+	};
+
+	snprintf(n->name, sizeof(n->name), "net %s", config->name);
+	n->net = net;
+	n->loop = io_loop;
+	memcpy(n->own_mac, config->mac, sizeof(n->own_mac));
+	n->status = NET_S_LINK_UP;
+	n->send_limit.bytes_per_s = config->send_rate;
+	n->receive_limit.bytes_per_s = config->receive_rate;
+	net_reset_settings(n);
+	int ret = create_timer(n, err);
+	if (ret == 0)
+		ret = virtio_create(bus, mem, io_loop, &about, &n->vdev, err);
+	if (ret < 0) {
+		virtio_net_destroy(n);
+		return ret;
+	}
+	net_listen(net, &events, n);
+	*out = n;
+	return 0;
+}
+
+void virtio_net_destroy(struct virtio_net *n)
+{
+	if (n == NULL)
+		return;
+	virtio_destroy(n->vdev);
+	loop_remove(n->loop, n->timer);
+	if (n->timer_fd >= 0)
+		close(n->timer_fd);
+	free(n);
+}
+
+void virtio_net_get_stats(struct virtio_net *n, struct virtio_net_stats *out)
+{
+	virtio_lock(n->vdev);
+	*out = n->stats;
+	virtio_unlock(n->vdev);
+}

@@ -1,0 +1,63 @@
+#include <stdio.h>
+#include <string.h>
+
+#include "machine/machine_internal.h"
+
+/* FNV-1a: every bit of the text counts, and nobody needs to guess it. */
+static uint64_t hash(uint64_t h, const char *text)
+{
+	for (; *text; text++)
+		h = (h ^ (uint8_t)*text) * 0x100000001b3ull;
+	return h;
+}
+
+/* Locally administered (bit 1 of the first byte), and not of the range 52:54:00 that other VMMs choose from. */
+static void choose_mac(const char *uuid, const char *name, uint8_t mac[6])
+{
+	uint64_t h = hash(hash(hash(0xcbf29ce484222325ull, uuid), "/"), name);
+
+	h ^= h >> 32;
+	mac[0] = 0x52;
+	mac[1] = 0x56;
+	for (int i = 2; i < 6; i++, h >>= 8)
+		mac[i] = (uint8_t)h;
+}
+
+static int open_backend(struct machine_net *net, const struct machine_net_place *place, struct err *err)
+{
+	const struct config_net *config = net->config;
+	struct net_config backend = {.name = config->name, .mode = config->mode, .forward_count = config->forward_count};
+
+	memcpy(backend.forwards, config->forwards, sizeof(backend.forwards));
+	memcpy(backend.interface, config->mode == NET_TAP ? config->tap : config->bridge, sizeof(backend.interface));
+	int rc = net_open(&backend, place->loop, &net->backend, err);
+	return rc ? err_hint(err, "change [net %s] in guest.cfg, or give it other settings: `vmcp run --net %s:KEY=VALUE`", config->name, config->name) : 0;
+}
+
+int machine_net_open(struct machine_net *net, const struct machine_net_place *place, struct config_net *config, struct err *err)
+{
+	struct virtio_net_config device = {.name = config->name, .send_rate = config->send_rate, .receive_rate = config->receive_rate};
+
+	net->config = config;
+	if (!config->mac_given) {
+		choose_mac(place->uuid, config->name, config->mac);
+		config->mac_given = true;
+	}
+	memcpy(device.mac, config->mac, sizeof(device.mac));
+	int rc = open_backend(net, place, err);
+	return rc ? rc : virtio_net_create(place->pci, place->mem, place->loop, net->backend, &device, &net->device, err);
+}
+
+void machine_net_close(struct machine_net *net)
+{
+	virtio_net_destroy(net->device);
+	net_close(net->backend);
+}
+
+void machine_net_tell(struct machine_net *net, struct machine_net_stats *out)
+{
+	*out = (struct machine_net_stats){
+		.name = net->config->name, .mode = config_net_mode_name(net->config->mode), .interface = net_interface(net->backend)};
+	memcpy(out->mac, net->config->mac, sizeof(out->mac));
+	virtio_net_get_stats(net->device, &out->traffic);
+}

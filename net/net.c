@@ -1,0 +1,85 @@
+#include "net/net_internal.h"
+
+#include <errno.h>
+
+#include "base/bytes.h"
+
+int net_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err)
+{
+	int ret = config->mode == NET_USER ? net_user_open(config, loop, out, err) : net_tap_open(config, loop, out, err);
+
+	return ret < 0 ? err_prefix(err, "net %s", config->name) : 0;
+}
+
+void net_close(struct net *net)
+{
+	if (net != NULL)
+		net->ops->close(net);
+}
+
+void net_listen(struct net *net, const struct net_events *events, void *opaque)
+{
+	net->events = *events;
+	net->opaque = opaque;
+}
+
+const char *net_interface(const struct net *net) { return net->interface; }
+
+void net_want(struct net *net, bool wanted)
+{
+	if (wanted == net->wanted)
+		return;
+	net->wanted = wanted;
+	net->ops->want(net, wanted);
+}
+
+bool net_waiting(const struct net *net) { return net->ops->waiting(net); }
+size_t net_receive(struct net *net, uint8_t *buffer) { return net->ops->receive(net, buffer); }
+
+int net_send(struct net *net, const struct iovec *iov, unsigned count, size_t bytes)
+{
+	if (bytes < NET_HEADER_BYTES + NET_ETHERNET_BYTES || bytes > NET_BUFFER_BYTES)
+		return -EINVAL;
+	return net->ops->send(net, iov, count, bytes);
+}
+
+void net_flush(struct net *net) { net->ops->flush(net); }
+void net_set_offloads(struct net *net, unsigned offloads) { net->ops->set_offloads(net, offloads); }
+void net_save_connections(const struct net *net, struct net_connections *out) { net->ops->save_connections(net, out); }
+void net_restart(struct net *net, const uint8_t guest_mac[6], const struct net_connections *guest) { net->ops->restart(net, guest_mac, guest); }
+
+/* The sum of 16-bit words in memory order (RFC 1071: the order of bytes does not matter to it). */
+static uint16_t sum_words(const uint8_t *data, size_t bytes)
+{
+	uint64_t sum = 0;
+	size_t i = 0;
+
+	for (; i + 4 <= bytes; i += 4)
+		sum += get_le32(data + i);
+	if (i + 2 <= bytes) {
+		sum += get_le16(data + i);
+		i += 2;
+	}
+	if (i < bytes)
+		sum += data[i];
+	while (sum >> 16)
+		sum = (sum & 0xffff) + (sum >> 16);
+	return (uint16_t)sum;
+}
+
+int net_fill_checksum(uint8_t *frame, size_t bytes)
+{
+	uint8_t *packet = frame + NET_HEADER_BYTES;
+	size_t length = bytes - NET_HEADER_BYTES, start = get_le16(frame + NET_H_CSUM_START);
+	size_t at = start + get_le16(frame + NET_H_CSUM_OFFSET);
+
+	if (!(frame[NET_H_FLAGS] & NET_F_NEEDS_CSUM))
+		return 0;
+	if (start < NET_ETHERNET_BYTES || start > length || !range_within(at, 2, length))
+		return -EINVAL;
+	/* The field holds the sum of the pseudo header. */
+	uint16_t sum = (uint16_t)~sum_words(packet + start, length - start);
+	put_le16(packet + at, sum == 0 ? 0xffff : sum);
+	frame[NET_H_FLAGS] &= (uint8_t)~NET_F_NEEDS_CSUM;
+	return 0;
+}

@@ -1,0 +1,36 @@
+/* What the backends share. */
+#ifndef VMCP_NET_NET_INTERNAL_H
+#define VMCP_NET_NET_INTERNAL_H
+
+#include "net/net.h"
+
+struct net_ops {
+	void (*close)(struct net *net);
+	void (*want)(struct net *net, bool wanted);
+	bool (*waiting)(const struct net *net);
+	size_t (*receive)(struct net *net, uint8_t *buffer);
+	int (*send)(struct net *net, const struct iovec *iov, unsigned count, size_t bytes);
+	void (*flush)(struct net *net);
+	void (*set_offloads)(struct net *net, unsigned offloads);
+	void (*save_connections)(const struct net *net, struct net_connections *out);
+	void (*restart)(struct net *net, const uint8_t guest_mac[6], const struct net_connections *guest);
+};
+
+/* First member of each backend. */
+struct net {
+	const struct net_ops *ops; /* immutable, as all down to the events */
+	struct loop *loop;
+	struct net_config config;
+	char interface[NET_INTERFACE_BYTES];
+	struct net_events events;
+	void *opaque;
+	bool wanted;
+};
+
+int net_user_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
+int net_tap_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
+
+/* Fills in the checksum that a header leaves open (virtio 1.2, 5.1.6.2); the header no more asks for it. -EINVAL where it lies outside of the frame. */
+int net_fill_checksum(uint8_t *frame, size_t bytes);
+
+#endif

@@ -1,0 +1,324 @@
+/* Backends tap and bridge: a tap device with virtio's header, so that checksums and segmentation are the kernel's affair. */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/if_tun.h>
+#include <linux/sockios.h>
+#include <net/if.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "base/buf.h"
+#include "base/log.h"
+#include "net/net_internal.h"
+
+#define TUN_DEVICE "/dev/net/tun"
+#define DROP_MOST  4096u /* frames; the kernel's queue holds 1000 by default */
+
+struct tap {
+	struct net net;
+	int fd;
+	struct loop_source *source;
+	bool blocked; /* net_send found no room */
+	bool gone;    /* the device is not there any more */
+};
+
+static uint32_t wanted_events(const struct tap *tap)
+{
+	return (tap->net.wanted ? (uint32_t)EPOLLIN : 0) | (tap->blocked ? (uint32_t)EPOLLOUT : 0);
+}
+
+static void watch(struct tap *tap)
+{
+	struct err err = ERR_INIT;
+
+	if (!tap->gone && loop_modify(tap->net.loop, tap->source, wanted_events(tap), &err) < 0)
+		log_error("net %s: %s", tap->net.config.name, err.message);
+}
+
+/* Somebody removed the interface: the descriptor will never work again. */
+static void lose(struct tap *tap)
+{
+	log_error("net %s: interface %s is gone; the card has no link until the VM starts anew", tap->net.config.name, tap->net.interface);
+	loop_remove(tap->net.loop, tap->source);
+	tap->source = NULL;
+	tap->gone = true;
+	if (tap->net.events.link != NULL)
+		tap->net.events.link(tap->net.opaque, false);
+}
+
+static void ready(void *opaque, uint32_t events)
+{
+	struct tap *tap = opaque;
+
+	/* A device that was removed answers so; one that is only down does not. */
+	if (events & EPOLLERR) {
+		struct ifreq request = {0};
+		if (ioctl(tap->fd, TUNGETIFF, &request) < 0) {
+			lose(tap);
+			return;
+		}
+	}
+	if ((events & EPOLLOUT) && tap->blocked) {
+		tap->blocked = false;
+		watch(tap);
+		if (tap->net.events.writable != NULL)
+			tap->net.events.writable(tap->net.opaque);
+	}
+	if ((events & EPOLLIN) && tap->net.wanted && tap->net.events.readable != NULL)
+		tap->net.events.readable(tap->net.opaque);
+}
+
+static void want(struct net *net, bool wanted)
+{
+	(void)wanted;
+	watch((struct tap *)net);
+}
+
+static bool waiting(const struct net *net)
+{
+	(void)net;
+	return false; /* epoll tells */
+}
+
+static size_t receive(struct net *net, uint8_t *buffer)
+{
+	ssize_t got;
+
+	do {
+		got = read(((struct tap *)net)->fd, buffer, NET_BUFFER_BYTES);
+	} while (got < 0 && errno == EINTR);
+	return got > (ssize_t)(NET_HEADER_BYTES + NET_ETHERNET_BYTES) ? (size_t)got : 0;
+}
+
+static int send_frame(struct net *net, const struct iovec *iov, unsigned count, size_t bytes)
+{
+	struct tap *tap = (struct tap *)net;
+	ssize_t sent;
+	(void)bytes;
+
+	do {
+		sent = writev(tap->fd, iov, (int)count);
+	} while (sent < 0 && errno == EINTR);
+	if (sent >= 0)
+		return 0;
+	if (errno == EINVAL)
+		return -EINVAL;
+	if (errno != EAGAIN)
+		return 0; /* an interface that is down, or gone: a cable without an end */
+	tap->blocked = true;
+	watch(tap);
+	return -EAGAIN;
+}
+
+static void flush(struct net *net) { (void)net; }
+
+static void set_offloads(struct net *net, unsigned offloads)
+{
+	struct tap *tap = (struct tap *)net;
+	unsigned bits = 0;
+
+	if (offloads & NET_OFFLOAD_CSUM) {
+		bits |= TUN_F_CSUM;
+		bits |= offloads & NET_OFFLOAD_TSO4 ? TUN_F_TSO4 : 0;
+		bits |= offloads & NET_OFFLOAD_TSO6 ? TUN_F_TSO6 : 0;
+		bits |= (offloads & NET_OFFLOAD_ECN) && (bits & (TUN_F_TSO4 | TUN_F_TSO6)) ? TUN_F_TSO_ECN : 0;
+	}
+	if (!tap->gone && ioctl(tap->fd, TUNSETOFFLOAD, (unsigned long)bits) < 0)
+		log_warn("net %s: offloads 0x%x of %s: %s", net->config.name, bits, net->interface, strerror(errno));
+}
+
+static void save_connections(const struct net *net, struct net_connections *out)
+{
+	(void)net;
+	out->bytes = 0;
+}
+
+static void restart(struct net *net, const uint8_t guest_mac[6], const struct net_connections *guest)
+{
+	struct tap *tap = (struct tap *)net;
+	uint8_t some[NET_HEADER_BYTES + NET_ETHERNET_BYTES];
+	(void)guest_mac;
+	(void)guest;
+
+	/* A read takes a frame, however short, if only the header fits. */
+	for (unsigned i = 0; i < DROP_MOST && !tap->gone && read(tap->fd, some, sizeof(some)) >= 0; i++)
+		;
+	tap->blocked = false;
+	watch(tap);
+}
+
+static void close_tap(struct net *net)
+{
+	struct tap *tap = (struct tap *)net;
+
+	loop_remove(net->loop, tap->source);
+	if (tap->fd >= 0)
+		close(tap->fd); /* a device made for this card goes with it */
+	free(tap);
+}
+
+static const struct net_ops ops = {
+	.close = close_tap,
+	.want = want,
+	.waiting = waiting,
+	.receive = receive,
+	.send = send_frame,
+	.flush = flush,
+	.set_offloads = set_offloads,
+	.save_connections = save_connections,
+	.restart = restart,
+};
+
+/* --- opening --- */
+
+static int open_tun(struct tap *tap, struct err *err)
+{
+	tap->fd = open(TUN_DEVICE, O_RDWR | O_CLOEXEC | O_NONBLOCK);
+	if (tap->fd >= 0)
+		return 0;
+	int number = errno;
+	err_set(err, ERR_HOST, number, "%s: %s", TUN_DEVICE, strerror(number));
+	return err_hint(err, number == ENOENT || number == ENODEV ? "load the kernel's module: `modprobe tun`"
+								  : "let this user open it, or choose mode = user");
+}
+
+static int attach_fails(struct tap *tap, const char *name, bool own, int number, struct err *err)
+{
+	switch (number) {
+	case EBUSY:
+		err_set(err, ERR_STATE, EBUSY, "tap device %s is in use by another process", name);
+		return err_hint(err, "end what uses it, or give this card a tap device of its own: `ip tuntap add NAME mode tap`");
+	case EPERM:
+	case EACCES:
+		err_set(err, ERR_HOST, number, "no permission to %s", own ? "create a tap device" : "use it");
+		if (own)
+			return err_hint(err, "run as root or with CAP_NET_ADMIN, or let root make a device and use mode = tap");
+		err_prefix(err, "tap device %s", name);
+		return err_hint(err, "run as root or with CAP_NET_ADMIN, or give it to this user: `ip tuntap add %s mode tap user NAME`", name);
+	case EINVAL:
+		err_set(err, ERR_STATE, EINVAL, "interface %s is no tap device of one queue", name);
+		return err_hint(err, "make one with `ip tuntap add NAME mode tap`");
+	default:
+		(void)tap;
+		return err_sys(err, number, "tap device %s", name);
+	}
+}
+
+/* `name`: of a device that is there, or a pattern for a new one. */
+static int attach(struct tap *tap, const char *name, bool own, struct err *err)
+{
+	struct ifreq request = {.ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR};
+	int header = NET_HEADER_BYTES, little = 1;
+
+	snprintf(request.ifr_name, sizeof(request.ifr_name), "%s", name);
+	if (ioctl(tap->fd, TUNSETIFF, &request) < 0)
+		return attach_fails(tap, name, own, errno, err);
+	snprintf(tap->net.interface, sizeof(tap->net.interface), "%s", request.ifr_name);
+	if (ioctl(tap->fd, TUNSETVNETHDRSZ, &header) < 0 || ioctl(tap->fd, TUNSETVNETLE, &little) < 0 || ioctl(tap->fd, TUNSETOFFLOAD, 0ul) < 0)
+		return err_sys(err, errno, "tap device %s", tap->net.interface);
+	return 0;
+}
+
+static int get_flags(int control, const char *name, short *flags)
+{
+	struct ifreq request = {0};
+
+	snprintf(request.ifr_name, sizeof(request.ifr_name), "%s", name);
+	if (ioctl(control, SIOCGIFFLAGS, &request) < 0)
+		return -errno;
+	*flags = request.ifr_flags;
+	return 0;
+}
+
+static int set_up(int control, const char *name, short flags)
+{
+	struct ifreq request = {.ifr_flags = (short)(flags | IFF_UP)};
+
+	snprintf(request.ifr_name, sizeof(request.ifr_name), "%s", name);
+	return ioctl(control, SIOCSIFFLAGS, &request) < 0 ? -errno : 0;
+}
+
+static int no_interface(const char *what, const char *name, const char *make, struct err *err)
+{
+	err_set(err, ERR_NOT_FOUND, ENODEV, "there is no %s %s", what, name);
+	return err_hint(err, "make it with `%s`, or name another in guest.cfg", make);
+}
+
+static int open_existing(struct tap *tap, int control, struct err *err)
+{
+	const char *name = tap->net.config.interface;
+	short flags;
+
+	/* Else the kernel would make one. */
+	if (get_flags(control, name, &flags) < 0)
+		return no_interface("tap device", name, "ip tuntap add NAME mode tap", err);
+	int ret = attach(tap, name, false, err);
+	if (ret == 0 && !(flags & IFF_UP) && set_up(control, name, flags) < 0)
+		log_warn("net %s: %s is down, nothing gets through until it is up: `ip link set %s up`", tap->net.config.name, name, name);
+	return ret;
+}
+
+static int enter_bridge(struct tap *tap, int control, struct err *err)
+{
+	const char *bridge = tap->net.config.interface;
+	struct ifreq mtu = {0}, port = {0};
+	short flags;
+
+	snprintf(mtu.ifr_name, sizeof(mtu.ifr_name), "%s", bridge);
+	if (ioctl(control, SIOCGIFMTU, &mtu) == 0) {
+		snprintf(mtu.ifr_name, sizeof(mtu.ifr_name), "%s", tap->net.interface);
+		if (ioctl(control, SIOCSIFMTU, &mtu) < 0)
+			log_warn("net %s: MTU %d of %s: %s", tap->net.config.name, mtu.ifr_mtu, tap->net.interface, strerror(errno));
+	}
+	snprintf(port.ifr_name, sizeof(port.ifr_name), "%s", bridge);
+	port.ifr_ifindex = (int)if_nametoindex(tap->net.interface);
+	if (ioctl(control, SIOCBRADDIF, &port) < 0) {
+		int number = errno;
+		if (number == EPERM) {
+			err_set(err, ERR_HOST, number, "bridge %s: no permission to add a port", bridge);
+			return err_hint(err, "run as root or with CAP_NET_ADMIN, or let root make a tap device in it and use mode = tap");
+		}
+		if (number != EOPNOTSUPP && number != EINVAL)
+			return err_sys(err, number, "bridge %s: adding %s", bridge, tap->net.interface);
+		err_set(err, ERR_STATE, number, "interface %s is no bridge", bridge);
+		return err_hint(err, "name a bridge in guest.cfg; `ip link show type bridge` lists them");
+	}
+	int ret = get_flags(control, tap->net.interface, &flags);
+	if (ret == 0)
+		ret = set_up(control, tap->net.interface, flags);
+	return ret < 0 ? err_sys(err, ret, "interface %s", tap->net.interface) : 0;
+}
+
+static int open_in_bridge(struct tap *tap, int control, struct err *err)
+{
+	short flags;
+
+	if (get_flags(control, tap->net.config.interface, &flags) < 0)
+		return no_interface("bridge", tap->net.config.interface, "ip link add NAME type bridge", err);
+	int ret = attach(tap, "vmcp%d", true, err);
+	return ret < 0 ? ret : enter_bridge(tap, control, err);
+}
+
+int net_tap_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err)
+{
+	CLEANUP_CLOSE int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct tap *tap = xcalloc(1, sizeof(*tap));
+
+	tap->net = (struct net){.ops = &ops, .loop = loop, .config = *config};
+	tap->fd = -1;
+	int ret = control < 0 ? err_sys(err, errno, "socket") : open_tun(tap, err);
+	if (ret == 0)
+		ret = config->mode == NET_TAP ? open_existing(tap, control, err) : open_in_bridge(tap, control, err);
+	if (ret == 0)
+		ret = loop_add(loop, tap->fd, 0, ready, tap, &tap->source, err);
+	if (ret < 0) {
+		close_tap(&tap->net);
+		return ret;
+	}
+	*out = &tap->net;
+	return 0;
+}
