@@ -128,6 +128,11 @@ static void start_work(struct tiny *tiny)
 		if (wrong)
 			tiny_fail(tiny, wrong, NULL);
 	}
+	if (options->net) {
+		wrong = net_start(&tiny->net, &tiny->ram);
+		if (wrong)
+			tiny_fail(tiny, wrong, NULL);
+	}
 	if (!mem_start(&tiny->mem, &tiny->ram, options))
 		tiny_fail(tiny, "no-memory-for-the-set", NULL);
 	mem_fill(&tiny->mem, &tiny->stamps);
@@ -216,6 +221,8 @@ static _Noreturn void run(struct tiny *tiny)
 			tiny->look_tsc = now + clock_from_us(&tiny->clock, LOOK_EACH_US);
 		if (tiny->balloon.there)
 			work_balloon(tiny, now, look);
+		if (tiny->net.there)
+			net_turn(&tiny->net);
 		work_serial(tiny, look);
 		work_report(tiny, now);
 	}

@@ -100,6 +100,19 @@ void report_sum(struct tiny *tiny)
 	gap_restart(&tiny->gap);
 }
 
+void report_net(struct tiny *tiny)
+{
+	const struct net *net = &tiny->net;
+	struct line *line = &tiny->line;
+
+	line_start(line, "net");
+	line_number(line, "arps", net->arps);
+	line_number(line, "pings", net->pings);
+	line_number(line, "datagrams", net->datagrams);
+	line_number(line, "lost", net->lost);
+	tiny_print(tiny);
+}
+
 void report_balloon(struct tiny *tiny)
 {
 	const struct balloon *b = &tiny->balloon;

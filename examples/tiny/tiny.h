@@ -10,6 +10,7 @@
 #include "clock.h"
 #include "disk.h"
 #include "mem.h"
+#include "net.h"
 #include "options.h"
 #include "pattern.h"
 #include "ram.h"
@@ -47,6 +48,7 @@ struct tiny {
 	struct disk disk;
 	struct bench bench;
 	struct balloon balloon;
+	struct net net;
 	struct pace mem_pace;
 	struct pace disk_pace;
 	struct pace balloon_pace;
@@ -77,6 +79,7 @@ void report_gap(struct tiny *tiny); /* and begins anew */
 void report_sum(struct tiny *tiny);
 void report_check(struct tiny *tiny);
 void report_balloon(struct tiny *tiny);
+void report_net(struct tiny *tiny);
 void report_bench(struct tiny *tiny, const struct bench_run *run);
 
 /* command.c: carries out one line from the serial port. */

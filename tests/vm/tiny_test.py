@@ -8,6 +8,7 @@ import os
 import re
 import select
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +54,97 @@ def test_checkpoint_and_revert(env):
         guest.epoch(number + 1)
     env.vmcp("kill", "tiny")
     image_check(disk)
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class Echo:
+    """Asks the tiny guest's UDP echo, through a forwarded port."""
+
+    def __init__(self, port):
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.connect(("127.0.0.1", port))
+        self.number = 0
+
+    def ask(self, seconds, size=100):
+        """Whether an answer comes; late answers to older questions are left out."""
+        self.number += 1
+        text = f"{self.number} ".encode().ljust(size, b"x")
+        try:
+            self.socket.settimeout(seconds)
+            self.socket.send(text)
+            while self.socket.recv(65536) != text:
+                pass
+            return True
+        except (TimeoutError, ConnectionRefusedError):
+            return False
+
+    def insist(self, what):
+        deadline = time.monotonic() + 30
+        while not self.ask(0.2):
+            check(time.monotonic() < deadline, f"{what}: no answer for 30 s")
+            time.sleep(0.01)
+
+
+def test_network(env):
+    """The guest's echo answers before, during and after live checkpoints and reverts, and where it starts from one; what is bound on the host is bound anew."""
+    port, other = free_ports(2)
+    net = f"[net lan]\nmode = user\nforward = udp:{port}:7\n"
+    guest = env.start_tiny(cmdline="set=64M rate=20000 report=0 net=1", extra=net)
+    echo = Echo(port)
+    echo.insist("after the boot")
+    check(echo.ask(5, 1400), "a large datagram is lost")
+    asked = lost = 0
+    for number in range(10):
+        taking = subprocess.Popen([env.vmcp_bin, "--store", env.store, "-q", "checkpoint", "--live", "tiny", "--tag", f"c{number}"], stdout=subprocess.DEVNULL)
+        while taking.poll() is None:
+            asked += 1
+            lost += not echo.ask(2)
+        check_equal(taking.returncode, 0, "checkpoint")
+    check(asked >= 10 and lost == 0, f"{lost} of {asked} answers were lost during live checkpoints")
+    answered = int(guest.ask("net", "net")["datagrams"])
+    check(answered >= asked, f"the guest answered {answered} of {asked}")
+    for number in range(20):
+        back = env.vmcp_json("revert", f"c{number % 10}")
+        check_equal(back["mode"], "in-place", "mode")
+        echo.insist(f"after revert {number}")
+        check(int(guest.ask("net", "net")["datagrams"]) <= answered, "the guest did not go back")
+    guest.check()
+
+    # The port is the running VM's; another one does.
+    result = env.vmcp("run", "--detach", "--from", "c9", "--name", "two", status=4)
+    check(f"127.0.0.1:{port} of the host is taken" in result.err and "hint: " in result.err, str(result))
+    result = env.vmcp("run", "--detach", "--from", "c9", "--name", "two", "--net", "wan:forward=udp:1:7", status=2)
+    check("no [net wan]" in result.err and "[net lan]" in result.err, str(result))
+    env.vmcp("run", "--detach", "--from", "c9", "--name", "two", "--net", f"lan:forward=udp:{other}:7")
+    Echo(other).insist("the second VM")
+    echo.insist("the first VM beside it")
+    mac = env.vmcp_json("stats", "tiny")["nets"][0]["mac"]
+    check(mac.startswith("52:56:"), mac)
+    check_equal(env.vmcp_json("stats", "two")["nets"][0]["mac"], mac, "a VM from a checkpoint keeps the card's address")
+    env.vmcp("kill", "two")
+    env.vmcp("kill", "tiny")
+    check_equal(env.vmcp_json("revert", "c3")["mode"], "started", "mode")
+    echo.insist("after a start")
+    nets = env.vmcp_json("stats", "tiny")["nets"]
+    check(nets[0]["sent_frames"] > 0 and nets[0]["received_frames"] > 0 and nets[0]["send_errors"] == 0, f"{nets}")
+    env.vmcp("kill", "tiny")
+
+
+def test_network_errors(env):
+    """One clear error each, before anything runs."""
+    for text, status, words in (("mode = tap\ntap = nosuch0", 3, "there is no tap device nosuch0"),
+                                ("mode = bridge\nbridge = nosuch0", 3, "there is no bridge nosuch0"),
+                                ("mode = libvirt", 2, "not supported yet"),
+                                ("mode = user\nforward = tcp:8.8.8.8:8080:80", 1, "listening at 8.8.8.8:8080")):
+        result = env.vmcp("run", "--detach", env.tiny_config(extra=f"[net lan]\n{text}\n"), status=status)
+        check(words in result.err and "hint: " in result.err, str(result))
 
 
 def test_checkpoints_under_way(env):

@@ -1,0 +1,34 @@
+/*
+ * A virtio network card (OASIS virtio 1.2, section 5.1), polled, and just enough of a host on it: 10.0.2.15, which answers ARP, ICMP echo, and
+ * every UDP datagram to port 7 with the same datagram.
+ */
+#ifndef TINY_NET_H
+#define TINY_NET_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ram.h"
+#include "virtio.h"
+
+#define NET_BUFFERS	 32u
+#define NET_BUFFER_BYTES 2048u
+
+struct net {
+	bool there;
+	uint8_t mac[6];
+	uint8_t *receive_buffers, *send_buffers; /* NET_BUFFERS each */
+	uint32_t free_sends;			 /* a bit for each send buffer */
+	uint64_t arps, pings, datagrams;	 /* answered */
+	uint64_t lost;				 /* no buffer to answer with */
+	struct virtio virtio;
+	struct virtio_queue receive, send;
+};
+
+/* Returns NULL, or what is wrong. */
+const char *net_start(struct net *net, struct ram *ram);
+
+/* Answers what came. One device access at most. */
+void net_turn(struct net *net);
+
+#endif
