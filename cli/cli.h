@@ -82,6 +82,7 @@ void cli_progress_end(struct cli_progress *progress);
 extern const struct cli_command cli_run, cli_ps, cli_console, cli_pause, cli_resume, cli_stop, cli_kill, cli_stats, cli_balloon;
 extern const struct cli_command cli_checkpoint, cli_cancel, cli_revert, cli_tag;
 extern const struct cli_command cli_rm, cli_gc, cli_verify, cli_diff, cli_dump;
+extern const struct cli_command cli_export, cli_import;
 extern const struct cli_command cli_disk, cli_log, cli_show, cli_doctor, cli_version, cli_help;
 
 #endif

@@ -27,12 +27,13 @@ static const struct cli_option global_options[GLOBAL_OPTIONS + 1] = {
 const struct cli_command *const cli_commands[] = {
 	&cli_run,  &cli_ps,	    &cli_console, &cli_pause,	&cli_resume, &cli_stop,
 	&cli_kill, &cli_checkpoint, &cli_cancel,  &cli_revert,	&cli_log,    &cli_show,
-	&cli_tag,  &cli_rm,	    &cli_gc,	  &cli_verify, &cli_diff, &cli_dump, &cli_disk,	&cli_stats,  &cli_balloon,
+	&cli_tag,  &cli_rm,	    &cli_gc,	  &cli_verify, &cli_diff, &cli_dump,
+	&cli_export, &cli_import, &cli_disk,	&cli_stats,  &cli_balloon,
 	&cli_doctor, &cli_version,  &cli_help,    NULL,
 };
 
 /* Commands of the contract that this version does not have: said plainly, rather than "unknown". */
-static const char *const later_commands[] = {"export", "import", "clone", "suspend", NULL};
+static const char *const later_commands[] = {"clone", "suspend", NULL};
 
 static const struct cli_command *find_command(const char *name)
 {

@@ -283,6 +283,29 @@ static int follow_locked(struct store *store, const struct store_checkpoint *c, 
 	return rc;
 }
 
+/* A VM that came here with a checkpoint, and never ran here, stands at what came last. */
+static int make_vm_locked(struct store *store, const struct store_checkpoint *c, struct err *err)
+{
+	sqlite3_stmt *s;
+	int rc = catalog_prepare_locked(store,
+					"INSERT INTO vms(name, uuid, at, pid, state, memory_bytes, cpus, started_wall_ns, config_path, config_text)"
+					" VALUES(?1, ?2, ?3, 0, 'stopped', ?4, ?5, 0, '', ?6)"
+					" ON CONFLICT(name) DO UPDATE SET at = excluded.at, config_text = excluded.config_text"
+					" WHERE started_wall_ns = 0",
+					&s, err);
+	if (rc)
+		return rc;
+	sqlite3_bind_text(s, 1, c->vm, -1, SQLITE_STATIC);
+	sqlite3_bind_text(s, 2, c->vm_uuid, -1, SQLITE_STATIC);
+	sqlite3_bind_text(s, 3, c->id, -1, SQLITE_STATIC);
+	sqlite3_bind_int64(s, 4, (sqlite3_int64)c->memory_bytes);
+	sqlite3_bind_int64(s, 5, c->cpus);
+	sqlite3_bind_text(s, 6, c->config_text ? c->config_text : "", -1, SQLITE_STATIC);
+	rc = catalog_step_locked(store, s, err);
+	sqlite3_finalize(s);
+	return rc < 0 ? rc : 0;
+}
+
 int catalog_enter_inside_locked(struct store *store, const struct store_checkpoint *c, const struct store_layers *layers,
 				enum catalog_position position, struct err *err)
 {
@@ -294,6 +317,8 @@ int catalog_enter_inside_locked(struct store *store, const struct store_checkpoi
 		rc = enter_tag(store, c->id, c->tag, err);
 	if (!rc && position == CATALOG_VM_MOVES)
 		rc = set_position_locked(store, c->vm, c->id, err);
+	if (!rc && position == CATALOG_VM_MADE)
+		rc = make_vm_locked(store, c, err);
 	if (!rc && position == CATALOG_VM_MOVES_IF_AT_PARENT)
 		rc = follow_locked(store, c, err);
 	return rc;
@@ -476,6 +501,14 @@ int store_resolve(struct store *store, const char *reference, char id[STORE_ID_B
 		rc = -EINVAL;
 	} else if (rc == 1)
 		rc = 0;
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+int catalog_find_tag(struct store *store, const char *tag, char id[STORE_ID_BYTES], struct err *err)
+{
+	pthread_mutex_lock(&store->lock);
+	int rc = find_locked(store, "SELECT checkpoint FROM tags WHERE tag = ?1", tag, 0, id, err);
 	pthread_mutex_unlock(&store->lock);
 	return rc;
 }

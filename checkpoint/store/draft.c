@@ -5,6 +5,8 @@
  *     staging/<id>/               becomes checkpoints/<id> by the commit's rename
  *     staging/<id>/mem-<layer>    a memory layer that dies with the draft; written before the layer's files are made, removed after the rename
  *     staging/<id>/disk-<layer>   a disk layer that gc leaves alone meanwhile
+ *     staging/<id>/imported       it is an import: no VM's chain stands on its disk layers, they die with the draft
+ *     staging/<id>/own-<disk>     a read-only disk that goes to the VM's folder after the rename
  *
  * A maker that died leaves its lock free: the next store_open finishes its work (recover.c). Renamed already: the checkpoint exists and is
  * entered into the catalogue. Not renamed: folder and memory layers are removed. Disk layers are left: a VM's chain may stand on them.
@@ -27,7 +29,7 @@
 #define MAX_DISK_LAYERS	  26
 #define MAX_MEMORY_LAYERS 4 /* its own, and adopted ones */
 
-#define MAX_FILES	  (3 + 2 * MAX_MEMORY_LAYERS)
+#define MAX_FILES	  (3 + 2 * MAX_MEMORY_LAYERS + MAX_DISK_LAYERS)
 
 struct store_draft {
 	struct store *store;
@@ -40,6 +42,7 @@ struct store_draft {
 	unsigned disk_count;
 	struct store_layers index_layers;
 	bool switched;
+	bool imported;
 	uint64_t state_bytes, state_xxh3, index_bytes, index_xxh3;
 	/* What the commit makes durable: state, index, manifest, the memory layer and its checksums. The descriptors are ours. */
 	struct store_unsynced files[MAX_FILES];
@@ -83,28 +86,46 @@ static void draft_free(struct store_draft *draft)
 	free(draft);
 }
 
-int store_draft_begin(struct store *store, struct store_draft **out, struct err *err)
+static bool is_there(int dir, const char *id) { return faccessat(dir, id, F_OK, AT_SYMLINK_NOFOLLOW) == 0; }
+
+/* The lock file first, then the folder. wanted: the id, NULL: a new one. */
+static int lock_draft(struct store_draft *draft, const char *wanted, struct err *err)
+{
+	struct store *store = draft->store;
+	struct stat st;
+
+	do {
+		if (draft->lock_fd >= 0)
+			close(draft->lock_fd);
+		if (wanted)
+			memcpy(draft->id, wanted, STORE_ID_BYTES);
+		else
+			store_new_id(draft->id);
+		store_file_name(draft->lock_name, draft->id, ".lock");
+		draft->lock_fd =
+			openat(store->staging_dir, draft->lock_name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+		if (draft->lock_fd < 0 && wanted && errno == EEXIST)
+			return err_set(err, ERR_STATE, EBUSY, "checkpoint %.8s: another process is making it", wanted);
+		if (draft->lock_fd < 0)
+			return err_sys(err, errno, "%s/staging", store->path);
+		/* Between creation and lock another process may take it for a dead maker's and remove it: then once more. */
+	} while (store_try_lock(draft->lock_fd) || fstat(draft->lock_fd, &st) || st.st_nlink == 0);
+	/* Nobody else can commit it from here on. */
+	if (wanted && is_there(store->checkpoints_dir, wanted))
+		return err_set(err, ERR_STATE, EEXIST, "checkpoint %.8s: it is there already", wanted);
+	return 0;
+}
+
+static int begin(struct store *store, const char *wanted, struct store_draft **out, struct err *err)
 {
 	struct store_draft *draft = xcalloc(1, sizeof(*draft));
-	struct stat st;
-	int rc = 0;
 
 	draft->store = store;
 	draft->dir = -1;
 	draft->lock_fd = -1;
-	do {
-		if (draft->lock_fd >= 0)
-			close(draft->lock_fd);
-		store_new_id(draft->id);
-		store_file_name(draft->lock_name, draft->id, ".lock");
-		draft->lock_fd =
-			openat(store->staging_dir, draft->lock_name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-		if (draft->lock_fd < 0) {
-			rc = err_sys(err, errno, "%s/staging", store->path);
-			goto fail;
-		}
-		/* Between creation and lock another process may take it for a dead maker's and remove it: then once more. */
-	} while (store_try_lock(draft->lock_fd) || fstat(draft->lock_fd, &st) || st.st_nlink == 0);
+	int rc = lock_draft(draft, wanted, err);
+	if (rc)
+		goto fail;
 	if (!mkdirat(store->staging_dir, draft->id, 0700))
 		draft->dir = openat(store->staging_dir, draft->id, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (draft->dir < 0) {
@@ -120,6 +141,23 @@ int store_draft_begin(struct store *store, struct store_draft **out, struct err 
 	return 0;
 fail:
 	draft_free(draft);
+	return rc;
+}
+
+int store_draft_begin(struct store *store, struct store_draft **out, struct err *err) { return begin(store, NULL, out, err); }
+
+int store_draft_begin_import(struct store *store, const char *id, struct store_draft **out, struct err *err)
+{
+	int rc = begin(store, id, out, err);
+
+	if (rc)
+		return rc;
+	CLEANUP_CLOSE int mark = openat((*out)->dir, DRAFT_IMPORTED, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	if (mark < 0) {
+		rc = err_sys(err, errno, "%s/staging/%s", store->path, id);
+		store_draft_abort(*out);
+	} else
+		(*out)->imported = true;
 	return rc;
 }
 
@@ -241,6 +279,29 @@ int store_draft_disk_layer(struct store_draft *draft, const char *disk, const ch
 	return rc;
 }
 
+int store_draft_new_disk(struct store_draft *draft, char layer[STORE_ID_BYTES], char **path, struct err *err)
+{
+	if (draft->disk_count == MAX_DISK_LAYERS)
+		return err_set(err, ERR_FAILED, E2BIG, "more than %d disks", MAX_DISK_LAYERS);
+	store_new_id(layer);
+	int rc = make_marker(draft, "disk", layer, err);
+	if (rc)
+		return rc;
+	store_file_name(draft->disk_layers[draft->disk_count], layer, ".qcow2");
+	*path = xasprintf("%s/layers/%s", draft->store->path, draft->disk_layers[draft->disk_count++]);
+	return 0;
+}
+
+char *store_draft_own_disk(struct store_draft *draft, const char *disk)
+{
+	return xasprintf("%s/staging/%s/" DRAFT_OWN_PREFIX "%s", draft->store->path, draft->id, disk);
+}
+
+int store_draft_sync_at_commit(struct store_draft *draft, const char *path, struct err *err)
+{
+	return sync_later(draft, open(path, O_RDONLY | O_CLOEXEC), path, err);
+}
+
 void store_draft_switched(struct store_draft *draft) { draft->switched = true; }
 
 /* Nobody reads a draft, so its files need not come into being whole. */
@@ -280,25 +341,13 @@ int store_draft_put(struct store_draft *draft, const char *name, const void *dat
 static int check_tag(struct store *store, const char *tag, struct err *err)
 {
 	char other[STORE_ID_BYTES];
-	sqlite3_stmt *s;
+	int rc = *tag ? catalog_find_tag(store, tag, other, err) : 0;
 
-	if (!*tag)
-		return 0;
-	pthread_mutex_lock(&store->lock);
-	int rc = catalog_prepare_locked(store, "SELECT checkpoint FROM tags WHERE tag = ?", &s, err);
-	if (!rc) {
-		sqlite3_bind_text(s, 1, tag, -1, SQLITE_STATIC);
-		rc = catalog_step_locked(store, s, err);
-		if (rc == 1) {
-			catalog_text(s, 0, other, sizeof(other));
-			err_set(err, ERR_STATE, EEXIST, "tag '%s': it names checkpoint %.8s already", tag, other);
-			err_hint(err, "choose another tag");
-			rc = -EEXIST;
-		}
-		sqlite3_finalize(s);
-	}
-	pthread_mutex_unlock(&store->lock);
-	return rc;
+	if (rc != 1)
+		return rc;
+	err_set(err, ERR_STATE, EEXIST, "tag '%s': it names checkpoint %.8s already", tag, other);
+	err_hint(err, "choose another tag");
+	return -EEXIST;
 }
 
 /* Its files, and the names of the files. */
@@ -382,8 +431,12 @@ int store_draft_commit(struct store_draft *draft, struct store_checkpoint *check
 		remove_markers(draft);
 		rc = file_sync_dir(store->checkpoints_dir, &later);
 	}
+	if (!rc && draft->imported)
+		rc = draft_place_disks(store, draft->dir, checkpoint, &later);
 	if (!rc)
-		rc = draft_enter(store, checkpoint, &draft->index_layers, CATALOG_VM_MOVES, &later);
+		rc = draft_enter(store, checkpoint, &draft->index_layers, draft->imported ? CATALOG_VM_MADE : CATALOG_VM_MOVES, &later);
+	if (!rc && draft->imported)
+		unlinkat(draft->dir, DRAFT_IMPORTED, 0);
 	if (rc) {
 		log_warn("checkpoint %.8s: it is saved, but its entry in the catalogue waits for the next start of a "
 			 "command: %s",

@@ -22,7 +22,26 @@
 #define LOCK_SUFFIX ".lock"
 #define SETTLE_NS   10000000000ull
 
-/* Removes the markers in the folder `id` of `parent`, and with `layers` the memory layers that they name before them. */
+/* A layer that a marker names, unless a checkpoint does, too. */
+static int unlink_layer(struct store *store, const char *layer, bool memory, struct err *err)
+{
+	char name[STORE_ID_BYTES + 8];
+
+	pthread_mutex_lock(&store->lock);
+	int rc = refs_has_layer_locked(store, layer, err);
+	pthread_mutex_unlock(&store->lock);
+	if (rc)
+		return rc;
+	store_file_name(name, layer, ".qcow2");
+	if (memory)
+		store_unlink_memory_layer(store, layer);
+	else
+		unlinkat(store->layers_dir, name, 0);
+	return 0;
+}
+
+/* Removes the markers in the folder `id` of `parent`, and with `layers` the memory layers that they name before them; of an import, which no
+ * VM stands on, disk layers, too. */
 static int remove_markers(struct store *store, int parent, const char *id, bool layers, struct err *err)
 {
 	int fd = openat(parent, id, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
@@ -32,18 +51,14 @@ static int remove_markers(struct store *store, int parent, const char *id, bool 
 
 	if (!stream)
 		return 0;
+	bool imported = faccessat(fd, DRAFT_IMPORTED, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
 	while (rc >= 0 && (entry = readdir(stream))) {
 		bool is_memory = !strncmp(entry->d_name, "mem-", 4) && store_is_id(entry->d_name + 4);
 
 		if (!is_memory && (strncmp(entry->d_name, "disk-", 5) || !store_is_id(entry->d_name + 5)))
 			continue;
-		if (layers && is_memory) {
-			pthread_mutex_lock(&store->lock);
-			rc = refs_has_layer_locked(store, entry->d_name + 4, err);
-			pthread_mutex_unlock(&store->lock);
-			if (rc == 0)
-				store_unlink_memory_layer(store, entry->d_name + 4);
-		}
+		if (layers && (is_memory || imported))
+			rc = unlink_layer(store, entry->d_name + (is_memory ? 4 : 5), is_memory, err);
 		if (rc >= 0)
 			unlinkat(fd, entry->d_name, 0);
 	}
@@ -59,8 +74,15 @@ static int enter_committed(struct store *store, const char *id, struct err *err)
 
 	if (rc)
 		return rc;
+	CLEANUP_CLOSE int dir = openat(store->checkpoints_dir, id, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+	bool imported = dir >= 0 && faccessat(dir, DRAFT_IMPORTED, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
 	remove_markers(store, store->checkpoints_dir, id, false, NULL);
-	rc = draft_enter(store, &checkpoint, &layers, CATALOG_VM_MOVES_IF_AT_PARENT, err);
+	if (imported)
+		rc = draft_place_disks(store, dir, &checkpoint, err);
+	if (!rc)
+		rc = draft_enter(store, &checkpoint, &layers, imported ? CATALOG_VM_MADE : CATALOG_VM_MOVES_IF_AT_PARENT, err);
+	if (!rc && imported)
+		unlinkat(dir, DRAFT_IMPORTED, 0);
 	store_checkpoint_free(&checkpoint);
 	layers_free(&layers);
 	return rc;

@@ -112,6 +112,9 @@ void store_checkpoint_free(struct store_checkpoint *checkpoint);
 struct store_draft;
 /* Makes staging/<id>/ for a new checkpoint with a new id. */
 int store_draft_begin(struct store *store, struct store_draft **out, struct err *err);
+/* The same for a checkpoint that comes from elsewhere and keeps its id: -EBUSY, ERR_STATE: somebody else is making it; -EEXIST, ERR_STATE: it is
+ * there. Its commit leaves VMs where they stand; if there is no record of its VM, that is made, at this checkpoint. */
+int store_draft_begin_import(struct store *store, const char *id, struct store_draft **out, struct err *err);
 const char *store_draft_id(const struct store_draft *draft);
 /* A new memory layer in layers/ (not referenced until commit), opened O_RDWR, empty; O_DIRECT is the caller's affair (fcntl).
  * Beside it layers/<id>.sums, the same, for the places and checksums of its pages. Both descriptors are the caller's to close; the commit makes both
@@ -125,6 +128,13 @@ int store_draft_memory_layer(struct store_draft *draft, char layer[STORE_ID_BYTE
  */
 int store_draft_disk_layer(struct store_draft *draft, const char *disk, const char *path, const char *format,
 			   char layer[STORE_ID_BYTES], char **layer_path, struct err *err);
+/* Of an import. A qcow2 layer that the caller makes at *path (malloc); gone if the draft is. */
+int store_draft_new_disk(struct store_draft *draft, char layer[STORE_ID_BYTES], char **path, struct err *err);
+/* The same for a read-only disk: where to make it (malloc). The commit moves it to where store_own_disk says. */
+char *store_draft_own_disk(struct store_draft *draft, const char *disk);
+char *store_own_disk(struct store *store, const char *vm, const char *id, const char *disk);
+/* The commit makes that file durable. */
+int store_draft_sync_at_commit(struct store_draft *draft, const char *path, struct err *err);
 /* The VM has switched to its overlays: from here on abort keeps the disk layers (the VM's chain needs them), as layers of the VM. */
 void store_draft_switched(struct store_draft *draft);
 /* From here on the memory layer that `made` owns, written and synced, belongs to `draft`, and lives and dies with it. `made` is freed in

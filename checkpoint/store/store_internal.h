@@ -41,9 +41,12 @@ int catalog_step_locked(struct store *store, sqlite3_stmt *statement, struct err
 int catalog_error_locked(struct store *store, const char *what, struct err *err);
 /* Copies column `column` as text; "" for NULL. Too long: cut, as only our own writes are that long. */
 void catalog_text(sqlite3_stmt *statement, int column, char *out, size_t size);
+/* 1 and the checkpoint that has the tag, 0: none, -errno. */
+int catalog_find_tag(struct store *store, const char *tag, char id[STORE_ID_BYTES], struct err *err);
 enum catalog_position {
 	CATALOG_VM_STAYS,
 	CATALOG_VM_MOVES,
+	CATALOG_VM_MADE,	       /* an import: if there is no record of the VM, or it was never started here */
 	CATALOG_VM_MOVES_IF_AT_PARENT, /* entered late: only if the VM has gone nowhere else since */
 };
 /* The memory layers that an index names. */
@@ -115,6 +118,11 @@ int store_sync(const struct store_unsynced *files, unsigned count, struct err *e
 /* draft.c: enters a committed checkpoint, without its tag if that is taken. */
 int draft_enter(struct store *store, struct store_checkpoint *checkpoint, const struct store_layers *layers,
 		enum catalog_position position, struct err *err);
+
+/* import_place.c: the read-only disks in the folder of a committed import go to its VM's. What is done already is no error. */
+#define DRAFT_IMPORTED	 "imported"
+#define DRAFT_OWN_PREFIX "own-"
+int draft_place_disks(struct store *store, int dir, const struct store_checkpoint *checkpoint, struct err *err);
 
 /* recover.c: removes what makers left that are dead, and enters what they had committed. */
 int draft_recover(struct store *store, struct err *err);

@@ -1,0 +1,396 @@
+#!/usr/bin/env python3
+"""Whole VMs with the tiny guest: exports, imports, and going on in another store."""
+
+import filecmp
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+import store_memory  # noqa: E402
+import vmcp_test  # noqa: E402
+from tiny_test import compare_images, image_check  # noqa: E402
+from vmcp_test import check, check_equal  # noqa: E402
+
+LOAD = "set=32M rate=5000 disk=1 disk_blocks=1024 qd=4 report=0"
+
+
+def memory_sum(store, checkpoint):
+    memory = store_memory.Memory(store, checkpoint)
+    total = hashlib.sha256(memory.contents()).hexdigest()
+    memory.close()
+    return total
+
+
+def tree(folder):
+    """Every file below a folder and what is in it, but for the catalogue, which SQLite may tidy, and locks."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            if not name.startswith("catalog.db") and name != "lock" and os.path.isfile(path):
+                with open(path, "rb") as file:
+                    found[os.path.relpath(path, folder)] = hashlib.sha256(file.read()).hexdigest()
+    return found
+
+
+def whole(env, store, ids, vms):
+    """What the store has, by its own telling and by its files: these checkpoints, these VMs, nothing left over."""
+    log = env.vmcp_json("log", store=store)
+    check_equal(sorted(one["id"] for one in log["checkpoints"]), sorted(ids), "checkpoints")
+    check_equal(sorted(one["name"] for one in log["vms"]), sorted(vms), "VMs")
+    check_equal(os.listdir(os.path.join(store, "staging")), [], "staging")
+    needed = set()
+    for one in ids:
+        shown = env.vmcp_json("show", one, store=store)
+        needed.update(disk["layer"] for disk in shown["disks"])
+        needed.update(store_memory.layers(store, one))
+        needed.add(shown["memory"]["layer"])
+    there = {name.split(".")[0] for name in os.listdir(os.path.join(store, "layers"))}
+    check(there <= needed, f"layers that nobody needs: {there - needed}")
+
+
+def taken(env, **options):
+    """A guest with a disk, under load; a checkpoint, tagged; what the guest says of itself then; the guest is ended."""
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(memory="128M", cmdline=LOAD, disks=[("data", disk)], **options)
+    guest.epoch(3)
+    time.sleep(0.2)
+    one = env.vmcp_json("checkpoint", "--live", "--tag", "first", "-m", "before the move", "tiny")["id"]
+    return guest, one
+
+
+def netns():
+    """Two network namespaces with a cable between them, or None where that cannot be."""
+    names = (f"vmcpa{os.getpid()}", f"vmcpb{os.getpid()}")
+
+    def run(*words):
+        return subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+    if os.geteuid() != 0 or shutil.which("ip") is None or not all(run("ip", "netns", "add", name) for name in names):
+        return None
+    cable = run("ip", "link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+    for number, name in enumerate(names):
+        cable = cable and run("ip", "-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "cable") and \
+            run("ip", "-n", name, "link", "set", "cable", "up")
+    if not cable:
+        drop_netns(names)
+        return None
+    return names
+
+
+def drop_netns(names):
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+SEND = "import socket,sys,time\nfor _ in range(100):\n  try: s=socket.create_connection(('10.77.0.2',7777)); break\n  except OSError: time.sleep(0.1)\n" \
+       "while d:=sys.stdin.buffer.read1(1<<16): s.sendall(d)\ns.shutdown(1); s.recv(1)"
+RECEIVE = "import socket,sys\nl=socket.create_server(('10.77.0.2',7777)); c,_=l.accept()\n" \
+          "while d:=c.recv(1<<16): sys.stdout.buffer.write(d)\nsys.stdout.buffer.flush()"
+
+
+def through(env, names, words, other):
+    """vmcp export WORDS -  |  cable  |  vmcp import -"""
+    inside = [["ip", "netns", "exec", name] if names else [] for name in (names or ("", ""))]
+    out = subprocess.Popen([*inside[0], env.vmcp_bin, "--store", env.store, "export", *words, "-"], stdout=subprocess.PIPE)
+    source, helpers = out.stdout, []
+    if names:
+        receive = subprocess.Popen([*inside[1], sys.executable, "-c", RECEIVE], stdout=subprocess.PIPE)
+        send = subprocess.Popen([*inside[0], sys.executable, "-c", SEND], stdin=out.stdout)
+        source, helpers = receive.stdout, [receive, send]
+    into = subprocess.run([*inside[1], env.vmcp_bin, "--store", other, "import", "-"], stdin=source, capture_output=True, timeout=300, check=False)
+    source.close()
+    for one in (out, *helpers):
+        check_equal(one.wait(60), 0, f"exit of {one.args}")
+    check_equal(into.returncode, 0, f"exit of import: {into.stderr}")
+    return into.stdout.decode().strip()
+
+
+def start_there(env, other, *words):
+    source, env.store = env.store, other
+    guest = env.spawn_tiny("run", *words, ready=False)
+    env.store = source
+    return guest
+
+
+def test_move_to_another_host(env):
+    """Export through a pipe, import in another store; the first store and its images are gone; the guest goes on there and finds all as it
+    was, goes back, takes checkpoints; what it made since comes back as an increment."""
+    names = netns()
+    if not names:
+        print("  no network namespaces here: through a plain pipe", flush=True)
+    guest, one = taken(env)
+    other = env.path("other")
+    try:
+        check_equal(through(env, names, [one], other), one, "id")
+        state = guest.sum()
+        env.vmcp("kill", "tiny")
+        check_equal(memory_sum(other, one), memory_sum(env.store, one), "memory")
+        shown = env.vmcp_json("show", "first", store=other)
+        check_equal((shown["id"], shown["message"], shown["vm"]), (one, "before the move", "tiny"), "what is told of it")
+        whole(env, other, [one], ["tiny"])
+        check_equal(env.vmcp_json("ps", store=other)["vms"][0]["state"], "stopped", "state")
+        os.rename(env.path("disk.qcow2"), env.path("gone.qcow2"))
+        os.rename(env.store, env.path("away"))
+        guest = start_there(env, other, "--from", "tiny")
+        check_equal(guest.check()["epoch"], "3", "epoch")
+        guest.epoch(4)
+        second = env.vmcp_json("checkpoint", "--live", "tiny", store=other)
+        check_equal(second["parent"], one, "parent")
+        check(second["memory"]["parent_pages"] > 0, "not incremental")
+        env.vmcp_json("revert", one, store=other)
+        check_equal(guest.check()["epoch"], "3", "epoch after the revert")
+        guest.epoch(5)
+        env.vmcp_json("revert", second["id"], store=other)
+        check_equal(guest.check()["epoch"], "4", "epoch")
+        check(state["epoch"] == "3", "the source went on")
+        env.vmcp("kill", "tiny", store=other)
+        # And back, as an increment.
+        os.rename(env.path("away"), env.store)
+        os.rename(env.path("gone.qcow2"), env.path("disk.qcow2"))
+        back, forth = env.store, other
+        env.store = forth
+        check_equal(through(env, names, [second["id"], "--since", one], back), second["id"], "id")
+        env.store = back
+        check_equal(memory_sum(back, second["id"]), memory_sum(other, second["id"]), "memory that came back")
+        check_equal(env.vmcp_json("show", second["id"])["parent"], one, "parent")
+        whole_guest = start_there(env, back, "--from", second["id"])
+        check_equal(whole_guest.check()["epoch"], "4", "epoch")
+        env.vmcp("kill", "tiny")
+        image_check(env.path("disk.qcow2"))
+    finally:
+        if names:
+            drop_netns(names)
+
+
+def contents(env, store, reference, name):
+    """A checkpoint's disk as raw bytes."""
+    path = env.path(f"content-{name}.raw")
+    if os.path.exists(path):
+        os.unlink(path)
+    env.vmcp("disk", "export", reference, path, "--format", "raw", store=store)
+    return path
+
+
+def test_every_kind_of_disk(env):
+    """A disk with a base, a raw one, a read-only one: all come along, flattened, and start where none of their files is."""
+    rng = random.Random(5)
+    base = env.image("base.qcow2", "32M")
+    for where in range(0, 32, 4):
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write -P {where + 1} {where}M 200k", base], check=True, capture_output=True)
+    with open(env.path("plain.raw"), "wb") as file:
+        file.truncate(16 << 20)
+        for _ in range(20):
+            file.seek(rng.randrange(0, 16 << 20, 512))
+            file.write(rng.randbytes(512))
+    seed = env.image("seed.qcow2", "8M")
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 9 1M 1M", seed], check=True, capture_output=True)
+    config = env.tiny_config(memory="64M", cmdline="set=8M rate=1000 disk=1 disk_blocks=512 report=0", disks=[("data", env.image("disk.qcow2"))])
+    with open(config, "a", encoding="utf-8") as file:
+        file.write(f"[disk based]\nbase = {base}\n[disk plain]\npath = {env.path('plain.raw')}\n[disk seed]\npath = {seed}\nreadonly = yes\n")
+    guest = env.spawn_tiny("run", config)
+    one = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+    guest.epoch(2)
+    two = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+    env.vmcp("kill", "tiny")
+    disks = {name: contents(env, env.store, f"{one}:{name}", name) for name in ("data", "based", "plain")}
+    shutil.copy(seed, env.path("seed.copy"))
+    exported = env.vmcp_json("export", one, env.path("one.vmcp"))
+    check_equal(exported["file_bytes"], os.path.getsize(env.path("one.vmcp")), "bytes")
+    env.vmcp("export", two, env.path("two.vmcp"))
+    delta = env.vmcp_json("export", two, env.path("delta.vmcp"), "--since", one)
+    check(delta["file_bytes"] < exported["file_bytes"], f"the increment is no smaller: {delta} {exported}")
+    for name in ("base.qcow2", "plain.raw", "seed.qcow2", "disk.qcow2", "store"):
+        os.rename(env.path(name), env.path(f"away-{name}"))
+    for how in ("two.vmcp", "delta.vmcp"):
+        other = env.path(f"other-{how}")
+        check_equal(env.vmcp_json("import", env.path("one.vmcp"), store=other)["id"], one, "id")
+        for name, want in disks.items():
+            check(filecmp.cmp(contents(env, other, f"{one}:{name}", "imported"), want, shallow=False), f"disk {name} came out differently")
+        again = env.vmcp_json("import", env.path("one.vmcp"), store=other)
+        check(again["present"], f"imported twice: {again}")
+        more = env.vmcp_json("import", env.path(how), store=other)
+        check_equal(more["id"], two, "id")
+        whole(env, other, [one, two], ["tiny"])
+        if how == "two.vmcp":
+            check(more["shared_pages"] > more["pages"] // 2, f"its parent is here, yet little is shared: {more}")
+        check_equal(memory_sum(other, two), memory_sum(env.path("away-store"), two), "memory")
+        folder = os.path.join(other, "vms", "tiny")
+        compare_images(env.path("seed.copy"), os.path.join(folder, f"seed@{one[:8]}.qcow2"))
+        for name in os.listdir(os.path.join(other, "layers")):
+            if name.endswith(".qcow2"):
+                image_check(os.path.join(other, "layers", name))
+        guest = start_there(env, other, "--from", two)
+        check_equal(guest.check()["epoch"], "2", "epoch")
+        env.vmcp("revert", one, store=other)
+        check_equal(guest.check()["epoch"], "0", "epoch")
+        env.vmcp("kill", "tiny", store=other)
+    # The increment alone is of no use, and says so; another VM's name is another VM's.
+    refused = env.vmcp("import", env.path("delta.vmcp"), status=3)
+    check("which is not here" in refused.err and "import that one first" in refused.err, f"what is said: {refused.err}")
+    whole(env, env.store, [], [])
+    check_equal(env.vmcp_json("import", "--name", "else", env.path("one.vmcp"))["vm"], "else", "name")
+    check_equal(start_there(env, env.store, "--from", "else").check()["epoch"], "0", "epoch")
+    env.vmcp("kill", "else")
+
+
+def small_export(env):
+    """A small checkpoint of a guest without load, in a file."""
+    disk = env.image("disk.qcow2", "8M")
+    guest = env.start_tiny(memory="32M", cmdline="set=1M rate=100 disk=1 disk_blocks=128 report=0", disks=[("data", disk)])
+    one = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+    guest.epoch(2)
+    env.vmcp("kill", "tiny")
+    env.vmcp("export", one, env.path("good.vmcp"))
+    subprocess.run(["zstd", "-q", "-t", env.path("good.vmcp")], check=True)
+    with open(env.path("good.vmcp"), "rb") as file:
+        return one, file.read()
+
+
+def frames(data):
+    """Where each chunk, its two frames, begins; and the table at the end."""
+    at, found = 24, []
+    while data[at:at + 4] == b"\x51\x2a\x4d\x18":
+        found.append(at)
+        at += 32 + int.from_bytes(data[at + 20:at + 24], "little")
+    return [*found, at]
+
+
+def test_damaged_files(env):
+    """Cut off, flipped, swapped, doubled, with more behind: one clear error each, and the store is as it was."""
+    rng = random.Random(11)
+    _, good = small_export(env)
+    at = frames(good)
+    bad = [good[:n] for n in (0, 1, 23, 24, 40, at[1], at[-2], at[-1], len(good) - 1, *(rng.randrange(len(good)) for _ in range(20)))]
+    bad.append(good + b"x")
+    for _ in range(120):
+        where = rng.randrange(len(good))
+        bad.append(good[:where] + bytes([good[where] ^ 1 << rng.randrange(8)]) + good[where + 1:])
+    for where in (*range(24), *range(at[0], at[0] + 32), *range(len(good) - 9, len(good))):
+        bad.append(good[:where] + bytes([good[where] ^ 0x10]) + good[where + 1:])
+    for one, other in ((0, 1), (1, 2), (2, 3), (len(at) - 3, len(at) - 2)):
+        first, second = good[at[one]:at[one + 1]], good[at[other]:at[other + 1]]
+        bad.append(good[:at[one]] + second + first + good[at[other + 1]:])
+        bad.append(good[:at[one]] + first + good[at[one]:])  # twice
+        bad.append(good[:at[one]] + good[at[one + 1]:])  # missing
+    other = env.path("other")
+    env.vmcp("import", env.path("good.vmcp"), store=other)
+    env.vmcp("rm", "tiny", store=other)
+    env.vmcp("gc", store=other)
+    before = tree(other)
+    for number, data in enumerate(bad):
+        with open(env.path("bad.vmcp"), "wb") as file:
+            file.write(data)
+        refused = env.vmcp("import", env.path("bad.vmcp"), status=None, store=other)
+        versions = data[20:24] != good[20:24] and data[:20] == good[:20]
+        check(refused.status in ((1, 5) if versions else (5,)), f"number {number}: {refused}")
+        lines = [line for line in refused.err.splitlines() if not line.startswith("vmcp: import:")]
+        check(lines and lines[0].startswith("vmcp: ") and all(line.startswith("hint: ") for line in lines[1:]), f"number {number}: {refused}")
+        check_equal(tree(other), before, f"the store after number {number}")
+    whole(env, other, [], ["tiny"])
+
+
+def fault_points(first, last):
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "base", "fault_points.def")
+    with open(path, encoding="utf-8") as file:
+        numbers = [int(line[12:].split(",")[0]) for line in file if line.startswith("FAULT_POINT(")]
+    return [number for number in numbers if first <= number <= last]
+
+
+def test_death_at_every_point(env):
+    """kill -9, an error of a device, and a full disk at every fault point that an import or export passes: all or nothing, and then it works."""
+    seed = env.image("seed.qcow2", "1M")
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 9 0 1M", seed], check=True, capture_output=True)
+    config = env.tiny_config(memory="32M", cmdline="set=1M rate=100 disk=1 disk_blocks=128 report=0", disks=[("data", env.image("disk.qcow2", "8M"))])
+    with open(config, "a", encoding="utf-8") as file:
+        file.write(f"[disk seed]\npath = {seed}\nreadonly = yes\n")
+    env.spawn_tiny("run", config)
+    one = env.vmcp_json("checkpoint", "--live", "--tag", "good", "tiny")["id"]
+    env.vmcp("kill", "tiny")
+    env.vmcp("export", one, env.path("good.vmcp"))
+    passed = []
+    for point in [300, *fault_points(301, 308), *fault_points(100, 117), *fault_points(332, 339)]:
+        for action in ("kill", "eio", "enospc"):
+            other = env.path("other")
+            shutil.rmtree(other, ignore_errors=True)
+            env.vmcp("import", env.path("good.vmcp"), "--check")
+            done = env.vmcp("import", env.path("good.vmcp"), status=None, store=other, env={"VMCP_FAULT": f"{point}:{action}"})
+            if action == "kill" and done.status == -9:
+                passed.append(point)
+            there = env.vmcp_json("log", store=other)["checkpoints"]
+            check(len(there) <= 1, f"point {point} {action}: {there}")
+            whole(env, other, [one] * len(there), ["tiny"] * len(there))
+            check(done.status != 0 or there, f"point {point} {action}: done, but nothing is there")
+            if action != "kill" and done.status != 0:
+                check(done.status in (1, 5) and not there, f"point {point} {action}: {done} {there}")
+            check_equal(env.vmcp_json("import", env.path("good.vmcp"), store=other)["present"], bool(there), f"point {point} {action}: present")
+            check_equal(env.vmcp_json("show", "good", store=other)["id"], one, "its tag")
+            compare_images(seed, os.path.join(other, "vms", "tiny", f"seed@{one[:8]}.qcow2"))
+            whole(env, other, [one], ["tiny"])
+    check_equal(start_there(env, other, "--from", one).check()["epoch"], "0", "epoch")
+    env.vmcp("kill", "tiny", store=other)
+    print(f"  fault points reached by an import: {passed}", flush=True)
+    check(set(fault_points(332, 337)) <= set(passed) and {303, 304, 305, 308} <= set(passed), f"points not reached: {passed}")
+
+
+def test_interrupted_exports(env):
+    """Death, errors and Ctrl-C leave no file; what --resume keeps is gone on with, and only for the same checkpoint."""
+    _, good = small_export(env)
+    path, part = env.path("again.vmcp"), env.path("again.vmcp.part")
+    for point, action in ((330, "kill"), (331, "kill"), (330, "eio"), (331, "enospc")):
+        done = env.vmcp("export", "tiny", path, status=None, env={"VMCP_FAULT": f"{point}:{action}"})
+        check(done.status == (-9 if action == "kill" else 1), f"{point}:{action}: {done}")
+        check(not os.path.exists(path), f"{point}:{action}: a file is there")
+        check_equal(os.path.exists(part), action == "kill", f"{point}:{action}: the part is there")
+    for count in range(1, len(frames(good))):
+        env.vmcp("export", "tiny", path, "--resume", status=-9, env={"VMCP_FAULT": f"330:{count}"})
+        size = os.path.getsize(part)
+        check_equal(env.vmcp("export", "tiny", path, "--resume", status=1, env={"VMCP_FAULT": "331:eio"}).status, 1, "exit")
+        check(os.path.getsize(part) >= size, "the part is shorter")
+        with open(part, "ab") as file:
+            file.write(b"half a chunk")
+        resumed = env.vmcp_json("export", "tiny", path, "--resume")
+        check(resumed["resumed_bytes"] > 0, f"from the beginning: {resumed}")
+        check_equal(env.vmcp_json("import", "--check", path)["id"], resumed["id"], "id")
+        refused = env.vmcp("export", "tiny", path, status=4)
+        check("there is a file already" in refused.err, f"what is said: {refused.err}")
+        os.unlink(path)
+    # What is there is of another checkpoint, or is damaged.
+    env.vmcp("export", "tiny", path, "--resume", status=-9, env={"VMCP_FAULT": "331:kill"})
+    env.vmcp("tag", "tiny", "named")
+    check_equal(env.vmcp_json("export", "tiny", path, "--resume")["resumed_bytes"], 0, "another head")
+    os.unlink(path)
+    env.vmcp("export", "tiny", path, "--resume", status=-9, env={"VMCP_FAULT": "331:kill"})
+    with open(part, "r+b") as file:
+        file.seek(frames(good)[3] + 40)
+        file.write(b"damage")
+    env.vmcp("export", "tiny", path, "--resume")
+    env.vmcp("import", "--check", path)
+    os.unlink(path)
+    # Ctrl-C, at a rate that gives it time.
+    for words, left in (([], False), (["--resume"], True)):
+        running = subprocess.Popen([env.vmcp_bin, "--store", env.store, "export", "tiny", path, "--max-rate", "20K", *words], stderr=subprocess.PIPE)
+        time.sleep(1)
+        running.send_signal(2)
+        _, said = running.communicate(timeout=20)
+        check(running.returncode == 1 and b"cancelled" in said, f"exit {running.returncode}: {said}")
+        check_equal((os.path.exists(path), os.path.exists(part)), (False, left), "files")
+    # An import that hears nothing more.
+    into = subprocess.Popen([env.vmcp_bin, "--store", env.path("other"), "import", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    into.stdin.write(good[:len(good) // 2])
+    into.stdin.flush()
+    time.sleep(0.5)
+    into.send_signal(2)
+    said = into.stderr.read()
+    check(into.wait(20) == 1 and b"cancelled" in said, f"exit {into.returncode}: {said}")
+    into.stdin.close()
+    whole(env, env.path("other"), [], [])
+
+
+if __name__ == "__main__":
+    vmcp_test.main(__name__)
