@@ -103,9 +103,9 @@ static int set_cmdline(struct config_reading *r, void *object, const char *key, 
 
 static int set_cpu_model(struct config_reading *r, void *object, const char *key, const char *value)
 {
-	if (strcmp(value, "host")) {
-		config_fail(r, key, "'%s' is not supported yet", value);
-		return err_hint(r->err, "this version knows cpu_model = host");
+	if (!vm_knows_cpu_model(value)) {
+		config_fail(r, key, "'%s' is none", value);
+		return err_hint(r->err, "use " VM_CPU_MODELS);
 	}
 	return set_text(r, object, key, value, offsetof(struct machine_config, cpu_model));
 }

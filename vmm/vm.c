@@ -70,9 +70,9 @@ static int check_config(const struct vm_config *config, struct err *err)
 {
 	if (config->cpus < 1 || config->cpus > VM_MAX_CPUS)
 		return err_set(err, ERR_USAGE, EINVAL, "%u vCPUs: not from 1 to %d", config->cpus, VM_MAX_CPUS);
-	if (config->cpu_model && strcmp(config->cpu_model, "host") != 0) {
+	if (config->cpu_model && !vm_knows_cpu_model(config->cpu_model)) {
 		err_set(err, ERR_USAGE, EINVAL, "CPU model '%s' is not known", config->cpu_model);
-		return err_hint(err, "use host");
+		return err_hint(err, "use " VM_CPU_MODELS);
 	}
 	return 0;
 }
@@ -158,6 +158,7 @@ int vm_create(const struct vm_config *config, struct vm **out, struct err *err)
 	struct vm *vm = xcalloc(1, sizeof(*vm));
 	vm->kvm_fd = vm->fd = -1;
 	vm->cpus = config->cpus;
+	vm->cpu_model = vm_cpu_model_name(config->cpu_model);
 	vm->spins = spare_processors(config->cpus);
 	vm->stopped = config->stopped;
 	vm->opaque = config->opaque;

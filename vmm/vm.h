@@ -50,12 +50,15 @@ struct vm_config {
 	enum mem_backing memory_backing; /* not of private memory, whose pages are small */
 	bool private_memory; /* mem_create_private: files will be mapped into it, see vm_show_memory */
 	unsigned cpus;
-	const char *cpu_model; /* "host" or NULL; another name is refused until baselines exist: ERR_USAGE */
+	const char *cpu_model; /* one of VM_CPU_MODELS, NULL: host. Another: ERR_USAGE; more than this host has: ERR_HOST with the list */
 	/* Called once from a vCPU thread each time the guest stops by itself; err is set for VM_STOP_ERROR, else
 	 * NULL. Must not block, nor call functions of the controlling thread. */
 	void (*stopped)(void *opaque, enum vm_stop_reason reason, const struct err *err);
 	void *opaque;
 };
+
+#define VM_CPU_MODELS "host, x86-64-v1, x86-64-v2 or x86-64-v3"
+bool vm_knows_cpu_model(const char *name);
 
 /* Opens /dev/kvm, makes the VM, its memory, irqchip, PIT and vCPUs (not running). No usable KVM: ERR_HOST with a
  * hint. */

@@ -1,7 +1,10 @@
 /* What an export holds, chunk by chunk: head, manifest, state, memory, disks, end. Runs in one thread, which reads and checks; others compress. */
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
+#include <sys/stat.h>
 
+#include "checkpoint/file_sum.h"
 #include "checkpoint/store/export_internal.h"
 
 /* Zeroes are left out, and what differs is found, in such pieces. A qcow2 cluster; half a page of a filesystem less would not pay. */
@@ -300,12 +303,41 @@ static int copy_disk(struct copying *c, uint64_t offset, struct err *err)
 	return rc;
 }
 
+static bool go_on(void *opaque, uint64_t bytes, bool read)
+{
+	const struct export *x = opaque;
+
+	(void)bytes;
+	(void)read;
+	return !transfer_is_cancelled(x->options->cancel, NULL);
+}
+
+/* Damage of a layer must not be sealed with new checksums. Of files below it others know: `vmcp verify`. */
+static int check_layer(struct export *x, uint32_t number, struct err *err)
+{
+	const struct store_disk_layer *layer = &x->own.checkpoint.disks[number];
+	struct stat st;
+	uint64_t sum;
+	CLEANUP_CLOSE int fd = open(x->images[number], O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0 || fstat(fd, &st))
+		return err_sys(err, errno, "%s", x->images[number]);
+	int rc = (uint64_t)st.st_size < layer->file_bytes ? -ENODATA : file_sum(fd, layer->file_bytes, go_on, x, &sum, err);
+	if (rc == -ENODATA || (!rc && sum != layer->xxh3)) {
+		err_set(err, ERR_DAMAGED, EBADMSG, "%s: damaged: its checksum does not fit", x->images[number]);
+		return err_hint(err, "`vmcp verify` tells which checkpoints are affected");
+	}
+	return rc;
+}
+
 static int put_disk(struct export *x, struct cow_io *io, uint32_t number, uint8_t *buffers, struct err *err)
 {
 	struct copying c = {.x = x, .number = number, .now = buffers, .then = buffers + TRANSFER_DATA_BYTES};
 	uint64_t offset = x->from.started && x->from.disk == number ? x->from.offset : 0;
-	int rc = cow_open(io, x->images[number], COW_OPEN_READONLY, &c.disk, err);
+	int rc = x->head.disks[number].readonly ? 0 : check_layer(x, number, err);
 
+	if (!rc)
+		rc = cow_open(io, x->images[number], COW_OPEN_READONLY, &c.disk, err);
 	if (rc)
 		return err_prefix(err, "disk %s", x->head.disks[number].name);
 	if (x->since_images[number])

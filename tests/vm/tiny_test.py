@@ -182,6 +182,31 @@ def test_revert_of_a_vm_that_is_gone(env):
     image_check(disk)
 
 
+def test_cpu_models(env):
+    """Each level that this host has boots, is checkpointed, and starts and goes back as that; one that it has not is refused with the list."""
+    started = 0
+    for model in ("x86-64-v1", "x86-64-v2", "x86-64-v3"):
+        name = model.replace("x86-64-", "")
+        config = env.tiny_config(memory="64M", name=name, cmdline="set=8M rate=1000 report=0", extra=f"cpu_model = {model}")
+        done = env.vmcp("run", "--detach", config, status=None)
+        if done.status != 0:
+            check(done.status == 6 and f"cpu_model = {model}: this host lacks " in done.err and "hint: " in done.err, f"refused: {done}")
+            print(f"  {done.err.splitlines()[0]}", flush=True)
+            continue
+        guest = env.attach_tiny(name)
+        guest.epoch(5)
+        one = env.vmcp_json("checkpoint", "--live", name)["id"]
+        guest.epoch(6)
+        env.vmcp("revert", one)
+        check_equal(guest.check()["epoch"], "5", "epoch")
+        env.vmcp("kill", name)
+        env.vmcp("revert", one)
+        check_equal(env.attach_tiny(name).check()["epoch"], "5", "epoch")
+        env.vmcp("kill", name)
+        started += 1
+    check(started > 0, "no level at all")
+
+
 def wait_until(condition, what, timeout=60):
     until = time.monotonic() + timeout
     while not condition():

@@ -18,7 +18,7 @@
 #define KVM_LEAF_TIMING	   0x40000010u
 #define APIC_BUS_KHZ	   1000000u /* KVM's LAPIC timer counts nanoseconds */
 
-static struct kvm_cpuid_entry2 *find_leaf(struct kvm_cpuid2 *cpuid, uint32_t function, uint32_t index)
+struct kvm_cpuid_entry2 *cpuid_find(struct kvm_cpuid2 *cpuid, uint32_t function, uint32_t index)
 {
 	for (uint32_t i = 0; i < cpuid->nent; i++)
 		if (cpuid->entries[i].function == function && cpuid->entries[i].index == index)
@@ -29,7 +29,7 @@ static struct kvm_cpuid_entry2 *find_leaf(struct kvm_cpuid2 *cpuid, uint32_t fun
 /* The policy has room for the few leaves that are added: see get_supported. */
 static struct kvm_cpuid_entry2 *need_leaf(struct kvm_cpuid2 *cpuid, uint32_t function, uint32_t index, uint32_t flags)
 {
-	struct kvm_cpuid_entry2 *leaf = find_leaf(cpuid, function, index);
+	struct kvm_cpuid_entry2 *leaf = cpuid_find(cpuid, function, index);
 	if (!leaf)
 		leaf = &cpuid->entries[cpuid->nent++];
 	*leaf = (struct kvm_cpuid_entry2){.function = function, .index = index, .flags = flags};
@@ -106,7 +106,7 @@ static const struct mask masks[] = {
 static void apply_masks(struct kvm_cpuid2 *cpuid)
 {
 	for (size_t i = 0; i < ARRAY_LENGTH(masks); i++) {
-		struct kvm_cpuid_entry2 *leaf = find_leaf(cpuid, masks[i].function, masks[i].index);
+		struct kvm_cpuid_entry2 *leaf = cpuid_find(cpuid, masks[i].function, masks[i].index);
 		if (!leaf)
 			continue;
 		leaf->eax &= ~masks[i].eax;
@@ -143,13 +143,13 @@ static void shape_caches(struct kvm_cpuid2 *cpuid, uint32_t function, unsigned c
 
 static void shape_topology(struct kvm_cpuid2 *cpuid, unsigned cpus)
 {
-	struct kvm_cpuid_entry2 *leaf = find_leaf(cpuid, 0x1, 0);
+	struct kvm_cpuid_entry2 *leaf = cpuid_find(cpuid, 0x1, 0);
 	if (leaf) {
 		leaf->ebx = (leaf->ebx & 0xff00u) | cpus << 16;
 		leaf->edx = cpus > 1 ? leaf->edx | BIT(28) : leaf->edx & ~BIT(28);
 		leaf->ecx |= BIT(31); /* a hypervisor is here */
 	}
-	leaf = find_leaf(cpuid, 0x0, 0);
+	leaf = cpuid_find(cpuid, 0x0, 0);
 	if (leaf && leaf->eax >= 0xb) {
 		leaf = need_leaf(cpuid, 0xb, 0, KVM_CPUID_FLAG_SIGNIFCANT_INDEX);
 		leaf->ebx = 1;
@@ -159,13 +159,13 @@ static void shape_topology(struct kvm_cpuid2 *cpuid, unsigned cpus)
 		leaf->ebx = cpus;
 		leaf->ecx = 2u << 8 | 1; /* cores */
 	}
-	leaf = find_leaf(cpuid, 0x80000001, 0);
+	leaf = cpuid_find(cpuid, 0x80000001, 0);
 	if (leaf)
 		leaf->ecx = cpus > 1 ? leaf->ecx | BIT(1) : leaf->ecx & ~BIT(1);
-	leaf = find_leaf(cpuid, 0x80000008, 0);
+	leaf = cpuid_find(cpuid, 0x80000008, 0);
 	if (leaf)
 		leaf->ecx = core_bits(cpus) << 12 | (cpus - 1);
-	leaf = find_leaf(cpuid, 0x8000001e, 0);
+	leaf = cpuid_find(cpuid, 0x8000001e, 0);
 	if (leaf)
 		leaf->eax = leaf->ebx = leaf->ecx = leaf->edx = 0;
 	shape_caches(cpuid, 0x4, cpus);
@@ -190,7 +190,7 @@ static int get_supported(int kvm_fd, struct kvm_cpuid2 **out, struct err *err)
 	return err_set(err, ERR_HOST, E2BIG, "KVM_GET_SUPPORTED_CPUID: too many leaves");
 }
 
-int cpuid_make_policy(int kvm_fd, unsigned cpus, uint32_t tsc_khz, struct kvm_cpuid2 **out, struct err *err)
+int cpuid_make_policy(int kvm_fd, const char *model, unsigned cpus, uint32_t tsc_khz, struct kvm_cpuid2 **out, struct err *err)
 {
 	struct kvm_cpuid2 *cpuid = NULL;
 	int r = get_supported(kvm_fd, &cpuid, err);
@@ -198,16 +198,21 @@ int cpuid_make_policy(int kvm_fd, unsigned cpus, uint32_t tsc_khz, struct kvm_cp
 		return r;
 	drop_leaves(cpuid, is_unwanted);
 	apply_masks(cpuid);
+	r = cpuid_apply_model(model, cpuid, err);
+	if (r < 0) {
+		free(cpuid);
+		return r;
+	}
 	drop_leaves(cpuid, is_empty);
 	shape_topology(cpuid, cpus);
-	struct kvm_cpuid_entry2 *leaf = find_leaf(cpuid, 0x1, 0);
+	struct kvm_cpuid_entry2 *leaf = cpuid_find(cpuid, 0x1, 0);
 	/* KVM emulates both whatever the processor is, and lists the deadline timer as a capability instead. */
 	if (leaf) {
 		leaf->ecx |= BIT(21);
 		if (ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_TSC_DEADLINE_TIMER) > 0)
 			leaf->ecx |= BIT(24);
 	}
-	leaf = find_leaf(cpuid, KVM_LEAF_SIGNATURE, 0);
+	leaf = cpuid_find(cpuid, KVM_LEAF_SIGNATURE, 0);
 	if (leaf) {
 		leaf->eax = KVM_LEAF_TIMING;
 		leaf = need_leaf(cpuid, KVM_LEAF_TIMING, 0, 0);
@@ -299,19 +304,24 @@ int cpuid_check(const struct vcpu_state *saved, const struct vcpu_state *host, s
 		err_set(err, ERR_HOST, ENOTSUP, "the state is of a processor of another vendor");
 		return err_hint(err, "start it on a host like the one where it was saved");
 	}
+	char missing[360] = "";
 	for (size_t i = 0; i < ARRAY_LENGTH(features); i++) {
 		const struct mask *mask = &features[i];
 		a = state_leaf(saved, mask->function, mask->index);
 		b = state_leaf(host, mask->function, mask->index);
-		uint32_t missing[4] = {a->eax & ~b->eax & mask->eax, a->ebx & ~b->ebx & mask->ebx,
-				       a->ecx & ~b->ecx & mask->ecx, a->edx & ~b->edx & mask->edx};
-		if (!(missing[0] | missing[1] | missing[2] | missing[3]))
-			continue;
-		err_set(err, ERR_HOST, ENOTSUP,
-			"this host lacks processor features of the state: CPUID 0x%x.%u eax 0x%x ebx 0x%x ecx 0x%x edx "
-			"0x%x",
-			mask->function, mask->index, missing[0], missing[1], missing[2], missing[3]);
-		return err_hint(err, "start it on a host like the one where it was saved");
+		const uint32_t bits[4] = {a->eax & ~b->eax & mask->eax, a->ebx & ~b->ebx & mask->ebx, a->ecx & ~b->ecx & mask->ecx,
+					  a->edx & ~b->edx & mask->edx};
+		for (unsigned reg = 0; reg < 4; reg++)
+			cpuid_name_features(mask->function, mask->index, reg, bits[reg], missing, sizeof(missing));
 	}
-	return 0;
+	/* Its page tables may use all bits of an address that it was told of. */
+	uint32_t wide = state_leaf(saved, 0x80000008, 0)->eax & 0xff, here = state_leaf(host, 0x80000008, 0)->eax & 0xff;
+	if (!missing[0] && wide <= here)
+		return 0;
+	if (missing[0])
+		err_set(err, ERR_HOST, ENOTSUP, "this host lacks processor features of the state: %s", missing);
+	else
+		err_set(err, ERR_HOST, ENOTSUP, "this host's processor has addresses of %u bits, the state is of one with %u", here, wide);
+	return err_hint(err, "start it on a host like the one where it was saved, or boot the guest with a lower cpu_model, such as x86-64-v2, for "
+			     "checkpoints that travel");
 }

@@ -18,7 +18,7 @@ static struct vcpu_state *make(unsigned cpus, unsigned index)
 	struct kvm_cpuid2 *policy = NULL;
 	struct err err = ERR_INIT;
 	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-	cr_assert_eq(cpuid_make_policy(kvm, cpus, 2000000, &policy, &err), 0, "%s", err.message);
+	cr_assert_eq(cpuid_make_policy(kvm, NULL, cpus, 2000000, &policy, &err), 0, "%s", err.message);
 	struct vcpu_state *state = xcalloc(1, sizeof(*state));
 	cr_assert_eq(cpuid_fill(policy, index, state, &err), 0);
 	free(policy);
@@ -89,6 +89,21 @@ Test(cpuid, a_state_needs_its_features)
 	cr_expect_eq(cpuid_check(saved, host, &err), 0);
 	cr_expect_eq(cpuid_check(host, saved, &err), -ENOTSUP);
 	cr_expect_eq(err.class, ERR_HOST);
+	/* All of them, by name, and the way out. */
+	saved->cpuid[1].ecx = 1u << 12 | 1u << 25 | 1u << 16;
+	saved->cpuid[saved->cpuid_count++] = (struct kvm_cpuid_entry2){.function = 7, .ebx = 1u << 5 | 1u << 16};
+	err = ERR_INIT;
+	cr_expect_eq(cpuid_check(saved, host, &err), -ENOTSUP);
+	cr_expect_str_eq(err.message, "this host lacks processor features of the state: fma, CPUID 0x1.0 ecx bit 16, aes, avx2, avx512f");
+	cr_expect_not_null(strstr(err.hint, "cpu_model"));
+	saved->cpuid[1].ecx = 0;
+	saved->cpuid_count = 2;
+	saved->cpuid[saved->cpuid_count++] = (struct kvm_cpuid_entry2){.function = 0x80000008, .eax = 46};
+	host->cpuid[host->cpuid_count++] = (struct kvm_cpuid_entry2){.function = 0x80000008, .eax = 39};
+	cr_expect_eq(cpuid_check(saved, host, &err), -ENOTSUP, "wider addresses");
+	cr_expect_eq(cpuid_check(host, saved, &err), -ENOTSUP, "what leaf 1 has");
+	host->cpuid[1].ecx = 0;
+	cr_expect_eq(cpuid_check(host, saved, &err), 0, "narrower addresses");
 	saved->cpuid[0].ecx = 8;
 	cr_expect_eq(cpuid_check(saved, host, &err), -ENOTSUP, "another vendor");
 }

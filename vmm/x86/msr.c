@@ -5,6 +5,7 @@
  * the machine-check banks. It is tried out once, so that a pause makes one ioctl with MSRs known to be good.
  */
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 
@@ -13,6 +14,8 @@
 
 #define MSR_TSC		   0x10u
 #define MSR_WALL_CLOCK_OLD 0x11u
+#define MSR_PLATFORM_INFO  0xceu
+#define MSR_ARCH_CAPABILITIES 0x10au
 #define MSR_MCG_CAP	   0x179u
 #define MSR_MTRR_PHYS	   0x200u /* 8 pairs */
 #define MSR_MTRR_DEFAULT   0x2ffu
@@ -175,6 +178,38 @@ int msr_save(struct vcpu *vcpu, struct err *err)
 	vcpu->state->msr_count = arch->msr_count;
 	memcpy(vcpu->state->msr, buffer->entries, arch->msr_count * sizeof(buffer->entries[0]));
 	return 0;
+}
+
+int msr_check(const struct vcpu *vcpu, const struct vcpu_state *state, struct err *err)
+{
+	const struct vm_arch *arch = vcpu->vm->arch;
+	char missing[200] = "";
+	size_t used = 0;
+	for (uint32_t i = 0; i < state->msr_count; i++) {
+		const struct kvm_msr_entry *entry = &state->msr[i];
+		uint64_t data = 0;
+		bool known = entry->data == 0 || !is_saved(entry->index) || (i < arch->msr_count && arch->msr_index[i] == entry->index);
+		for (uint32_t k = 0; !known && k < arch->msr_count; k++)
+			known = arch->msr_index[k] == entry->index;
+		if (known || access_msr(vcpu->fd, KVM_GET_MSRS, entry->index, &data))
+			continue;
+		if (used < sizeof(missing) - 16)
+			used += (size_t)snprintf(missing + used, sizeof(missing) - used, "%s0x%x", used ? ", " : "", entry->index);
+	}
+	if (!missing[0])
+		return 0;
+	err_set(err, ERR_HOST, ENOTSUP, "vCPU %u: this host's KVM does not have the MSRs of the state: %s", vcpu->index, missing);
+	return err_hint(err, "start it on a host like the one where it was saved, or boot the guest with a lower cpu_model for checkpoints that travel");
+}
+
+void msr_hide_host(struct vm *vm)
+{
+	for (unsigned i = 0; i < vm->cpus; i++) {
+		uint64_t none = 0;
+		/* A KVM without it refuses, and then there is nothing to hide. */
+		access_msr(vm->vcpu[i].fd, KVM_SET_MSRS, MSR_ARCH_CAPABILITIES, &none);
+		access_msr(vm->vcpu[i].fd, KVM_SET_MSRS, MSR_PLATFORM_INFO, &none);
+	}
 }
 
 /* The value of an MSR in a state. The lists nearly always agree, so look at the same place first. */

@@ -60,16 +60,28 @@ struct vm_arch {
 extern const struct codec_table vcpu_state_table, clock_state_table, irqchip_state_table, pit_state_table;
 
 /* --- cpuid.c --- */
-/* Makes the policy of this host for so many vCPUs. Freed by free(). */
-int cpuid_make_policy(int kvm_fd, unsigned cpus, uint32_t tsc_khz, struct kvm_cpuid2 **out, struct err *err);
+/* Makes the policy of this host, as `model` has it (NULL: host), for so many vCPUs. Freed by free(). The host lacks something of the model:
+ * -ENOTSUP, ERR_HOST. */
+int cpuid_make_policy(int kvm_fd, const char *model, unsigned cpus, uint32_t tsc_khz, struct kvm_cpuid2 **out, struct err *err);
+struct kvm_cpuid_entry2 *cpuid_find(struct kvm_cpuid2 *cpuid, uint32_t function, uint32_t index); /* NULL: none */
 /* Appends what vCPU `index` sees to the state's cpuid array. */
 int cpuid_fill(const struct kvm_cpuid2 *policy, unsigned index, struct vcpu_state *state, struct err *err);
 int cpuid_set(struct vcpu *vcpu, const struct vcpu_state *state, struct err *err);
 bool cpuid_equal(const struct vcpu_state *a, const struct vcpu_state *b);
-/* -ENOTSUP, ERR_HOST if a guest that saw `saved` could miss something where `host` is shown. */
+/* -ENOTSUP, ERR_HOST, with the list, if a guest that saw `saved` could miss something where `host` is shown. */
 int cpuid_check(const struct vcpu_state *saved, const struct vcpu_state *host, struct err *err);
 
+/* --- cpu_model.c --- */
+/* Takes away what the model does not have. -ENOTSUP, ERR_HOST with the list if it has more than there is. "host", NULL: nothing. */
+int cpuid_apply_model(const char *name, struct kvm_cpuid2 *cpuid, struct err *err);
+/* Appends the names of the features that are set in `bits` of register `reg` (0 eax to 3 edx) to `text`, which it ends with "..." when full. */
+void cpuid_name_features(uint32_t function, uint32_t index, unsigned reg, uint32_t bits, char *text, size_t size);
+
 /* --- msr.c --- */
+/* -ENOTSUP, ERR_HOST, with the list, if the state has values in MSRs that this KVM does not know. */
+int msr_check(const struct vcpu *vcpu, const struct vcpu_state *state, struct err *err);
+/* Of a guest with a named model: nothing of what this very processor says of itself. */
+void msr_hide_host(struct vm *vm);
 /* Finds out, with vCPU 0, which MSRs can be saved and restored here. */
 int msr_choose(struct vm *vm, struct err *err);
 int msr_save(struct vcpu *vcpu, struct err *err);

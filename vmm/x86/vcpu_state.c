@@ -112,6 +112,21 @@ int vcpu_capture(void *opaque, void *state, struct err *err)
 
 /* --- load --- */
 
+#define TSC_TOLERANCE 4000 /* a 4000th: KVM's own, 250 ppm */
+
+/* Without scaling in hardware KVM lets a guest's TSC run at the host's rate, or catch up with a faster one. */
+static int check_rate(const struct vcpu *vcpu, const struct vcpu_state *state, struct err *err)
+{
+	uint32_t host = vcpu->vm->arch->tsc_khz;
+	if (state->tsc_khz == 0)
+		return err_set(err, ERR_DAMAGED, EINVAL, "vCPU %u: its TSC does not run", vcpu->index);
+	if (state->tsc_khz >= host - host / TSC_TOLERANCE || ioctl(vcpu->vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_TSC_CONTROL) > 0)
+		return 0;
+	err_set(err, ERR_HOST, ENOTSUP, "vCPU %u: the state's TSC runs at %u kHz, this host's at %u, and it cannot scale", vcpu->index,
+		state->tsc_khz, host);
+	return err_hint(err, "start it on a host like the one where it was saved");
+}
+
 int vcpu_validate(void *opaque, const void *opaque_state, struct err *err)
 {
 	const struct vcpu *vcpu = opaque;
@@ -128,7 +143,11 @@ int vcpu_validate(void *opaque, const void *opaque_state, struct err *err)
 			       "vCPU %u: the state shows the guest another processor than this VM has", vcpu->index);
 	CLEANUP_FREE struct vcpu_state *host = xcalloc(1, sizeof(*host));
 	int r = cpuid_fill(arch->cpuid, vcpu->index, host, err);
-	return r < 0 ? r : cpuid_check(state, host, err);
+	if (r == 0)
+		r = cpuid_check(state, host, err);
+	if (r == 0)
+		r = msr_check(vcpu, state, err);
+	return r == 0 ? check_rate(vcpu, state, err) : r;
 }
 
 static int apply_cpuid_and_rate(struct vcpu *vcpu, const struct vcpu_state *state, struct err *err)

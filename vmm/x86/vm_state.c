@@ -83,7 +83,7 @@ int vm_arch_create_vcpus(struct vm *vm, struct err *err)
 	int r = find_sizes(vm, err);
 	if (r < 0)
 		return r;
-	r = cpuid_make_policy(vm->kvm_fd, vm->cpus, arch->tsc_khz, &arch->cpuid, err);
+	r = cpuid_make_policy(vm->kvm_fd, vm->cpu_model, vm->cpus, arch->tsc_khz, &arch->cpuid, err);
 	if (r < 0)
 		return r;
 	for (unsigned i = 0; i < vm->cpus; i++) {
@@ -98,6 +98,8 @@ int vm_arch_create_vcpus(struct vm *vm, struct err *err)
 			return r;
 	}
 	limit_machine_checks(vm);
+	if (strcmp(vm->cpu_model, "host") != 0)
+		msr_hide_host(vm);
 	return msr_choose(vm, err);
 }
 
