@@ -198,7 +198,8 @@ const struct cli_command cli_import = {
 	.help = "All of it is checked before anything is kept. The checkpoint keeps its id, tag and message; its disks are in this store. Where its\n"
 		"parent is here too, what they share is stored once. Prints the id.\n\n"
 		"    vmcp import web.vmcp && vmcp run --from web --detach\n\n"
-		"Kernel and initrd are files of the other host: a guest that resets here ends, unless its parent, and so their names, are here.",
+		"Kernel and initrd are files of the other host: a guest that resets here ends, unless its parent, and so their names, are here. In the\n"
+		"same way cards are on the user network, without forwarded ports: `vmcp run --net` binds them.",
 	.options = import_options,
 	.min_arguments = 1,
 	.max_arguments = 1,

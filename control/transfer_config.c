@@ -46,18 +46,47 @@ static int place_disks(struct machine_config *config, const struct transfer_plac
 }
 
 /* What the guest would boot from if it resets is a file of the host: only one that this host's own user has named will do. */
-static int place_kernel(struct machine_config *config, const char *base_text, struct err *err)
+static void place_kernel(struct machine_config *config, struct machine_config *base)
+{
+	free(config->kernel);
+	free(config->initrd);
+	config->kernel = base->kernel;
+	config->initrd = base->initrd;
+	base->kernel = base->initrd = NULL;
+}
+
+/* The same for what a card is bound to: as a card of that name was here, else the network inside the VM's own process, which binds nothing. What the
+ * guest sees of the card is the same in all modes. */
+static void place_cards(struct machine_config *config, const struct machine_config *base)
+{
+	for (unsigned i = 0; i < config->net_count; i++) {
+		struct config_net *card = &config->nets[i];
+		unsigned k = 0;
+
+		while (k < base->net_count && strcmp(base->nets[k].name, card->name) != 0)
+			k++;
+		const struct config_net *known = k < base->net_count ? &base->nets[k] : NULL;
+		if (card->mode != NET_NONE)
+			card->mode = known && known->mode != NET_NONE ? known->mode : NET_USER;
+		snprintf(card->tap, sizeof(card->tap), "%s", known ? known->tap : "");
+		snprintf(card->bridge, sizeof(card->bridge), "%s", known ? known->bridge : "");
+		card->forward_count = known ? known->forward_count : 0;
+		if (known)
+			memcpy(card->forwards, known->forwards, sizeof(card->forwards));
+	}
+}
+
+static int place_bindings(struct machine_config *config, const char *base_text, struct err *err)
 {
 	struct machine_config base = {0};
 	int rc = base_text ? config_read_text("configuration", base_text, &base, err) : 0;
 
-	free(config->kernel);
-	free(config->initrd);
-	config->kernel = base.kernel;
-	config->initrd = base.initrd;
-	base.kernel = base.initrd = NULL;
+	if (rc)
+		return rc;
+	place_kernel(config, &base);
+	place_cards(config, &base);
 	config_free(&base);
-	return rc;
+	return 0;
 }
 
 static int place(const char *what, const char *text, const struct transfer_place *place, struct buf *out, struct err *err)
@@ -73,7 +102,7 @@ static int place(const char *what, const char *text, const struct transfer_place
 	if (!rc)
 		rc = place_disks(&config, place, err);
 	if (!rc)
-		rc = place_kernel(&config, place->base_config, err);
+		rc = place_bindings(&config, place->base_config, err);
 	if (!rc)
 		rc = config_to_text(&config, out, err);
 	if (!rc)

@@ -4,8 +4,8 @@
 
 #include "checkpoint/store/transfer.h"
 
-/* An imported configuration keeps nothing of the host that it comes from: disks are where the place says, kernel and initrd are those of the base,
- * or none. Any thread. */
+/* An imported configuration keeps nothing of the host that it comes from: disks are where the place says, kernel, initrd and what cards are bound to are
+ * those of the base, or none, and the user network without forwarded ports. Any thread. */
 extern const struct transfer_config control_transfer_config;
 
 #endif
