@@ -571,6 +571,8 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
 		rc = config_append(out, err, "cpu_model = %s\nmemory_backing = %s\nconsole = %s\nrng = %s\nballoon = %s\n",
 			    config->cpu_model, config_backing_name(config->memory_backing), config->console == CONFIG_CONSOLE_STDIO ? "stdio" : "socket",
 			    config->rng ? "yes" : "no", config->balloon ? "yes" : "no");
+	if (!rc && config->vsock_cid)
+		rc = config_append(out, err, "vsock_cid = %u\n", config->vsock_cid);
 	for (unsigned i = 0; !rc && i < config->disk_count; i++) {
 		const struct config_disk *disk = &config->disks[i];
 

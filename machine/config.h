@@ -56,6 +56,7 @@ struct machine_config {
 	enum config_console console;
 	bool rng;
 	bool balloon;
+	uint32_t vsock_cid; /* 0: no socket device */
 	uint64_t every_ns; /* periodic live checkpoints; 0: none */
 	uint64_t keep;	   /* how many of these stay */
 	unsigned disk_count;

@@ -235,13 +235,12 @@ static int set_vsock(struct config_reading *r, void *object, const char *key, co
 	char *end;
 	unsigned long cid = strtoul(value, &end, 10);
 
-	(void)object;
 	if (!isdigit((unsigned char)value[0]) || *end || cid < 3 || cid > UINT32_MAX - 1) {
 		config_fail(r, key, "'%s' is no vsock number of a guest", value);
 		return err_hint(r->err, "a number from 3 to 4294967294");
 	}
-	config_fail(r, key, "vsock is not supported yet");
-	return err_hint(r->err, "leave the key out");
+	((struct machine_config *)object)->vsock_cid = (uint32_t)cid;
+	return 0;
 }
 
 /* Without links in it: a checkpoint puts a new file in the place of the image, not of a link to it. */

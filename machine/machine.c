@@ -20,6 +20,7 @@
 #include "devices/virtio_balloon.h"
 #include "devices/virtio_blk.h"
 #include "devices/virtio_rng.h"
+#include "devices/virtio_vsock.h"
 #include "machine/machine_internal.h"
 #include "vmm/acpi.h"
 #include "vmm/boot.h"
@@ -49,6 +50,7 @@ struct machine {
 	struct acpi_pm *pm;
 	struct virtio_rng *rng;
 	struct virtio_balloon *balloon;
+	struct virtio_vsock *vsock;
 	struct disk disks[CONFIG_MAX_DISKS];
 	unsigned disk_count;
 	struct machine_net nets[CONFIG_MAX_NETS];
@@ -164,6 +166,13 @@ static int open_net(struct machine *machine, struct config_net *config, struct e
 	return machine_net_open(&machine->nets[machine->net_count++], &place, config, err);
 }
 
+static int open_vsock(struct machine *machine, struct err *err)
+{
+	CLEANUP_FREE char *path = xasprintf("%s/vms/%s/vsock.sock", store_path(machine->options.store), machine->options.config->name);
+
+	return virtio_vsock_create(machine->pci, vm_memory(machine->vm), machine->loop, machine->options.config->vsock_cid, path, &machine->vsock, err);
+}
+
 /* --- building --- */
 
 static int create_devices(struct machine *machine, struct err *err)
@@ -190,6 +199,8 @@ static int create_devices(struct machine *machine, struct err *err)
 	for (unsigned i = 0; !rc && i < config->net_count; i++)
 		if (config->nets[i].mode != NET_NONE)
 			rc = open_net(machine, &config->nets[i], err);
+	if (!rc && config->vsock_cid)
+		rc = open_vsock(machine, err);
 	return rc;
 }
 
@@ -212,6 +223,8 @@ static unsigned list_components(struct machine *machine, struct component *list)
 		list[n++] = virtio_balloon_component(machine->balloon, 0);
 	for (unsigned i = 0; i < machine->net_count; i++)
 		list[n++] = virtio_net_component(machine->nets[i].device, i);
+	if (machine->vsock)
+		list[n++] = virtio_vsock_component(machine->vsock, 0);
 	return n;
 }
 
@@ -353,6 +366,7 @@ int machine_destroy(struct machine *machine, struct err *err)
 		loop_stop(machine->loop);
 		pthread_join(machine->io_thread, NULL);
 	}
+	virtio_vsock_destroy(machine->vsock);
 	for (unsigned i = 0; i < machine->net_count; i++)
 		machine_net_close(&machine->nets[i]);
 	virtio_balloon_destroy(machine->balloon);

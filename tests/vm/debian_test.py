@@ -197,6 +197,10 @@ while ($c = $s->accept) { if (!fork) { $c->autoflush(1); while (<$c>) { print $c
 CLIENT = """perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(PeerAddr => "10.0.2.2:%d") or die; open(F, ">/run/ended"); $n = sysread($s, $b, 1);
 print F defined $n ? "end" : "error: $!"; close F' > /run/client 2>&1 &"""
 
+# Lines from the host to the socket device, answered: AF_VSOCK is 40, any CID all ones.
+VSOCK_SERVER = """perl -e 'socket(S, 40, 1, 0) or die "$!"; bind(S, pack("SSLLx4", 40, 0, 5000, 0xffffffff)) or die "$!"; listen(S, 5);
+while (accept(C, S)) { if (!fork) { select(C); $| = 1; while (<C>) { print "vsock $_" } exit } }' > /run/vserver 2>&1 &"""
+
 
 def free_port():
     with socket.socket() as s:
@@ -226,6 +230,21 @@ class Caller:
             return True
 
 
+class VsockCaller:
+    def __init__(self, env, name, port):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(60)
+        self.socket.connect(os.path.join(env.store, "vms", name, "vsock.sock"))
+        self.socket.sendall(f"CONNECT {port}\n".encode())
+        self.file = self.socket.makefile("rwb", buffering=0)
+        answer = self.file.readline()
+        check(answer.startswith(b"OK "), f"CONNECT {port}: {answer}")
+
+    def echo(self, text):
+        self.file.write(f"{text}\n".encode())
+        check_equal(self.file.readline().decode(), f"vsock {text}\n", "answer over vsock")
+
+
 def wait_ended(console):
     """How the guest's client lost its connection, which was open at the checkpoint."""
     return console.check("for i in $(seq 60); do [ -s /run/ended ] && break; sleep 0.5; done; cat /run/ended", 120).strip()
@@ -234,20 +253,23 @@ def wait_ended(console):
 def test_network(env):
     """DHCP; a service behind a forwarded port before, during and after a checkpoint, a revert and a start; connections of another life are reset."""
     port, other = free_port(), free_port()
-    net = f"[net lan]\nmode = user\nforward = tcp:{port}:8080"
+    net = f"vsock_cid = 3\n[net lan]\nmode = user\nforward = tcp:{port}:8080"
     console = boot(env, extra=net)
     console.check(DHCP, 90)
     check("10.0.2.15/24" in console.check("busybox ip addr show eth0"), "no address")
     check("52:56:" in console.check("cat /sys/class/net/eth0/address"), "the address is not the VM's own")
-    console.check(SERVER + " sleep 2")
+    console.check(SERVER + "\n" + VSOCK_SERVER + " sleep 2")
     Caller(port).echo("first")
     listener = socket.create_server(("127.0.0.1", 0))
     console.check(CLIENT % listener.getsockname()[1])
     accepted, _ = listener.accept()
     caller = Caller(port)
     caller.echo("before")
+    vsock = VsockCaller(env, "debian", 5000)
+    vsock.echo("before")
     taken = env.vmcp_json("checkpoint", "--live", "--tag", "good", timeout=120)
     caller.echo("after the checkpoint")
+    vsock.echo("after the checkpoint")
     check_equal(console.run("test -s /run/ended")[0], 1, "the guest's client has lost its connection at the checkpoint")
 
     env.vmcp_json("revert", "good", timeout=120)
@@ -260,6 +282,11 @@ def test_network(env):
     console.sync(60)
     check_equal(wait_ended(console), "error: Connection reset by peer", "the guest's end")
     Caller(port).echo("after the revert")
+    try:
+        check_equal(vsock.socket.recv(1), b"", "the old connection over vsock")
+    except ConnectionResetError:
+        pass
+    VsockCaller(env, "debian", 5000).echo("after the revert")
     with open(os.path.join(env.store, "checkpoints", taken["id"], "manifest"), encoding="utf-8") as manifest:
         check("mac = 52:56" in manifest.read(), "the address is not in the manifest")
 
@@ -269,6 +296,7 @@ def test_network(env):
     env.vmcp("run", "--detach", "--from", "good", "--name", "two", "--net", f"lan:forward=tcp:{other}:8080", timeout=120)
     second = attach(env, "two")
     Caller(other).echo("the second")
+    VsockCaller(env, "two", 5000).echo("the second")
     Caller(port).echo("the first")
     check_equal(wait_ended(second), "error: Connection reset by peer", "the second's old connection")
     env.vmcp("kill", "two")
@@ -278,6 +306,7 @@ def test_network(env):
     check_equal(back["mode"], "started", "mode")
     console = attach(env)
     Caller(port).echo("after the start")
+    VsockCaller(env, "debian", 5000).echo("after the start")
     nets = env.vmcp_json("stats", "debian")["nets"]
     check(nets[0]["received_frames"] > 0 and nets[0]["sent_frames"] > 0 and nets[0]["mode"] == "user", f"stats: {nets}")
     check_log(console, "with a network card")
