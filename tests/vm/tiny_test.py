@@ -108,6 +108,7 @@ def test_network(env):
             lost += not echo.ask(2)
         check_equal(taking.returncode, 0, "checkpoint")
     check(asked >= 10 and lost == 0, f"{lost} of {asked} answers were lost during live checkpoints")
+    check(all(echo.ask(2) for _ in range(100)), "an answer was lost with nothing under way")
     answered = int(guest.ask("net", "net")["datagrams"])
     check(answered >= asked, f"the guest answered {answered} of {asked}")
     caller = socket.socket(socket.AF_UNIX)  # the guest has no driver for its socket device: nobody answers, and a revert ends it
@@ -118,7 +119,7 @@ def test_network(env):
         back = env.vmcp_json("revert", f"c{number % 10}")
         check_equal(back["mode"], "in-place", "mode")
         echo.insist(f"after revert {number}")
-        check(int(guest.ask("net", "net")["datagrams"]) <= answered, "the guest did not go back")
+        check(int(guest.ask("net", "net")["datagrams"]) < answered - 50, "the guest did not go back")
     guest.check()
     check_equal(caller.recv(10), b"", "what a connection to the guest's sockets gets at a revert")
 
