@@ -256,7 +256,9 @@ static int open_existing(struct tap *tap, int control, struct err *err)
 	/* Else the kernel would make one. */
 	if (get_flags(control, name, &flags) < 0)
 		return no_interface("tap device", name, "ip tuntap add NAME mode tap", err);
-	int ret = attach(tap, name, false, err);
+	int ret = open_tun(tap, err);
+	if (ret == 0)
+		ret = attach(tap, name, false, err);
 	if (ret == 0 && !(flags & IFF_UP) && set_up(control, name, flags) < 0)
 		log_warn("net %s: %s is down, nothing gets through until it is up: `ip link set %s up`", tap->net.config.name, name, name);
 	return ret;
@@ -299,7 +301,9 @@ static int open_in_bridge(struct tap *tap, int control, struct err *err)
 
 	if (get_flags(control, tap->net.config.interface, &flags) < 0)
 		return no_interface("bridge", tap->net.config.interface, "ip link add NAME type bridge", err);
-	int ret = attach(tap, "vmcp%d", true, err);
+	int ret = open_tun(tap, err);
+	if (ret == 0)
+		ret = attach(tap, "vmcp%d", true, err);
 	return ret < 0 ? ret : enter_bridge(tap, control, err);
 }
 
@@ -310,7 +314,7 @@ int net_tap_open(const struct net_config *config, struct loop *loop, struct net 
 
 	tap->net = (struct net){.ops = &ops, .loop = loop, .config = *config};
 	tap->fd = -1;
-	int ret = control < 0 ? err_sys(err, errno, "socket") : open_tun(tap, err);
+	int ret = control < 0 ? err_sys(err, errno, "socket") : 0;
 	if (ret == 0)
 		ret = config->mode == NET_TAP ? open_existing(tap, control, err) : open_in_bridge(tap, control, err);
 	if (ret == 0)
