@@ -2,6 +2,7 @@
 """Whole VMs with the tiny guest, on any KVM. The guest checks its own memory and disk against what it did."""
 
 import contextlib
+import ctypes
 import filecmp
 import hashlib
 import os
@@ -65,11 +66,11 @@ def free_ports(count):
 
 
 class Echo:
-    """Asks the tiny guest's UDP echo, through a forwarded port."""
+    """Asks the tiny guest's UDP echo."""
 
-    def __init__(self, port):
+    def __init__(self, port, address="127.0.0.1"):
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.connect(("127.0.0.1", port))
+        self.socket.connect((address, port))
         self.number = 0
 
     def ask(self, seconds, size=100):
@@ -141,6 +142,67 @@ def test_network(env):
     nets = env.vmcp_json("stats", "tiny")["nets"]
     check(nets[0]["sent_frames"] > 0 and nets[0]["received_frames"] > 0 and nets[0]["send_errors"] == 0, f"{nets}")
     env.vmcp("kill", "tiny")
+
+
+@contextlib.contextmanager
+def own_network():
+    """A network namespace of the test's own, for whatever is started in it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/self/ns/net", encoding="ascii") as before:
+        if libc.unshare(0x40000000) != 0:  # CLONE_NEWNET
+            raise Skip(f"no network namespace of its own: {os.strerror(ctypes.get_errno())}")
+        try:
+            tried = subprocess.run(["ip", "tuntap", "add", "vmtap0", "mode", "tap"], capture_output=True, check=False)
+            if tried.returncode != 0 or not os.path.exists("/dev/net/tun"):
+                raise Skip(f"no tap devices: {tried.stderr.decode().strip()}")
+            yield
+        finally:
+            check_equal(libc.setns(before.fileno(), 0), 0, "setns")
+
+
+def ip(words):
+    subprocess.run(["ip", *words.split()], check=True)
+
+
+def test_network_tap_and_bridge(env):
+    """The same on a tap device and in a bridge of the host's; the VM announces itself after a revert; a tap device that is in use is told."""
+    with own_network():
+        ip("addr add 10.0.2.1/24 dev vmtap0")
+        ip("link set vmtap0 up")
+        guest = env.start_tiny(cmdline="set=16M rate=1000 report=0 net=1", extra="[net lan]\nmode = tap\ntap = vmtap0\n")
+        echo = Echo(7, "10.0.2.15")
+        echo.insist("on a tap device")
+        env.vmcp_json("checkpoint", "--live", "tiny", "--tag", "tapped")
+        check(echo.ask(5, 1400), "nothing comes back after the checkpoint")
+        listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        listener.bind(("vmtap0", 0))
+        listener.settimeout(10)
+        env.vmcp_json("revert", "tapped")
+        mac = bytes.fromhex(env.vmcp_json("stats", "tiny")["nets"][0]["mac"].replace(":", ""))
+        kinds = set()
+        while not {b"\x80\x35", b"\x08\x06"} <= kinds:
+            frame = listener.recv(2000)
+            if frame[:12] == b"\xff" * 6 + mac:
+                kinds.add(frame[12:14])
+                check(frame[12:14] != b"\x08\x06" or frame[28:32] == frame[38:42] == bytes((10, 0, 2, 15)), "the announcement names another address")
+        echo.insist("after the revert")
+        guest.check()
+        result = env.vmcp("run", "--detach", "--from", "tapped", "--name", "two", status=4)
+        check("vmtap0 is in use" in result.err and "hint: " in result.err, str(result))
+        ip("addr del 10.0.2.1/24 dev vmtap0")
+        ip("link add br0 type bridge")
+        ip("link set br0 up")
+        ip("addr add 10.0.2.1/24 dev br0")
+        env.vmcp("kill", "tiny")
+        env.vmcp("run", "--detach", "--from", "tapped", "--name", "two", "--net", "lan:mode=bridge,lan:bridge=br0")
+        echo.insist("in a bridge, from a checkpoint taken on a tap device")
+        card = env.vmcp_json("stats", "two")["nets"][0]
+        check(card["mode"] == "bridge" and card["interface"].startswith("vmcp"), f"{card}")
+        env.vmcp("kill", "two")
+        deadline = time.monotonic() + 10
+        while card["interface"] in subprocess.run(["ip", "link"], capture_output=True, check=True).stdout.decode():
+            check(time.monotonic() < deadline, f"{card['interface']} is left")
+            time.sleep(0.05)
 
 
 def test_network_errors(env):
