@@ -12,7 +12,7 @@
 #include "base/log.h"
 #include "checkpoint/engine_internal.h"
 
-#define RATE_MIN_BYTES (4u << 20)
+#define RATE_MIN_BYTES (32u << 20)
 
 static void unpark(struct take *take)
 {
