@@ -246,8 +246,13 @@ static int begin(struct memcow *cow, const struct memcow_target *target, enum me
 	cow->cancel = target->cancel;
 	cow->max_rate = target->max_rate;
 	int r = create_pool(cow, target->buffer_pages, err);
-	if (r != 0)
+	if (r == 0 && way == MEMCOW_PROTECT)
+		r = hold_create(&cow->hold, cow->pages, err);
+	if (r != 0) {
+		pool_destroy(cow->pool);
+		cow->pool = NULL;
 		return r;
+	}
 	cow->sums_bytes = round_up(cow->pages * 8, PAGE_BYTES);
 	cow->sums = NULL;
 	if (target->sums_fd >= 0) {
@@ -255,6 +260,7 @@ static int begin(struct memcow *cow, const struct memcow_target *target, enum me
 		void *sums = mmap(NULL, cow->sums_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (sums == MAP_FAILED) {
 			r = err_sys(err, errno, "cannot allocate %zu bytes for page checksums", cow->sums_bytes);
+			hold_free(&cow->hold);
 			pool_destroy(cow->pool);
 			cow->pool = NULL;
 			return r;
@@ -437,6 +443,16 @@ int memcow_arm(struct memcow *cow, const struct memcow_target *target, struct er
 fail:
 	memcow_abandon(cow);
 	return r;
+}
+
+int memcow_arm_more(struct memcow *cow, const struct page_words *written, uint64_t *left, struct err *err)
+{
+	uint64_t start_ns = clock_now_ns();
+	widen_scope(cow, written, true);
+	int r = page_set_take(&cow->dirty, run_gap(cow), protect_run_politely, cow, left);
+	cow->arm_passes++;
+	cow->arm_ns += clock_now_ns() - start_ns;
+	return r == 0 ? 0 : first_error(cow, r, "cannot write-protect guest memory", err);
 }
 
 int memcow_arm_stopped(struct memcow *cow, const struct memcow_target *target, struct err *err)
@@ -705,6 +721,7 @@ static void free_checkpoint(struct memcow *cow, bool finished)
 	cow->pool = NULL;
 	pthread_mutex_unlock(&cow->done_lock);
 	give_pool_up(cow, pool, finished);
+	hold_free(&cow->hold);
 	if (cow->sums)
 		munmap(cow->sums, cow->sums_bytes);
 	cow->sums = NULL;

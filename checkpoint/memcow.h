@@ -17,7 +17,8 @@
  *   save, the guest pays nothing but what finding its writes costs.
  * - stopped: the memory stands still until it is saved.
  *
- *     IDLE --arm--> ARMED --instant--> CAPTURED --save--> SAVING --finish--> IDLE        any --abandon--> IDLE
+ *     IDLE --arm--> ARMED --arm_more--> ARMED
+ *     ARMED --instant--> CAPTURED --save--> SAVING --finish--> IDLE        any --abandon--> IDLE
  *     IDLE --stage--> STAGED --stage_more--> STAGED --instant--> CAPTURED
  *     IDLE --settle--> SETTLING --settle_more--> SETTLING --stage_more--> STAGED
  *     IDLE --arm_stopped--> STOPPED --instant--> CAPTURED
@@ -73,11 +74,14 @@ struct memcow_target {
 
 /*
  * Arms the scope while the VM runs. The descriptors stay the caller's and must stay open until finish or abandon; fd is
- * switched to O_DIRECT meanwhile where the filesystem takes it. Space is reserved for all populated memory of the scope
- * where the filesystem can: -ENOSPC. Fails without effect.
+ * switched to O_DIRECT meanwhile where the filesystem takes it. -ENOSPC if the filesystem has less space free than the scope may take. Fails
+ * without effect.
  */
 int memcow_arm(struct memcow *cow, const struct memcow_target *target, struct err *err);
-/* The same for memory that stands still from memcow_instant until memcow_finish returns: no protection. */
+/* Once more while the VM runs, for a scope that is not all memory: pages of `written` join it, and what was written since is armed again.
+ * *left: how many these were. On failure the checkpoint must be abandoned. */
+int memcow_arm_more(struct memcow *cow, const struct page_words *written, uint64_t *left, struct err *err);
+/* The same as memcow_arm for memory that stands still from memcow_instant until memcow_finish returns: no protection. */
 int memcow_arm_stopped(struct memcow *cow, const struct memcow_target *target, struct err *err);
 /* Copies the scope, which must be given, while the VM runs. Fails without effect. */
 int memcow_stage(struct memcow *cow, const struct memcow_target *target, struct err *err);

@@ -83,6 +83,13 @@ bool memcow_copy_page(struct memcow *cow, uint64_t page)
 		}
 		return true;
 	}
+	if (hold_copy(&cow->hold, page, source)) {
+		if (bitmap_claim(cow->claimed, page))
+			atomic_fetch_add_explicit(&cow->saved_pages, 1, memory_order_relaxed);
+		else
+			hold_drop(&cow->hold, page);
+		return true;
+	}
 	struct segment *segment = segment_with_room(cow);
 	if (!segment)
 		return false;

@@ -11,10 +11,12 @@
 #include "checkpoint/memcow.h"
 #include "checkpoint/pool.h"
 
-/* Pool of a checkpoint that protects: 64 MiB, of which half (8192 pages) only the fault thread may take: what a guest that faults at full speed needs
- * while the disk stalls for half a second. Mapped while a checkpoint is under way only. */
-#define POOL_SEGMENTS 256u
-#define POOL_RESERVE  128u
+/* Pool of a checkpoint that protects: 48 MiB, of which a third (4096 pages) only the fault thread may take: together with what it may hold, what a
+ * guest that faults at full speed needs while the disk stalls for half a second. Mapped while a checkpoint is under way only. */
+#define POOL_SEGMENTS 192u
+#define POOL_RESERVE  64u
+/* For how many pages that fault there is memory at any time, while they may be held. */
+#define HOLD_READY_PAGES 4096u
 /* Staging: copies beyond the scope's where nothing is said, and how many are ready for the pause at any time. */
 #define STAGE_SPARE_PAGES 2048u
 #define STAGE_READY_PAGES 1024u
@@ -38,11 +40,23 @@ struct page_set {
 	uint64_t word_count, summary_count;
 };
 
+/* Single copies that wait for the sweeper. memcow_hold.c */
+struct hold {
+	uint8_t *memory; /* the slots; NULL: none */
+	size_t memory_bytes, map_bytes;
+	uint32_t slots;
+	_Atomic uint32_t *slot_of; /* of each page; 0: none, else one more than the slot's number */
+	uint32_t touched;	   /* the first ones; owner: writer, then sweeper */
+	pthread_mutex_t lock;	   /* a leaf; of what follows */
+	uint32_t used;		   /* so many were ever given out */
+	uint32_t *free, free_count;
+};
+
 /*
  * Invariants.
  *
- *  1 A page whose bit in `claimed` is set was copied whole, as of the instant, into a segment that goes to the writer,
- *    or is marked in `zero`. Copy first, claim second: the copy of whoever fails to claim is dropped.
+ *  1 A page whose bit in `claimed` is set was copied whole, as of the instant, into a segment that goes to the writer, or into
+ *    `hold`, from where the sweeper takes it to one, or is marked in `zero`. Copy first, claim second: the copy of whoever fails to claim is dropped.
  *  2 After the instant a page is released only when its bit in `claimed` is set. So the content of an unclaimed page
  *    is that of the instant.
  *  3 Before the instant a page is released only after its bit in `dirty` was set, and a bit of `dirty` is cleared only
@@ -79,6 +93,7 @@ struct memcow {
 	struct segment *staged; /* newest first; the sweeper's from memcow_save on */
 	int fd, sums_fd;
 	struct pool *pool;
+	struct hold hold;     /* protect: has memory then */
 	struct pool *kept;    /* between checkpoints that stage, or NULL */
 	uint64_t finished_ns; /* the last one that was staged */
 	uint64_t *sums;	       /* owner: writer */
@@ -148,6 +163,22 @@ typedef int page_run_fn(void *opaque, uint64_t first, uint64_t count);
 int page_set_take(struct page_set *set, uint64_t gap, page_run_fn *fn, void *opaque, uint64_t *taken);
 /* Empties it. Nobody adds meanwhile. */
 void page_set_clear(struct page_set *set);
+
+/* --- memcow_hold.c --- */
+int hold_create(struct hold *hold, uint64_t pages, struct err *err);
+/* Nobody uses it any more. {0} is allowed. */
+void hold_free(struct hold *hold);
+/* Holds a copy of the page; false if no slot is free. One thread at a time, before it claims the page. */
+bool hold_copy(struct hold *hold, uint64_t page, const void *source);
+/* That copy again, if the page was claimed by another one. */
+void hold_drop(struct hold *hold, uint64_t page);
+/* Takes the copy of a page that was claimed by who held it, to be written; NULL: there is none. The sweeper. */
+uint8_t *hold_take(struct hold *hold, uint64_t page);
+bool hold_has(const struct hold *hold, uint64_t first, uint64_t end);
+/* Those of its entries that were taken from here were written. */
+void hold_put(struct hold *hold, const struct segment *segment);
+/* Sees to memory for the next `ahead` slots. One thread at a time. */
+void hold_touch(struct hold *hold, uint32_t ahead);
 
 /* --- threads --- */
 void *memcow_fault_main(void *opaque);	 /* memcow */

@@ -47,8 +47,7 @@ static int release_blocks(struct sweep *s, uint64_t block, uint64_t count)
 	return uffd_release(cow->uffd, cow->base + first * PAGE_BYTES, (end - first) * PAGE_BYTES);
 }
 
-/* Claims `mask` of the block; returns the bits that were ours to claim, of which those in `zero` are noted as zero
- * pages. */
+/* Claims `mask` of the block; returns the bits that were ours to claim, of which those in `zero` are noted as zero pages. */
 static uint64_t claim_block(struct memcow *cow, uint64_t block, uint64_t mask, uint64_t zero)
 {
 	uint64_t mine = mask & ~atomic_fetch_or_explicit(&cow->claimed[block], mask, memory_order_acq_rel);
@@ -56,7 +55,7 @@ static uint64_t claim_block(struct memcow *cow, uint64_t block, uint64_t mask, u
 	atomic_fetch_or_explicit(&cow->zero[block], zero, memory_order_relaxed);
 	atomic_fetch_add_explicit(&cow->zero_pages, popcount64(zero), memory_order_relaxed);
 	atomic_fetch_add_explicit(&cow->saved_pages, popcount64(mine & ~zero), memory_order_relaxed);
-	return mine & ~zero;
+	return mine;
 }
 
 /* Copies the pages of `want` into the segment, each to the slot of its place in the block. Returns which of them are
@@ -79,12 +78,29 @@ static int copy_block(struct sweep *s, uint64_t block, uint64_t want, uint64_t *
 	return 0;
 }
 
+/*
+ * What is to be written with the segment: the pages of the block that we copied and claimed, and those that the fault path claimed and holds. Not what
+ * it may be about to hold of a page that we claimed: that copy is too late.
+ */
+static void list_block(struct sweep *s, uint64_t block, uint64_t mine, uint64_t zero)
+{
+	struct memcow *cow = s->cow;
+	struct segment *segment = s->segment;
+	for (uint64_t bits = cow->scope[block] & ~(mine & zero); bits; bits &= bits - 1) {
+		unsigned slot = (unsigned)__builtin_ctzll(bits);
+		uint64_t page = block * 64 + slot;
+		uint8_t *data = mine >> slot & 1 ? segment->data + (size_t)slot * PAGE_BYTES : hold_take(&cow->hold, page);
+		if (data)
+			segment->entries[segment->count++] = (struct segment_entry){.page = page, .data = data};
+	}
+}
+
 static int sweep_block(struct sweep *s, uint64_t block)
 {
 	struct memcow *cow = s->cow;
 	uint64_t want = cow->scope[block] & ~atomic_load_explicit(&cow->claimed[block], memory_order_acquire);
 	/* The fault path released each of them, but not what was protected between them. */
-	if (want == 0)
+	if (want == 0 && !hold_has(&cow->hold, block * 64, min_u64(block * 64 + 64, cow->pages)))
 		return cow->whole ? 0 : release_blocks(s, block, 1);
 	if (!s->segment)
 		s->segment = pool_get(cow->pool, false, NULL);
@@ -96,16 +112,11 @@ static int sweep_block(struct sweep *s, uint64_t block)
 		return r;
 	uint64_t mine = claim_block(cow, block, want, zero);
 	r = release_blocks(s, block, 1);
-	if (mine == 0)
-		return r;
-	struct segment *segment = s->segment;
-	s->segment = NULL;
-	for (uint64_t bits = mine; bits; bits &= bits - 1) {
-		unsigned slot = (unsigned)__builtin_ctzll(bits);
-		segment->entries[segment->count++] =
-			(struct segment_entry){.page = block * 64 + slot, .data = segment->data + (size_t)slot * PAGE_BYTES};
+	list_block(s, block, mine, zero);
+	if (s->segment->count > 0) {
+		pool_push(cow->pool, s->segment);
+		s->segment = NULL;
 	}
-	pool_push(cow->pool, segment);
 	return r;
 }
 
@@ -151,6 +162,7 @@ static int sweep_all(struct sweep *s, struct err *err)
 		if (r != 0)
 			return err_sys(err, -r, "saving memory page %llu", (unsigned long long)block * 64);
 		block += count;
+		hold_touch(&cow->hold, HOLD_READY_PAGES);
 		priority_give_way_each(cow->room_each_ns, &s->room); /* a tick is milliseconds */
 	}
 	return 0;

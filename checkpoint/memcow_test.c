@@ -215,6 +215,11 @@ static int take(struct machine *m, struct memcow *cow, enum way way, bool all, i
 		r = memcow_settle(cow, &target, err);
 	else
 		r = way == STAGE ? memcow_stage(cow, &target, err) : memcow_arm(cow, &target, err);
+	for (unsigned pass = 0; pass < 2 && way == PROTECT && !all && r == 0; pass++) {
+		uint64_t left;
+		harvest(m);
+		r = memcow_arm_more(cow, &m->written, &left, err);
+	}
 	for (unsigned pass = 0; pass < 2 && way == SETTLE && r == 0; pass++) {
 		harvest(m);
 		r = memcow_settle_more(cow, &m->written, err);

@@ -97,8 +97,10 @@ static void fail(struct writer *w, int number)
 
 static void end_write(struct writer *w, struct segment_write *write)
 {
-	if (--write->segment->pending == 0)
-		pool_put(w->cow->pool, write->segment);
+	if (--write->segment->pending > 0)
+		return;
+	hold_put(&w->cow->hold, write->segment);
+	pool_put(w->cow->pool, write->segment);
 }
 
 /* What a request came to. True if it must be submitted again, for the rest or for another try. */
@@ -239,8 +241,8 @@ static void write_all(struct writer *w)
 	}
 }
 
-/* The next run of blocks of RESERVE_BYTES that hold populated pages, at or after *end. 1, or 0 at the end. */
-static int find_run(const struct memcow *cow, uint64_t *first, uint64_t *end)
+/* The next run of blocks of RESERVE_BYTES that hold populated pages, at or after *end. False at the end. */
+static bool find_run(const struct memcow *cow, uint64_t *first, uint64_t *end)
 {
 	uint64_t bytes = cow->pages * PAGE_BYTES, at = *end, page, page_end;
 	bool found = false;
@@ -270,28 +272,30 @@ static uint64_t bytes_to_save(const struct memcow *cow)
 	return cow->whole ? mem_allocated_bytes(cow->mem) : cow->scope_pages * PAGE_BYTES;
 }
 
+/* Before the instant: a look at what is free, so that a checkpoint for which there is no space fails without effect. */
+static int check_space(const struct writer *w, struct err *err)
+{
+	struct statfs fs;
+	int r = fault_check(FAULT_MEMCOW_RESERVE, err);
+	if (r == 0 && fstatfs(w->cow->fd, &fs) == 0 && (uint64_t)fs.f_bavail < bytes_to_save(w->cow) / (uint64_t)fs.f_bsize)
+		return no_space(ENOSPC, err);
+	return r;
+}
+
 /*
- * Reserves space for what is populated, so that the writer neither runs out of space nor allocates blocks request by
- * request. For scattered pages a look at what is free must do: reserving them would take a call for each.
+ * Reserves space for what is populated, so that the writer neither runs out of space nor allocates blocks request by request. After the instant, as
+ * that would be later by it, and what was free a moment ago mostly still is. Not for scattered pages: it would take a call for each.
  */
 static int reserve_space(struct writer *w, struct err *err)
 {
 	struct memcow *cow = w->cow;
 	struct statfs fs;
-	int r = fault_check(FAULT_MEMCOW_RESERVE, err);
-	if (r != 0)
-		return r;
-	if (fstatfs(cow->fd, &fs) != 0)
-		return 0;
-	if ((uint64_t)fs.f_bavail < bytes_to_save(cow) / (uint64_t)fs.f_bsize)
-		return no_space(ENOSPC, err);
 	/* tmpfs would fill the space with pages; of private memory it is not known what is populated. */
-	if (!cow->whole || fs.f_type == TMPFS_MAGIC || mem_fd(cow->mem) < 0)
+	if (!cow->whole || mem_fd(cow->mem) < 0 || fstatfs(cow->fd, &fs) != 0 || fs.f_type == TMPFS_MAGIC)
 		return 0;
 	uint64_t first, end = 0;
 	for (;;) {
-		r = find_run(cow, &first, &end);
-		if (r <= 0)
+		if (!find_run(cow, &first, &end))
 			return 0;
 		if (fallocate(cow->fd, FALLOC_FL_KEEP_SIZE, (off_t)first, (off_t)(end - first)) != 0) {
 			if (errno != ENOSPC && errno != EDQUOT && errno != EFBIG)
@@ -399,17 +403,19 @@ void *memcow_writer_main(void *opaque)
 	struct writer w = {.cow = cow};
 	pthread_setname_np(pthread_self(), "vmcp-write");
 	priority_background();
-	/* What is staged is copied by who waits for this thread, which has little weight: it touches its buffers itself. */
-	if (cow->way != MEMCOW_STAGE)
-		pool_populate(cow->pool, POOL_SEGMENTS);
+	/* What must be there at the instant. */
+	hold_touch(&cow->hold, HOLD_READY_PAGES);
 	w.ring = get_ring(cow);
 	set_direct(&w, true);
-	if (reserve_space(&w, &w.err) != 0)
+	if (check_space(&w, &w.err) != 0)
 		memcow_fail(cow, &w.err);
 	signal_ready(cow);
+	/* The rest meanwhile. What is staged is copied by a thread of more weight than this one: it touches its buffers itself. */
+	if (cow->way != MEMCOW_STAGE)
+		pool_populate(cow->pool, POOL_SEGMENTS);
 	/* Pages that are copied in the pause must not bring I/O into it. What settles is written before, and drained. */
 	if (cow->way == MEMCOW_SETTLE || memcow_wait_for_save(cow)) {
-		if (lay_out(&w, &w.err) != 0)
+		if (reserve_space(&w, &w.err) != 0 || lay_out(&w, &w.err) != 0)
 			memcow_fail(cow, &w.err);
 		write_all(&w);
 	}

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 
 struct pool {
 	uint8_t *memory; /* immutable */
@@ -93,20 +94,15 @@ void pool_touch_next(struct pool *pool, unsigned segments)
 
 void pool_populate(struct pool *pool, unsigned segments)
 {
-	size_t bytes = (size_t)(segments < pool->segment_count ? segments : pool->segment_count) * SEGMENT_BYTES;
-	/* The segments' own structs are touched by use: xcalloc of small blocks, and only the lists above need them
-	 * early. */
 #ifdef MADV_POPULATE_WRITE
 	/* In steps: the call holds the lock of the address space all the while, so a thread that maps something waits
 	 * for it, and behind that thread every vCPU that faults. */
-	size_t done = 0;
+	size_t bytes = (size_t)min_u64(segments, pool->segment_count) * SEGMENT_BYTES, done = 0;
 	while (done < bytes && madvise(pool->memory + done, SEGMENT_BYTES, MADV_POPULATE_WRITE) == 0)
 		done += SEGMENT_BYTES;
-	if (done == bytes)
-		return;
+#else
+	(void)pool, (void)segments;
 #endif
-	for (size_t at = 0; at < bytes; at += 4096)
-		((volatile uint8_t *)pool->memory)[at] = 0;
 }
 
 /* Under lock. */

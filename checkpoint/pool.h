@@ -51,7 +51,8 @@ void pool_reuse(struct pool *pool, unsigned reserve);
 /* Until then the kernel may have its memory, should it need it. All segments are free. */
 void pool_rest(struct pool *pool);
 unsigned pool_segments(const struct pool *pool);
-/* Touches the memory of the first `segments`, those that are given out first, so that no later use of it faults. Before first use. */
+/* Sees to memory for the first `segments`, those that are given out first, so that no later use of it faults; where the kernel can (Linux 5.14), else
+ * each page of it is had when it is used. Any thread, beside others that use them. */
 void pool_populate(struct pool *pool, unsigned segments);
 /* The same for the next `segments` that will be given out, and for one segment. */
 void pool_touch_next(struct pool *pool, unsigned segments);

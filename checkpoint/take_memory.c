@@ -13,6 +13,8 @@
 #define RATE_MIN_NS	 300000u
 /* Of passes that bring a quarter less each there is no use: docs/memory-cow.md. */
 #define PASS_NO_USE(count, before) ((count) > (before) / 4 * 3)
+#define PROTECT_MAX_PASSES   8u
+#define PROTECT_ENOUGH_PAGES 64u
 /* Passes over memory that is written to the file under the running guest go on until so little is left that it is staged, or until
  * they bring less and less, and what is left still fits into the buffers. */
 #define SETTLE_ENOUGH_PAGES 2048u
@@ -160,16 +162,36 @@ static int settle_memory(struct take *take, struct err *err)
 	return r == 0 ? stage_rest(take, err) : r;
 }
 
+/* While the scope is armed the guest writes other pages: they join it, in passes, until few are left for the pause. */
+static int protect_rest(struct take *take, struct err *err)
+{
+	struct ckpt_engine *engine = take->engine;
+	uint64_t before = UINT64_MAX, count, left = 0;
+	int r = 0;
+	for (unsigned pass = 0; pass < PROTECT_MAX_PASSES && r == 0; pass++) {
+		r = engine_check_cancel(engine, err);
+		if (r == 0)
+			r = harvest(take, &count, err);
+		if (r != 0)
+			break;
+		struct page_words fresh = tracker_fresh_words(engine->tracker);
+		r = memcow_arm_more(engine->memcow, &fresh, &left, err);
+		if (left <= PROTECT_ENOUGH_PAGES || PASS_NO_USE(left, before))
+			break;
+		before = left;
+	}
+	return r;
+}
+
 static int protect_memory(struct take *take, struct err *err)
 {
 	struct memcow_stats stats;
 	int r = begin(take, memcow_arm, err);
-	if (r != 0)
+	if (r != 0 || !take->plan_case.incremental) /* of all memory many are protected with one call */
 		return r;
 	memcow_get_stats(take->engine->memcow, &stats);
-	if (take->plan_case.incremental) /* of all memory many are protected with one call */
-		planner_note_pages(&take->engine->costs.protect_page_ns, (double)stats.arm_ns, stats.scope_pages);
-	return 0;
+	planner_note_pages(&take->engine->costs.protect_page_ns, (double)stats.arm_ns, stats.scope_pages);
+	return protect_rest(take, err);
 }
 
 /* Neither way to follow the guest's writes. */
