@@ -2,7 +2,7 @@
  * Checkpoints that travel: one stream that stands alone, or, with `since`, one that needs a checkpoint which the other side has. docs/format.md
  * ("Export") specifies every byte. Written and read in one pass, so that a pipe can carry it.
  *
- * Threads: any, one call at a time for one store handle is not required. Neither function may be called by a thread that serves an I/O ring.
+ * Threads: any but one that serves an I/O ring; several calls at once, also on one store handle.
  */
 #ifndef VMCP_CHECKPOINT_STORE_TRANSFER_H
 #define VMCP_CHECKPOINT_STORE_TRANSFER_H

@@ -102,16 +102,16 @@ static void *worker_main(void *opaque)
 
 	while (!rc && (slot = take_work(pipe))) {
 		rc = pipe->ops->work(slot, context, &err);
+		if (rc)
+			break; /* nobody consumes that one */
 		pthread_mutex_lock(&pipe->lock);
 		slot->state = SLOT_DONE;
 		pthread_cond_broadcast(&pipe->changed);
 		pthread_mutex_unlock(&pipe->lock);
-		if (rc)
-			fail(pipe, rc, &err);
 	}
-	if (!context)
+	if (rc)
 		fail(pipe, rc, &err);
-	else
+	if (context)
 		pipe->ops->free_context(context);
 	return NULL;
 }
