@@ -54,6 +54,7 @@ struct user {
 	uint64_t timer_at_ms; /* 0: not set */
 	bool bound[NET_MAX_FORWARDS];
 	bool deaf; /* a forwarded port could not be bound again */
+	bool arp_came;		  /* from the guest: packets may have waited for it */
 	unsigned offloads;
 	/* Frames for the guest: length (4 bytes) and frame, one behind the other. */
 	uint8_t *ring;
@@ -413,6 +414,7 @@ static int send_frame(struct net *net, const struct iovec *iov, unsigned count, 
 	if (user->slirp == NULL)
 		return 0;
 	flows_see(&user->flows, packet, bytes - NET_HEADER_BYTES, true);
+	user->arp_came |= get_be16(packet + 12) == 0x0806;
 	/* A segment of 64 KiB is taken whole: to libslirp it is a long packet. */
 	size_t length = fragments_take(&user->fragments, &packet, bytes - NET_HEADER_BYTES);
 	if (length > 0)
@@ -420,7 +422,16 @@ static int send_frame(struct net *net, const struct iovec *iov, unsigned count, 
 	return 0;
 }
 
-static void flush(struct net *net) { refresh((struct user *)net); }
+static void flush(struct net *net)
+{
+	struct user *user = (struct user *)net;
+
+	/* libslirp looks at packets that wait for an address only when it is polled. */
+	if (user->arp_came && user->slirp != NULL)
+		slirp_pollfds_poll(user->slirp, 0, get_revents, user);
+	user->arp_came = false;
+	refresh(user);
+}
 
 static void want(struct net *net, bool wanted)
 {

@@ -275,11 +275,13 @@ Test(user, forwarded_ports)
 	add_forward(&config, false, port, 80);
 	add_forward(&config, true, udp_port, 53);
 	struct tcp t = {.card = start(&config)};
-	/* The guest has said nothing yet: it is asked for. */
+	/* The guest has said nothing yet: it is asked for, and what waited comes at once. */
 	int fd = host_connect(port);
 	cr_assert_not_null(card_wait(t.card, is_arp_question, NULL));
 	say_hello(t.card, t.mac);
+	uint64_t said = clock_now_ns();
 	cr_assert_not_null(wait_tcp(&t, SYN, NULL), "no SYN of the forwarded connection");
+	cr_expect_leq(clock_now_ns() - said, 400000000ull);
 	t.guest_port = 80;
 	t.sequence = 7000;
 	send_tcp(&t, SYN | ACK, NULL, 0, false);
