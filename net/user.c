@@ -55,6 +55,7 @@ struct user {
 	bool bound[NET_MAX_FORWARDS];
 	bool deaf; /* a forwarded port could not be bound again */
 	bool arp_came;		  /* from the guest: packets may have waited for it */
+	uint64_t emitted;	  /* frames that libslirp gave */
 	unsigned offloads;
 	/* Frames for the guest: length (4 bytes) and frame, one behind the other. */
 	uint8_t *ring;
@@ -120,6 +121,7 @@ static ssize_t send_packet(const void *frame, size_t bytes, void *opaque)
 {
 	struct user *user = opaque;
 
+	user->emitted++;
 	flows_see(&user->flows, frame, bytes, false);
 	queue_frame(user, frame, bytes);
 	return (ssize_t)bytes;
@@ -426,9 +428,11 @@ static void flush(struct net *net)
 {
 	struct user *user = (struct user *)net;
 
-	/* libslirp looks at packets that wait for an address only when it is polled. */
-	if (user->arp_came && user->slirp != NULL)
+	/* libslirp looks at packets that wait for an address only when it is polled, and then gives one for each of its sockets. */
+	for (uint64_t before = user->emitted - 1; user->arp_came && user->slirp != NULL && before != user->emitted;) {
+		before = user->emitted;
 		slirp_pollfds_poll(user->slirp, 0, get_revents, user);
+	}
 	user->arp_came = false;
 	refresh(user);
 }

@@ -267,6 +267,27 @@ Test(user, tcp_with_offloads)
 	card_destroy(t.card);
 }
 
+/* Datagrams that came before the guest was known: all of them, at once, when it is. */
+Test(user, datagrams_that_waited)
+{
+	struct net_config config = config_user();
+	uint16_t port = free_port(SOCK_DGRAM), own;
+	uint8_t mac[6];
+	add_forward(&config, true, port, 7);
+	struct card *card = start(&config);
+	int fd = host_socket(SOCK_DGRAM, &own);
+	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	for (unsigned i = 0; i < 5; i++)
+		cr_assert_eq(sendto(fd, "early", 5, 0, (struct sockaddr *)&to, sizeof(to)), 5);
+	cr_assert_not_null(card_wait(card, is_arp_question, NULL));
+	usleep(20000);
+	say_hello(card, mac);
+	for (unsigned i = 0; i < 5; i++)
+		cr_expect_not_null(card_wait_for(card, is_udp, NULL, 300000000), "datagram %u", i);
+	close(fd);
+	card_destroy(card);
+}
+
 Test(user, forwarded_ports)
 {
 	struct net_config config = config_user();
