@@ -356,8 +356,6 @@ static int sync_all(struct store_draft *draft, struct err *err)
 	struct store_unsynced files[MAX_FILES + 2];
 	unsigned count = draft->file_count;
 
-	_Static_assert(MAX_FILES + 2 <= STORE_SYNC_MOST, "all are synced at once");
-
 	memcpy(files, draft->files, count * sizeof(*files));
 	files[count++] = (struct store_unsynced){.fd = draft->dir, .name = "the checkpoint's folder"};
 	files[count++] = (struct store_unsynced){.fd = draft->store->layers_dir, .name = "layers"};

@@ -108,8 +108,7 @@ void disk_records_collect(struct store *store);
 int manifest_encode(const struct store_checkpoint *checkpoint, struct buf *out, struct err *err);
 int manifest_decode(const char *what, const void *data, size_t length, struct store_checkpoint *out, struct err *err);
 
-/* sync.c: fsync of all, at the same time; the first error. */
-#define STORE_SYNC_MOST 16
+/* sync.c: fsync of all, many at the same time; the first error. */
 struct store_unsynced {
 	int fd;
 	const char *name; /* for an error */

@@ -8,10 +8,12 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include "base/bytes.h"
 #include "checkpoint/store/store_internal.h"
 
 /* So small that the C library keeps it for the next time: mapping memory anew would hold up vCPUs that fault. */
 #define STACK_BYTES (64u << 10)
+#define AT_ONCE	    16u
 
 struct waiter {
 	int fd;
@@ -27,17 +29,12 @@ static void *wait_main(void *opaque)
 	return NULL;
 }
 
-int store_sync(const struct store_unsynced *files, unsigned count, struct err *err)
+static int sync_at_once(const struct store_unsynced *files, unsigned count, struct err *err)
 {
-	struct waiter waiters[STORE_SYNC_MOST];
+	struct waiter waiters[AT_ONCE];
 	pthread_attr_t attr;
 	int rc = 0;
 
-	if (count > STORE_SYNC_MOST)
-		return err_set(err, ERR_FAILED, E2BIG, "%u files to be synced at once", count);
-	/* Fails for folders, and does nothing on some filesystems. */
-	for (unsigned i = 0; i < count; i++)
-		sync_file_range(files[i].fd, 0, 0, SYNC_FILE_RANGE_WRITE);
 	pthread_attr_init(&attr);
 	pthread_attr_setstacksize(&attr, STACK_BYTES);
 	for (unsigned i = 0; i < count; i++) {
@@ -55,5 +52,17 @@ int store_sync(const struct store_unsynced *files, unsigned count, struct err *e
 			rc = err_sys(err, waiters[i].number, "%s: fsync", files[i].name);
 	}
 	pthread_attr_destroy(&attr);
+	return rc;
+}
+
+int store_sync(const struct store_unsynced *files, unsigned count, struct err *err)
+{
+	int rc = 0;
+
+	/* Fails for folders, and does nothing on some filesystems. */
+	for (unsigned i = 0; i < count; i++)
+		sync_file_range(files[i].fd, 0, 0, SYNC_FILE_RANGE_WRITE);
+	for (unsigned first = 0; first < count && !rc; first += AT_ONCE)
+		rc = sync_at_once(files + first, (unsigned)min_u64(count - first, AT_ONCE), err);
 	return rc;
 }
