@@ -370,7 +370,7 @@ static void rig_end(struct rig *rig)
 
 static void check_progress(struct rig *rig)
 {
-	uint64_t before = atomic_load(&rig->vm.steps), until = clock_now_ns() + 5000000000ull;
+	uint64_t before = atomic_load(&rig->vm.steps), until = clock_now_ns() + 60000000000ull;
 	while (atomic_load(&rig->vm.steps) < before + 1000 && clock_now_ns() < until)
 		usleep(500);
 	CHECK(atomic_load(&rig->vm.steps) >= before + 1000);

@@ -42,7 +42,7 @@ static void clear_all(struct vm *vm)
 
 static bool logged_soon(struct vm *vm, uint64_t page)
 {
-	uint64_t until = clock_now_ns() + 5000000000ull;
+	uint64_t until = clock_now_ns() + 60000000000ull;
 	while (!logged(vm, page) && clock_now_ns() < until)
 		usleep(1000);
 	return logged(vm, page);
