@@ -10,7 +10,8 @@
 #   3. a stock Debian guest: on a hardware KVM directly, else in a software machine (tests/with-kvm)
 #
 # --quick: the release build and its units only. Exit status: 0 if everything passed; what was skipped is said.
-# VMCP_TEST_ROUNDS and VMCP_TEST_DEBIAN_ROUNDS set the rounds of the long tests (100 and 20), DISK_TEST_SCALE how much of the random tests of
+# VMCP_TEST_ROUNDS and VMCP_TEST_DEBIAN_ROUNDS set the rounds of the long tests (100 and 20), VMCP_TEST_DEBIAN_CHECKPOINTS the live checkpoints under
+# fio (5; 50 is the whole acceptance test), DISK_TEST_SCALE how much of the random tests of
 # disks the release build goes through (0.3; 1 is all of docs/cowdisk.md).
 
 set -euo pipefail
@@ -51,15 +52,34 @@ build_and_test_in_memory() (
 # One test of the stock guest in a machine of its own. QEMU's emulated SVM now and then gets its interrupt flags wrong, and the emulated host
 # hangs (with-kvm exits with 124) or dies (125): then once more, aloud.
 debian_test() {
-    local try status=125
+    local name=$1 try status=125 file=debian_test.py begin=$SECONDS
+    case $name in fio) file=debian_data_test.py ;; esac
     for try in 1 2 3; do
         status=0
-        tests/with-kvm --mem 7168 --timeout 900 python3 tests/vm/debian_test.py "$1" || status=$?
+        tests/with-kvm --mem 7168 --timeout 900 python3 "tests/vm/$file" "$name" || status=$?
         case $kind:$status in software*:12[45] | none*:12[45]) ;; *) break ;; esac
         echo "run.sh: the software machine itself hung or died (try $try of 3)"
     done
+    echo "it took $((SECONDS - begin)) s"
     return "$status"
 }
+# Commands that keep little more than one processor busy, two at a time, the longest first; what they print is shown when all have ended.
+together() {
+    local command out begun=0
+    step "together: $(printf '%s; ' "$@")"
+    out=$(mktemp -d)
+    for command in "$@"; do
+        [ $((begun += 1)) -le 2 ] || wait -n || true
+        # shellcheck disable=SC2086 # a command is words
+        { $command >"$out/$command" 2>&1 && : >"$out/$command.passed"; } &
+    done
+    wait
+    for command in "$@"; do
+        part "$command" show_result "$out/$command"
+    done
+    rm -rf "$out"
+}
+show_result() { cat "$1" && [ -e "$1.passed" ]; }
 
 step "packages"
 scripts/setup.sh build test
@@ -91,18 +111,16 @@ bench_smoke() (
     timeout 1800 bench/run.sh --quick --smoke --out "$out" >"$out/log" 2>&1 || { cat "$out/log"; return 1; }
     tail -n 1 "$out/log"
 )
+VMCP_GUEST=$PWD/build/debian-guest
+export VMCP_GUEST
+part "the Debian guest: making it" examples/debian-guest/build.sh --with fio "$VMCP_GUEST"
+long=("debian_test stress_smp" "debian_test balloon" "debian_test fio")
 if [ ${#near_kvm[@]} -eq 0 ]; then
-    part "benchmarks: the scripts work" bench_smoke
+    long+=(bench_smoke)
 else
     echo "SKIP: the benchmarks need a KVM of this host's own"
 fi
-
-VMCP_GUEST=$PWD/build/debian-guest
-export VMCP_GUEST
-part "the Debian guest: making it" examples/debian-guest/build.sh "$VMCP_GUEST"
-for name in boot_smp checkpoint_damage_revert balloon stress_smp; do
-    part "the Debian guest: $name" debian_test "$name"
-done
+together "${long[@]}" "debian_test checkpoint_damage_revert" "debian_test boot_smp"
 
 printf '\n=== %d s\n' $((SECONDS - started))
 if [ ${#failed[@]} -gt 0 ]; then

@@ -1,7 +1,7 @@
 #!/bin/bash
 # build.sh - make a small, real Debian 12 guest from Debian's packages
 #
-#   examples/debian-guest/build.sh [--fresh] [--cmdline WORDS] OUTDIR
+#   examples/debian-guest/build.sh [--fresh] [--cmdline WORDS] [--with PACKAGES] [--prepare SCRIPT] OUTDIR
 #
 # Makes in OUTDIR:
 #   vmlinuz      the kernel of Debian's package linux-image-cloud-amd64, untouched
@@ -14,11 +14,13 @@
 # packages of `scripts/setup.sh demo`. The host's own Debian mirror is used, else deb.debian.org;
 # VMCP_DEBIAN_MIRROR names another one.
 #
-# The result is kept in ${VMCP_CACHE:-~/.cache/vmcp} under a hash of this script, so that only the
+# The result is kept in ${VMCP_CACHE:-~/.cache/vmcp} under a hash of this script, SCRIPT and the packages, so that only the
 # first run builds; later ones copy, which needs neither root nor network. If OUTDIR already has the files of this recipe nothing
 # is done; --fresh puts a pristine root.qcow2 in place of one that a VM has written to.
 # --cmdline adds WORDS to the kernel's command line in guest.cfg. "norandmaps" is a good one where the guest runs
 # on an emulated processor (tests/with-kvm): its processes find QEMU's translated code again.
+# --with puts more of Debian's packages into the guest, for example --with fio,postgresql. Their services are not started at boot.
+# --prepare runs SCRIPT (a file) by the guest's /bin/sh in its root, as root, after all packages: to set up by a fast processor what a guest needs.
 # VMCP_GUEST_KERNEL=linux-image-amd64 takes Debian's general kernel instead (packed with xz, larger; has VMGenID and 9p).
 #
 # In the guest: root's shell on ttyS0, no login, started anew when it ends; on the console the line
@@ -34,7 +36,7 @@ set -euo pipefail
 readonly SUITE=bookworm
 readonly KERNEL=${VMCP_GUEST_KERNEL:-linux-image-cloud-amd64}
 # busybox is the guest's init: every process it need not start counts in a nested machine.
-readonly PACKAGES=$KERNEL,initramfs-tools,busybox,kmod,mount,acpid,procps,e2fsprogs,stress-ng
+readonly BASIC=$KERNEL,initramfs-tools,busybox,kmod,mount,acpid,procps,e2fsprogs,stress-ng
 readonly DISK_SIZE=2G
 
 say() { printf 'debian-guest: %s\n' "$*" >&2; }
@@ -196,12 +198,16 @@ done
 HOOK
     } | sed '1i #!/bin/bash' >"$work/setup-hook"
     # shellcheck disable=SC2016 # the hook's own $1
-    printf '#!/bin/sh\ncp -n "$1"/var/cache/apt/archives/*.deb %q/\n' "$debs" >"$work/customize-hook"
+    printf '#!/bin/sh\nset -e\ncp -n "$1"/var/cache/apt/archives/*.deb %q/\n' "$debs" >"$work/customize-hook"
+    if [ -n "$prepare" ]; then
+        # shellcheck disable=SC2016
+        printf 'chroot "$1" /bin/sh -s <%q\n' "$(realpath "$prepare")" >>"$work/customize-hook"
+    fi
     chmod +x "$work"/*-hook
 
     say "unpacking and configuring Debian $SUITE with $KERNEL"
     # Downloaded packages are kept for the next build: that is what the skipped cleanups are for.
-    if ! mmdebstrap --quiet --variant=apt --include="$PACKAGES" \
+    if ! mmdebstrap --quiet --variant=apt --include="$packages" \
         --aptopt="$work/apt.conf" \
         --dpkgopt=force-unsafe-io \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
@@ -232,13 +238,28 @@ HOOK
 
 # --- main ----------------------------------------------------------------------------------------
 
-fresh='' cmdline=''
+fresh='' cmdline='' packages=$BASIC prepare=''
 while [ $# -gt 0 ]; do
     case $1 in
         --fresh) fresh=1; shift ;;
         --cmdline)
             [ $# -ge 2 ] || { printf 'debian-guest: --cmdline needs a value\n' >&2; exit 2; }
             cmdline=$2
+            shift 2
+            ;;
+        --with)
+            [ $# -ge 2 ] || { printf 'debian-guest: --with needs a value\n' >&2; exit 2; }
+            [[ $2 =~ ^[a-z0-9][a-z0-9.+-]*(,[a-z0-9][a-z0-9.+-]*)*$ ]] || {
+                printf "debian-guest: --with: '%s' is no list of package names\nhint: names with commas between, as in fio,postgresql\n" "$2" >&2
+                exit 2
+            }
+            packages+=,$2
+            shift 2
+            ;;
+        --prepare)
+            [ $# -ge 2 ] || { printf 'debian-guest: --prepare needs a value\n' >&2; exit 2; }
+            [ -f "$2" ] || { printf "debian-guest: --prepare: there is no file '%s'\n" "$2" >&2; exit 2; }
+            prepare=$2
             shift 2
             ;;
         --help | -h) show_help; exit 0 ;;
@@ -251,7 +272,7 @@ if [ $# -ne 1 ]; then
     exit 2
 fi
 outdir=$1
-recipe=$({ cat "${BASH_SOURCE[0]}"; printf '%s' "$KERNEL"; } | sha256sum | cut -c 1-16)
+recipe=$({ cat "${BASH_SOURCE[0]}" ${prepare:+"$prepare"}; printf '%s' "$packages"; } | sha256sum | cut -c 1-16)
 cache=${VMCP_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/vmcp}
 made=$cache/debian-guest-$recipe
 

@@ -4,99 +4,16 @@
 import concurrent.futures
 import os
 import re
-import shutil
 import socket
-import subprocess
 import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import vmcp_test  # noqa: E402
-from guest_console import READY, GuestConsole  # noqa: E402
+from debian_guest import attach, boot, check_log, fsck, said  # noqa: E402
 from vmcp_test import check, check_equal  # noqa: E402
 
-BOOT_S = 180
-NESTED = os.environ.get("VMCP_WITH_KVM") == "nested"
-# QEMU's emulated SVM does not intercept XSETBV, so its KVM does not know which state the guest's kernel switched on (QEMU as the inner VMM sees the
-# same): there the guest keeps to FXSAVE.
-GUEST_WORDS = " norandmaps noxsave" if NESTED else ""
 ROUNDS = int(os.environ.get("VMCP_TEST_DEBIAN_ROUNDS", "20"))
-# What a guest's kernel says when it was treated badly, for grep -E. "clocksource: Switched" and the like are no complaints.
-COMPLAINTS = ("lockup|stall|hung_task|blocked for more|I/O error|EXT4-fs error|time jumped|Clocksource .* unstable|clock skew|BUG:|WARNING:|Oops|"
-              "Call Trace|NMI watchdog: (BUG|Watchdog)|ACPI (Error|Warning|BIOS)|virtio.*error")
-
-
-def config(env, cpus=1, memory="384M", name="debian", extra=""):
-    guest = os.environ["VMCP_GUEST"]
-    disk = env.path("root.qcow2")
-    if not os.path.exists(disk):
-        shutil.copyfile(os.path.join(guest, "root.qcow2"), disk)
-    return env.write(f"{name}.cfg", f"""[vm]
-name = {name}
-memory = {memory}
-cpus = {cpus}
-kernel = {guest}/vmlinuz
-initrd = {guest}/initrd.img
-cmdline = console=ttyS0 root=/dev/vda rootfstype=ext4 rw quiet loglevel=5{GUEST_WORDS}
-rng = yes
-{extra}
-[disk root]
-path = {disk}
-""")
-
-
-def spread(env):
-    """Lets all but the vCPUs run on any processor: in the software machine a test begins on one alone (tests/with-kvm), which the vCPUs need."""
-    for vm in env.vmcp_json("ps")["vms"]:
-        for task in os.listdir(f"/proc/{vm['pid']}/task") if vm["pid"] else ():
-            with open(f"/proc/{vm['pid']}/task/{task}/comm", encoding="ascii") as comm:
-                if not comm.read().startswith("vcpu"):
-                    os.sched_setaffinity(int(task), range(os.cpu_count()))
-
-
-def boot(env, **kwargs):
-    console = GuestConsole.spawn([env.vmcp_bin, "--store", env.store, "run", config(env, **kwargs)], log=env.path("console.log"),
-                                 stderr=open(env.path("stderr.log"), "ab"))
-    env.consoles.append(console)
-    console.wait_for(READY, BOOT_S)
-    console.sync(60)
-    spread(env)
-    return console
-
-
-def attach(env, name="debian"):
-    console = GuestConsole.spawn([env.vmcp_bin, "--store", env.store, "console", name], log=env.path("console.log"))
-    env.consoles.append(console)
-    console.sync(60)
-    spread(env)
-    return console
-
-
-def said(console, command):
-    """What a command prints, without what the kernel says on the console in between."""
-    return re.sub(r"\[ *\d+\.\d{6}\] [^\n]*\n", "", console.check(command)).strip()
-
-
-def check_log(console, what):
-    # Filtered in the guest: each byte on the console is an exit, which costs a nested machine most of a millisecond.
-    lines, *bad = console.check(f"dmesg | wc -l; dmesg | grep -i -E '{COMPLAINTS}' | head -n 20").splitlines()
-    check(int(lines) > 100, f"{what}: the guest's kernel log has only {lines} lines")
-    check(not bad, f"{what}: the guest's kernel complains:\n" + "\n".join(bad))
-
-
-def fsck(env, checkpoint, what):
-    """The disk as of a checkpoint: clean after the journal is replayed. On a flat copy. Where the test itself keeps to one processor (tests/with-kvm),
-    this goes to another."""
-    shown = env.vmcp_json("show", checkpoint)
-    disk = shown["disks"][0]
-    layer = os.path.join(env.store, "layers", f"{disk['layer']}.{disk['format']}")
-    raw = env.path(f"fsck-{checkpoint}.raw")
-    elsewhere = ["taskset", "-c", "0"] if NESTED else []
-    subprocess.run([*elsewhere, "qemu-img", "convert", "-U", "-O", "raw", layer, raw], check=True)
-    subprocess.run([*elsewhere, "e2fsck", "-p", "-E", "journal_only", raw], capture_output=True, check=False)
-    done = subprocess.run([*elsewhere, "e2fsck", "-f", "-n", raw], capture_output=True, check=False)
-    os.unlink(raw)
-    check_equal(done.returncode, 0, f"{what}: e2fsck: {done.stdout.decode()}{done.stderr.decode()}")
 
 
 def test_boot_smp(env):
