@@ -11,7 +11,7 @@
 #include "cowdisk/image_internal.h"
 #include "cowdisk/qcow2_format_internal.h"
 
-int cow_backing(const char *path, char **backing, struct err *err)
+int cow_look(const char *path, char **backing, bool *plain, struct err *err)
 {
 	struct qcow2_extensions extensions = {0};
 	struct qcow2_header header;
@@ -19,6 +19,7 @@ int cow_backing(const char *path, char **backing, struct err *err)
 	struct stat st;
 
 	*backing = NULL;
+	*plain = true;
 	CLEANUP_CLOSE int fd = cow_image_open_fd(path, false, err);
 	if (fd < 0)
 		return fd;
@@ -33,8 +34,16 @@ int cow_backing(const char *path, char **backing, struct err *err)
 		rc = qcow2_read_header(fd, (uint64_t)st.st_size, &header, &extensions, err);
 	if (rc < 0)
 		return err_prefix(err, "%s", path);
+	*plain = header.snapshot_count == 0 && !(header.autoclear & QCOW2_AUTOCLEAR_BITMAPS);
 	if (extensions.backing_name)
 		rc = cow_resolve_name(path, extensions.backing_name, backing, err);
 	free(extensions.backing_name);
 	return rc;
+}
+
+int cow_backing(const char *path, char **backing, struct err *err)
+{
+	bool plain;
+
+	return cow_look(path, backing, &plain, err);
 }

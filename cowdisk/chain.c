@@ -1,6 +1,7 @@
 /* Backing chains: names, opening downwards, loops. */
 #include <errno.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "base/buf.h"
 #include "cowdisk/image_internal.h"
@@ -45,6 +46,12 @@ static int check_loop(const struct image *top, const struct image *candidate, st
 	return 0;
 }
 
+static bool was_replaced(const struct image *image)
+{
+	struct stat st;
+	return stat(image->path, &st) == 0 && (st.st_dev != image->device || st.st_ino != image->inode);
+}
+
 /* Opens the file that `image` names as its backing file. */
 static int open_backing(struct image *top, struct image *image, bool lock, struct err *err)
 {
@@ -55,6 +62,9 @@ static int open_backing(struct image *top, struct image *image, bool lock, struc
 	struct image *next;
 	/* No lock before it is known to be no loop: the lock would complain about ourselves. */
 	rc = cow_image_open(image->io, path, image->backing_format, false, false, &next, err);
+	/* A merge has put another file in the place of `image`, and what that one stood on could go. */
+	if (rc == -ENOENT && was_replaced(image))
+		return -ESTALE;
 	if (rc < 0)
 		return err_prefix(err, "backing file of %s", image->path);
 	rc = check_loop(top, next, err);

@@ -2,6 +2,7 @@
 #ifndef VMCP_COWDISK_CHECK_H
 #define VMCP_COWDISK_CHECK_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "base/err.h"
@@ -25,6 +26,10 @@ int cow_repair(const char *path, struct cow_check *before, struct cow_check *aft
 /* The backing file that the image's header names, relative names resolved (malloc); NULL if it has none, or is no qcow2 image. Reads the header
  * only, takes no lock, so that it works on images in use. -ENOTSUP: the backing is no local file. Any thread. */
 int cow_backing(const char *path, char **backing, struct err *err);
+/* The same, and whether a merge of the image loses nothing: it has no internal snapshots and no bitmaps. */
+int cow_look(const char *path, char **backing, bool *plain, struct err *err);
+/* 1 if somebody has the image open, this process included, by QEMU's lock bytes; 0, -errno. Any thread. */
+int cow_is_open(const char *path, struct err *err);
 
 struct cow_second_opinion {
 	uint64_t compared_bytes, different_bytes;

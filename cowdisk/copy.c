@@ -82,6 +82,9 @@ static void release(struct slot *slot, int result)
 
 static void write_next(struct slot *slot);
 
+/* Where nothing was copied to yet. */
+static bool reads_zero(const struct copy_job *job) { return !job->to->top->backing && !job->keeps; }
+
 static void written(struct cow_request *request, int result)
 {
 	struct slot *slot = request->opaque;
@@ -123,7 +126,7 @@ static void write_next(struct slot *slot)
 			end = next;
 		}
 		slot->part = end - at;
-		if (zero && !c->job->to->top->backing) {
+		if (zero && reads_zero(c->job)) {
 			slot->done = end; /* as it is */
 			continue;
 		}
@@ -214,8 +217,7 @@ static int start_some(struct copier *c)
 		int rc = find_run(c, &class, &length);
 		if (rc < 0)
 			return rc;
-		/* A target without a backing file reads as zeroes already. */
-		if (class == RUN_DATA || (class == RUN_ZERO && c->job->to->top->backing))
+		if (class == RUN_DATA || (class == RUN_ZERO && !reads_zero(c->job)))
 			start_run(c, slot, class, length);
 		c->position += length;
 		report(c, false);

@@ -10,6 +10,7 @@ struct copy_job {
 	struct cow_disk *from;
 	const struct image *stop; /* of from's chain: it and what is below are not copied; NULL: all are */
 	struct cow_disk *to;	  /* new: reads as `stop` (as zeroes without one) */
+	bool keeps; /* `to` is not new, but holds what lies below what is copied: zeroes are written too */
 	uint64_t bytes_per_second; /* 0: as fast as it goes */
 	const volatile bool *cancel;
 	cow_progress_fn *progress;

@@ -9,7 +9,8 @@
 #include "cowdisk/disk_internal.h"
 
 enum {
-	CLEAN_ROUNDS = 16 /* a round may leave freed counts to the next; more than a few mean that something is wrong */
+	CLEAN_ROUNDS = 16, /* a round may leave freed counts to the next; more than a few mean that something is wrong */
+	OPEN_TRIES = 16    /* of a chain whose layers are being merged */
 };
 
 static int open_chain(struct cow_io *io, const char *path, int format, unsigned flags, struct image **out,
@@ -17,22 +18,27 @@ static int open_chain(struct cow_io *io, const char *path, int format, unsigned 
 {
 	bool lock = !(flags & COW_OPEN_NO_LOCK);
 	struct image *top;
-	int rc = cow_image_open(io, path, format, !(flags & COW_OPEN_READONLY), lock, &top, err);
-	if (rc < 0)
-		return rc;
-	rc = cow_chain_open(top, lock, err);
-	if (rc < 0) {
-		cow_image_free(top);
-		return rc;
+	int rc = -ESTALE;
+	for (int n = 0; n < OPEN_TRIES && rc == -ESTALE; n++) {
+		if (n > 0 && err)
+			*err = ERR_INIT;
+		rc = cow_image_open(io, path, format, !(flags & COW_OPEN_READONLY), lock, &top, err);
+		if (rc < 0)
+			return rc;
+		rc = cow_chain_open(top, lock, err);
+		if (rc < 0)
+			cow_image_free(top);
 	}
 	*out = top;
-	return 0;
+	return rc;
 }
 
 static void attach_chain(struct cow_disk *disk, struct image *top)
 {
-	for (struct image *i = top; i; i = i->backing)
+	unsigned length = 0;
+	for (struct image *i = top; i; i = i->backing, length++)
 		i->disk = disk;
+	atomic_store(&disk->length, length);
 	atomic_store(&top->touched, true); /* by whom, who knows */
 	disk->top = top;
 }
@@ -155,7 +161,7 @@ enum cow_format cow_format_of(const struct cow_disk *disk) { return disk->top->f
 bool cow_is_readonly(const struct cow_disk *disk) { return disk->top->readonly; }
 uint32_t cow_cluster_bytes(const struct cow_disk *disk) { return (uint32_t)image_cluster_bytes(disk->top); }
 bool cow_is_touched(const struct cow_disk *disk) { return atomic_load_explicit(&disk->top->touched, memory_order_relaxed); }
-unsigned cow_chain_length(const struct cow_disk *disk) { return (unsigned)disk->top->generation + 1; }
+unsigned cow_chain_length(const struct cow_disk *disk) { return atomic_load_explicit(&disk->length, memory_order_relaxed); }
 const char *cow_path(const struct cow_disk *disk) { return disk->top->path; }
 
 struct cow_io *cow_disk_io(const struct cow_disk *disk) { return disk->io; }

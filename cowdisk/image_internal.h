@@ -139,6 +139,7 @@ struct cow_disk {
 	struct image *top;
 	unsigned flags;			  /* of cow_open */
 	uint64_t size;			  /* multiple of 512 */
+	_Atomic unsigned length;	  /* images in the chain; written by the I/O thread, or while it is parked */
 	struct cow_request *first, *last; /* in flight, in order of submission */
 	unsigned inflight;
 	uint64_t sequence;	      /* of the last request */
@@ -159,7 +160,7 @@ int cow_image_open_fd(const char *path, bool writable, struct err *err);
 
 /* chain.c */
 
-/* Opens what lies behind `top`, downwards. */
+/* Opens what lies behind `top`, downwards. -ESTALE: a file of the chain was replaced meanwhile, as a merge does; begin again with the top. */
 int cow_chain_open(struct image *top, bool lock, struct err *err);
 void cow_chain_free(struct image *top);
 /* Malloced path of `name` as named by the file `referrer`. -ENOTSUP for what is no file. */
@@ -201,6 +202,7 @@ void cow_resolved_forget(struct cow_disk *disk);
 /* lock.c: QEMU's lock bytes. */
 int cow_lock_take(int fd, bool write, const char *path, struct err *err);
 void cow_lock_drop_write(int fd); /* keeps the lock of a reader */
+void cow_lock_drop(int fd);
 
 /* qcow2_header.c */
 struct qcow2_extensions {

@@ -14,7 +14,9 @@
 #include <string.h>
 #include <time.h>
 
+#include "base/buf.h"
 #include "base/log.h"
+#include "cowdisk/check.h"
 #include "cowdisk/image_internal.h"
 
 enum { CONFLICT_TRIES = 25, CONFLICT_WAIT_MS = 10 };
@@ -112,4 +114,21 @@ void cow_lock_drop_write(int fd)
 {
 	lock_byte(fd, PERMISSION_BASE + WRITE, F_UNLCK);
 	lock_byte(fd, PERMISSION_BASE + RESIZE, F_UNLCK);
+}
+
+void cow_lock_drop(int fd)
+{
+	for (int i = 0; i < PERMISSION_BITS; i++) {
+		lock_byte(fd, PERMISSION_BASE + i, F_UNLCK);
+		lock_byte(fd, UNSHARED_BASE + i, F_UNLCK);
+	}
+}
+
+int cow_is_open(const char *path, struct err *err)
+{
+	CLEANUP_CLOSE int fd = cow_image_open_fd(path, false, err);
+	if (fd < 0)
+		return fd;
+	int rc = bits_are_held(fd, PERMISSION_BASE, BIT(CONSISTENT_READ) | BIT(WRITE));
+	return rc < 0 ? err_sys(err, rc, "%s: lock", path) : rc;
 }

@@ -10,6 +10,7 @@
 #include "base/buf.h"
 #include "base/fault.h"
 #include "base/file.h"
+#include "cowdisk/check.h"
 #include "cowdisk/copy_internal.h"
 #include "cowdisk/request_internal.h"
 
@@ -295,11 +296,22 @@ static void adopt(void *opaque)
 	a->image->fixed = true;
 	lowest->backing = NULL;
 	*place = a->image;
+	for (const struct image *i = r->top->backing; i; i = i->backing)
+		atomic_fetch_sub(&disk->length, 1);
 	r->next = disk->retired;
 	disk->retired = r;
 	cow_resolved_forget(disk);
 	cow_retired_release(disk, false);
 	a->done = true;
+}
+
+static void in_io_thread(struct cow_disk *disk, loop_task_fn *fn, void *opaque)
+{
+	struct loop *loop = cow_io_loop(disk->io);
+	if (loop)
+		loop_call(loop, fn, opaque);
+	else
+		fn(opaque);
 }
 
 int cow_merge_adopt(const struct cow_merged *merged, struct cow_disk *disk, struct err *err)
@@ -311,18 +323,84 @@ int cow_merge_adopt(const struct cow_merged *merged, struct cow_disk *disk, stru
 				    &a.image, err);
 	if (rc < 0)
 		return rc;
-	if (is_file(a.image, &merged->made)) {
-		struct loop *loop = cow_io_loop(disk->io);
-		if (loop)
-			loop_call(loop, adopt, &a);
-		else
-			adopt(&a);
-	}
+	if (is_file(a.image, &merged->made))
+		in_io_thread(disk, adopt, &a);
 	if (a.done)
 		return 0;
 	cow_image_free(a.image);
 	return err_set(err, ERR_STATE, ESTALE, "%s: the running disk does not stand on the layers that were merged",
 		       merged->path);
+}
+
+/* --- merges by other processes --- */
+
+/* The names by which the chain's images call what is below them, and the files that were opened under them. */
+struct names {
+	struct cow_disk *disk;
+	struct named_file {
+		char *path;
+		struct file_id id;
+	} *list;
+	size_t count;
+};
+
+static void collect_names(void *opaque)
+{
+	struct names *names = opaque;
+	struct cow_disk *disk = names->disk;
+	names->list = xcalloc(atomic_load(&disk->length) + 1, sizeof(*names->list));
+	for (struct image *i = disk->top; i && i->backing; i = i->backing) {
+		struct named_file *n = &names->list[names->count];
+		if (i->backing_name && cow_image_is_fixed(i->backing) && cow_resolve_name(i->path, i->backing_name, &n->path, NULL) == 0) {
+			n->id = id_of(i->backing);
+			names->count++;
+		}
+	}
+}
+
+static int id_of_file(const char *path, struct file_id *out)
+{
+	struct stat st;
+	if (stat(path, &st) < 0)
+		return -errno;
+	*out = (struct file_id){st.st_dev, st.st_ino, true};
+	return 0;
+}
+
+/* 1: another file has the name, and the disk has turned to it. */
+static int follow_one(struct cow_disk *disk, struct named_file *n, struct err *err)
+{
+	struct cow_merged merged = {.path = n->path, .replaced = n->id};
+	CLEANUP_FREE char *base = NULL;
+	if (id_of_file(n->path, &merged.made) < 0 || (merged.made.device == n->id.device && merged.made.inode == n->id.inode))
+		return 0;
+	int rc = cow_backing(n->path, &base, err);
+	if (rc == 0 && base)
+		rc = id_of_file(base, &merged.base);
+	if (rc == 0)
+		rc = cow_merge_adopt(&merged, disk, err);
+	/* What it does not stand on as expected it does not turn to. */
+	if (rc == -ESTALE || rc == -ENOENT) {
+		if (err)
+			*err = ERR_INIT;
+		return 0;
+	}
+	return rc == 0 ? 1 : rc;
+}
+
+int cow_merge_follow(struct cow_disk *disk, unsigned *turned, struct err *err)
+{
+	struct names names = {.disk = disk};
+	int rc = 0;
+	*turned = 0;
+	in_io_thread(disk, collect_names, &names);
+	for (size_t i = 0; i < names.count; i++) {
+		rc = rc < 0 ? rc : follow_one(disk, &names.list[i], err);
+		*turned += rc > 0;
+		free(names.list[i].path);
+	}
+	free(names.list);
+	return rc < 0 ? rc : 0;
 }
 
 /* --- export --- */

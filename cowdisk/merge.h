@@ -47,6 +47,11 @@ int cow_merge_commit(struct cow_merged *merged, struct err *err);
  * on the disk is done in its I/O thread.
  */
 int cow_merge_adopt(const struct cow_merged *merged, struct cow_disk *disk, struct err *err);
+/*
+ * Turns a running disk to what *other* processes have merged below it since it was opened: where a name in its chain leads to another file by now, which
+ * stands on an image of the chain. *turned: how many. Any thread, as cow_merge_adopt.
+ */
+int cow_merge_follow(struct cow_disk *disk, unsigned *turned, struct err *err);
 /* Not committed: removes the temporary file. NULL is allowed. */
 void cow_merge_free(struct cow_merged *merged);
 

@@ -88,6 +88,7 @@ void cow_overlay_switch(struct cow_overlay *o)
 	o->image->generation = disk->top->generation + 1;
 	o->image->disk = disk;
 	disk->top = o->image;
+	atomic_fetch_add(&disk->length, 1);
 	o->next = disk->overlays;
 	disk->overlays = o;
 }
@@ -159,9 +160,19 @@ void cow_seal_progress(struct image *image)
 	cow_image_flush(image, &o->flush);
 }
 
+static bool has_ended(struct cow_overlay *o)
+{
+	pthread_mutex_lock(&o->lock);
+	bool ended = o->ended;
+	pthread_mutex_unlock(&o->lock);
+	return ended;
+}
+
 static void seal_begin(void *opaque)
 {
 	struct cow_overlay *o = opaque;
+	if (has_ended(o))
+		return;
 	o->starter = pthread_self();
 	o->layer->seal = o;
 	cow_seal_progress(o->layer);
@@ -203,14 +214,6 @@ static void call_in_io_thread(struct cow_overlay *o, loop_task_fn *fn)
 		fn(o);
 }
 
-static bool has_ended(struct cow_overlay *o)
-{
-	pthread_mutex_lock(&o->lock);
-	bool ended = o->ended;
-	pthread_mutex_unlock(&o->lock);
-	return ended;
-}
-
 static void wait_some(struct cow_overlay *o)
 {
 	struct timespec until;
@@ -225,6 +228,8 @@ static void wait_some(struct cow_overlay *o)
 		pthread_cond_timedwait(&o->changed, &o->lock, &until);
 	pthread_mutex_unlock(&o->lock);
 }
+
+void cow_overlay_seal_begin(struct cow_overlay *o) { call_in_io_thread(o, seal_begin); }
 
 int cow_overlay_seal(struct cow_overlay *o, const struct wait *wait, struct err *err)
 {

@@ -36,6 +36,11 @@ void cow_overlay_switch(struct cow_overlay *overlay);
 /* Requests that were in flight at the switch and have not ended. Any thread. */
 unsigned cow_overlay_pending(const struct cow_overlay *overlay);
 /*
+ * Begins the sealing, so that several disks' layers are sealed at a time; cow_overlay_seal then waits for it. Any thread but the I/O thread; the same thread
+ * for all of a disk where no loop runs.
+ */
+void cow_overlay_seal_begin(struct cow_overlay *overlay);
+/*
  * Waits until the layer is sealed: pending requests ended, its metadata is written and the file synced. From then on the file never changes. Any thread but the
  * I/O thread. A cancelled wait: -ECANCELED, the message naming the oldest request it waits for, as reports do. On any error the disk stays usable. Frees the handle
  * in every case but -ECANCELED (then call again, or leave it: the disk closes it). `wait` may be NULL.
@@ -43,11 +48,18 @@ unsigned cow_overlay_pending(const struct cow_overlay *overlay);
 int cow_overlay_seal(struct cow_overlay *overlay, const struct wait *wait, struct err *err);
 
 /*
+ * After the sealing, for a checkpoint that failed: the layer becomes the top again, with what was written to the overlay since, and takes the name
+ * `path` of the overlay from it; `layer_path` is its own. Nobody else may stand on the layer. The disk's I/O stands still meanwhile. Any error leaves the disk on
+ * the overlay, a valid one: much was written to it (EFBIG), or requests did not end within a moment (EBUSY). Any thread but the I/O thread.
+ */
+int cow_overlay_undo(struct cow_disk *disk, const char *layer_path, const char *path, struct err *err);
+
+/*
  * False: the disk's top is an overlay that was switched to, and since then no request that may change it was submitted: it reads as its layer.
  * Any thread; while the I/O thread is not parked, it may become true at any instant. Does not fall back.
  */
 bool cow_is_touched(const struct cow_disk *disk);
-/* Images in the disk's chain, the top and the base included. Any thread that no switch or cow_replace runs beside. */
+/* Images in the disk's chain, the top and the base included. Any thread. */
 unsigned cow_chain_length(const struct cow_disk *disk);
 
 /*
