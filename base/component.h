@@ -53,6 +53,9 @@ struct component {
 	 * log lacks. The log is untrusted. Runs before the first instruction, interrupts may be raised. */
 	int (*apply_log)(void *opaque, const uint8_t *log, size_t length, struct err *err);
 
+	/* Optional: waits until nothing is in flight, without any other effect: completions reach the guest's memory. vCPUs are stopped, so nothing
+	 * new comes. The I/O thread is not parked. A cancelled wait as in `finish`. */
+	int (*settle)(void *opaque, const struct wait *wait, struct err *err);
 	/* Optional: before a revert, ends everything in flight and drops the completions: after it returns nothing
 	 * of the device writes guest memory or raises an interrupt. vCPUs are stopped, the I/O thread is *not*
 	 * parked. */

@@ -133,17 +133,18 @@ int ckpt_wait(struct ckpt_engine *engine, struct ckpt_result *result, struct err
 int ckpt_wait_written(struct ckpt_engine *engine, struct ckpt_result *result, struct err *err);
 struct ckpt_progress {
 	bool active;
+	bool reverts; /* a revert is under way; else a checkpoint */
 	enum ckpt_level level;
 	uint64_t created_wall_ns; /* the instant that it shows, once it is captured */
-	char id[STORE_ID_BYTES];
-	const char *phase; /* "stage", "pause", "memory", "in-flight I/O", "disks", "commit" */
+	char id[STORE_ID_BYTES];  /* of the checkpoint that is made, or gone back to */
+	const char *phase; /* "stage", "pause", "memory", "in-flight I/O", "disks", "commit"; of a revert: "check", "in-flight I/O" */
 	uint64_t done_pages, total_pages;
 	char waits_for[WAIT_TEXT_BYTES]; /* what it has waited for a while by now: disk, request, range, age; "": nothing */
 };
 void ckpt_progress(struct ckpt_engine *engine, struct ckpt_progress *out);
 
-/* Asks the checkpoint under way to stop: it then fails with -ECANCELED and leaves nothing behind. False if there is
- * none. *what (NULL: not asked for): which it is, and what it was at; the id is "" if it had none yet. */
+/* Asks the checkpoint under way to stop: it then fails with -ECANCELED and leaves nothing behind. Or the revert, as long as it waits for requests in
+ * flight: the VM then goes on as if nothing had been. False if there is none. *what (NULL: not asked for): which it is, and what it was at; the id is "" if it had none yet. */
 bool ckpt_cancel(struct ckpt_engine *engine, struct ckpt_progress *what);
 
 /* The same, but only for one that was asked for as periodic. */
@@ -162,7 +163,7 @@ struct ckpt_revert_result {
 };
 
 /*
- * Takes the running (or paused) VM back to checkpoint `id`, in place: stop, gather, drain, put pages back, load state, fresh
+ * Takes the running (or paused) VM back to checkpoint `id`, in place: stop, gather, settle (ckpt_cancel ends it up to here), drain, put pages back, load state, fresh
  * overlays, apply the completion log, resume (a paused VM stays paused: `resume` says whether to run). Everything that
  * can be refused is checked (checksums of state, index and pages included) before the machine is touched. Fails after that
  * point: the VM stays quiesced, sticky; only another revert or its end is possible, and the message says so. What was read of the
@@ -186,6 +187,17 @@ struct ckpt_consolidation {
  * background thread: works beside checkpoints and reverts, with one caller at a time; *stop turning true ends it with -ECANCELED.
  */
 int ckpt_consolidate(struct ckpt_engine *engine, const _Atomic bool *stop, struct ckpt_consolidation *done, struct err *err);
+
+struct ckpt_disk_merge {
+	uint64_t runs, layers, copied_bytes; /* so many layers became so many, and what was copied for that */
+	uint64_t followed;		     /* merges of other processes that the disks turned to */
+};
+/*
+ * Merges layers below the machine's disks that no checkpoint names any more, as far as that pays, and turns the disks to what was merged. Layers that
+ * nothing stands on then are left to store_gc. For a background thread: works beside checkpoints and reverts; *stop turning true ends it with
+ * -ECANCELED. -EBUSY: somebody else merges in this store.
+ */
+int ckpt_merge_disks(struct ckpt_engine *engine, const _Atomic bool *stop, struct ckpt_disk_merge *done, struct err *err);
 
 /* Counters of the memory side of the checkpoint under way, or of the last one. */
 void ckpt_memory_stats(struct ckpt_engine *engine, struct memcow_stats *out);

@@ -122,7 +122,7 @@ static void join_background(struct ckpt_engine *engine)
 		engine->thread_started = false;
 }
 
-int operation_begin(struct ckpt_engine *engine, enum operation_kind kind, struct err *err)
+int operation_begin(struct ckpt_engine *engine, enum operation_kind kind, const char *id, struct err *err)
 {
 	int r = 0;
 	pthread_mutex_lock(&engine->lock);
@@ -137,11 +137,13 @@ int operation_begin(struct ckpt_engine *engine, enum operation_kind kind, struct
 	} else {
 		join_background(engine);
 		engine->activity = ENGINE_BUSY;
-		engine->cancellable = kind == OPERATION_TAKE;
+		engine->cancellable = true;
 		engine->periodic = false;
 		engine->deadline_ns = 0;
 		__atomic_store_n(&engine->cancel, false, __ATOMIC_RELAXED);
-		engine->progress = (struct ckpt_progress){.active = kind == OPERATION_TAKE, .phase = "stage"};
+		engine->progress = (struct ckpt_progress){
+			.active = true, .reverts = kind == OPERATION_REVERT, .phase = kind == OPERATION_REVERT ? "check" : "stage"};
+		snprintf(engine->progress.id, sizeof(engine->progress.id), "%s", id);
 	}
 	pthread_mutex_unlock(&engine->lock);
 	return r;
@@ -286,6 +288,15 @@ int engine_check_cancel(struct ckpt_engine *engine, struct err *err)
 	return __atomic_load_n(&engine->cancel, __ATOMIC_RELAXED) ? err_set(err, ERR_FAILED, ECANCELED, "the checkpoint was cancelled") : 0;
 }
 
+int engine_end_cancellable(struct ckpt_engine *engine, struct err *err)
+{
+	pthread_mutex_lock(&engine->lock);
+	bool cancelled = __atomic_load_n(&engine->cancel, __ATOMIC_RELAXED);
+	engine->cancellable = cancelled;
+	pthread_mutex_unlock(&engine->lock);
+	return cancelled ? err_set(err, ERR_FAILED, ECANCELED, "the %s was cancelled", engine->progress.reverts ? "revert" : "checkpoint") : 0;
+}
+
 void ckpt_progress(struct ckpt_engine *engine, struct ckpt_progress *out)
 {
 	struct memcow_stats stats;
@@ -294,7 +305,7 @@ void ckpt_progress(struct ckpt_engine *engine, struct ckpt_progress *out)
 	pthread_mutex_unlock(&engine->lock);
 	memcow_get_stats(engine->memcow, &stats);
 	out->total_pages = stats.total_pages;
-	out->done_pages = out->active && strcmp(out->phase, "stage") != 0 ? stats.saved_pages + stats.zero_pages : 0;
+	out->done_pages = out->active && !out->reverts && strcmp(out->phase, "stage") != 0 ? stats.saved_pages + stats.zero_pages : 0;
 }
 
 int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint *checkpoint, struct page_index *out,

@@ -132,6 +132,8 @@ void engine_set_phase(struct ckpt_engine *engine, const char *phase);
 /* Of the checkpoint under way, whose instant was `created_wall_ns`. */
 void engine_set_level(struct ckpt_engine *engine, enum ckpt_level level, uint64_t created_wall_ns);
 int engine_check_cancel(struct ckpt_engine *engine, struct err *err);
+/* The same, and from here on the operation under way cannot be cancelled any more. */
+int engine_end_cancellable(struct ckpt_engine *engine, struct err *err);
 /* What the checkpoint under way waits for, for its progress; "": nothing any more. `opaque` is the engine: for struct wait. */
 void engine_report(void *opaque, const char *waits_for);
 void engine_set_position(struct ckpt_engine *engine, const char *id);
@@ -172,7 +174,7 @@ void take_note_disks(struct take *take);
 void take_unstage_disks(struct take *take);
 /* Seals the layers and fills in their sizes and checksums. */
 int take_seal_disks(struct take *take, struct err *err);
-/* After a failure behind the switch: seals what it can, so that the chain is sound. */
+/* After a failure behind the switch: seals what it can, so that the chain is sound, and puts the layers back in the overlays' places. */
 void take_settle_disks(struct take *take);
 
 /* --- persist.c --- */

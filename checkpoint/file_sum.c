@@ -42,7 +42,7 @@ int file_sum(int fd, uint64_t size, file_sum_step step, void *opaque, uint64_t *
 		if (r == 0)
 			XXH3_64bits_update(state, chunk, length);
 		at += length;
-		if (r == 0 && !step(opaque, length, read))
+		if (r == 0 && step && !step(opaque, length, read))
 			r = err_set(err, ERR_FAILED, ECANCELED, "cancelled while a file was being checksummed");
 	}
 	if (r == 0)

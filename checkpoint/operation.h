@@ -11,8 +11,8 @@ enum operation_kind {
 	OPERATION_REVERT, /* waits for a checkpoint in the background */
 };
 
-/* -EBUSY, ERR_STATE if another is under way. */
-int operation_begin(struct ckpt_engine *engine, enum operation_kind kind, struct err *err);
+/* -EBUSY, ERR_STATE if another is under way. `id`: of the checkpoint that is gone back to, for who asks; "": it has none yet. */
+int operation_begin(struct ckpt_engine *engine, enum operation_kind kind, const char *id, struct err *err);
 void operation_end(struct ckpt_engine *engine);
 
 #endif

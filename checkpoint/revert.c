@@ -170,7 +170,7 @@ int revert_half_way(struct ckpt_engine *engine, const char *id, struct err *err)
 int ckpt_load(struct ckpt_engine *engine, const char *id, struct err *err)
 {
 	struct revert rv = {.engine = engine};
-	int r = operation_begin(engine, OPERATION_REVERT, err);
+	int r = operation_begin(engine, OPERATION_REVERT, id, err);
 	if (r != 0)
 		return r;
 	r = check(&rv, id, err);

@@ -4,7 +4,8 @@
  *     check      manifest, state, index, components; pages known to differ           the VM runs
  *     stop       vCPUs stand, loop parked
  *     gather     what was written is read from the layers and checked, overlays are made     a failure has no effect up to here
- *     drain      requests in flight end and are dropped                               behind it a failure is sticky
+ *     settle     requests in flight end; a cancel lets the VM go on
+ *     drain      what the devices still hold is dropped                               behind it a failure is sticky
  *     put back   memory, states, disks, completion logs
  *     resume
  *
@@ -225,6 +226,23 @@ static int replace_disks(struct rewind *rw, struct err *err)
 
 /* --- the machine --- */
 
+/* A request that does not end may be waited for long: it is told which, and a cancel still is without effect. The loop runs. */
+static int settle(struct ckpt_engine *engine, struct err *err)
+{
+	const struct wait wait = {.cancel = &engine->cancel, .report = engine_report, .opaque = engine};
+	int r = 0;
+	engine_set_phase(engine, "in-flight I/O");
+	for (unsigned i = 0; i < engine->component_count && r == 0; i++) {
+		const struct component *c = &engine->components[i];
+		r = c->settle ? c->settle(c->opaque, &wait, err) : 0;
+		if (r != 0)
+			err_prefix(err, "%s %u", c->id, c->instance);
+	}
+	if (r == 0)
+		r = engine_end_cancellable(engine, err);
+	return r;
+}
+
 static int drain(struct ckpt_engine *engine, struct err *err)
 {
 	for (unsigned i = 0; i < engine->component_count; i++) {
@@ -278,11 +296,10 @@ static int put_back(struct rewind *rw, struct err *err)
 	return r;
 }
 
-/* The loop is parked before and after. */
+/* The loop runs before, and is parked after. */
 static int drain_and_put_back(struct rewind *rw, struct err *err)
 {
 	struct ckpt_engine *engine = rw->engine;
-	loop_unpark(engine->loop);
 	int r = drain(engine, err);
 	loop_park_request(engine->loop);
 	loop_park_wait(engine->loop);
@@ -312,6 +329,13 @@ static int check(struct rewind *rw, const char *id, struct err *err)
 	return r == 0 ? 0 : err_prefix(err, "checkpoint %.8s", id);
 }
 
+/* As if nothing had been. */
+static void let_go_on(struct rewind *rw)
+{
+	if (rw->ran && rw->engine->broken.number == 0)
+		vm_resume(rw->engine->vm, false);
+}
+
 /* Stops the VM and gathers what else is needed. On failure the machine is as it was. */
 static int stop(struct rewind *rw, const char *id, struct err *err)
 {
@@ -333,8 +357,7 @@ static int stop(struct rewind *rw, const char *id, struct err *err)
 	if (r == 0)
 		return 0;
 	loop_unpark(engine->loop);
-	if (rw->ran && engine->broken.number == 0)
-		vm_resume(engine->vm, false);
+	let_go_on(rw);
 	return r;
 }
 
@@ -367,6 +390,12 @@ static int rewind_machine(struct rewind *rw, const char *id, bool resume, struct
 		r = stop(rw, id, err);
 	if (r != 0)
 		return r;
+	loop_unpark(engine->loop);
+	r = settle(engine, err);
+	if (r != 0) {
+		let_go_on(rw);
+		return r;
+	}
 	r = drain_and_put_back(rw, err);
 	loop_unpark(engine->loop);
 	if (r != 0)
@@ -384,7 +413,7 @@ int ckpt_revert(struct ckpt_engine *engine, const char *id, bool resume, struct 
 	uint64_t start_ns = clock_now_ns();
 	struct rewind rw = {.engine = engine, .at_ns = start_ns, .result = result};
 	*result = (struct ckpt_revert_result){0};
-	int r = operation_begin(engine, OPERATION_REVERT, err);
+	int r = operation_begin(engine, OPERATION_REVERT, id, err);
 	if (r != 0)
 		return r;
 	loader_wait_filled(engine->loader);

@@ -251,7 +251,7 @@ static void prepare_scheduling(struct ckpt_engine *engine, cpu_set_t *before)
 int ckpt_take(struct ckpt_engine *engine, const struct ckpt_request *request, struct ckpt_result *result,
 	      struct err *err)
 {
-	int r = operation_begin(engine, OPERATION_TAKE, err);
+	int r = operation_begin(engine, OPERATION_TAKE, "", err);
 	if (r != 0)
 		return r;
 	r = check_request(engine, request, err);

@@ -30,6 +30,8 @@
 
 /* A chain of more than 1024 images cannot be opened again. */
 #define MAX_CHAIN_LENGTH 1000u
+/* How long a layer may still take to be sealed after its checkpoint failed: so many reports of a wait, each after WAIT_REPORT_MS. */
+#define SETTLE_REPORTS 5u
 
 char *disk_temp_path(const char *path) { return xasprintf("%s.vmcp-new", path); }
 
@@ -65,17 +67,21 @@ static int seal(struct ckpt_engine *engine, const struct engine_disk *disk, stru
 	return r;
 }
 
-/* A layer of an earlier checkpoint that was cancelled: the next one stands on it. */
-static int seal_leftover(struct ckpt_engine *engine, struct engine_disk *disk, struct err *err)
+static int end_sealing(struct engine_disk *disk, int r)
 {
-	if (!disk->unsealed)
-		return 0;
-	int r = seal(engine, disk, disk->unsealed, err);
 	if (r != -ECANCELED)
 		disk->unsealed = NULL;
 	if (r != 0 && r != -ECANCELED)
 		disk->unsafe = true;
 	return r;
+}
+
+/* A layer of an earlier checkpoint that was cancelled: the next one stands on it. */
+static int seal_leftover(struct ckpt_engine *engine, struct engine_disk *disk, struct err *err)
+{
+	if (!disk->unsealed)
+		return 0;
+	return end_sealing(disk, seal(engine, disk, disk->unsealed, err));
 }
 
 /* Nothing was written to it since the checkpoint at which the VM stands. */
@@ -229,6 +235,10 @@ static int measure_layer(struct take *take, struct take_disk *d, struct err *err
 
 int take_seal_disks(struct take *take, struct err *err)
 {
+	/* All at a time: what one disk waits for does not hold up the others. */
+	for (unsigned i = 0; i < take->disk_count; i++)
+		if (take->disks[i].overlay)
+			cow_overlay_seal_begin(take->disks[i].overlay);
 	for (unsigned i = 0; i < take->disk_count; i++) {
 		struct take_disk *d = &take->disks[i];
 		if (d->unchanged)
@@ -246,6 +256,37 @@ int take_seal_disks(struct take *take, struct err *err)
 	return 0;
 }
 
+struct moment {
+	volatile bool over;
+	unsigned reports;
+};
+
+static void count_report(void *opaque, const char *waits_for)
+{
+	struct moment *moment = opaque;
+	(void)waits_for;
+	moment->over = ++moment->reports >= SETTLE_REPORTS;
+}
+
+/* The checkpoint may have been cancelled, but what is on its way to the disk is given the time to get there. A request that hangs is not waited for. */
+static int seal_in_a_moment(struct engine_disk *disk, struct err *err)
+{
+	struct moment moment = {0};
+	const struct wait wait = {.cancel = &moment.over, .report = count_report, .opaque = &moment};
+	return end_sealing(disk, cow_overlay_seal(disk->unsealed, &wait, err));
+}
+
+/* As long as the draft is there, its marker keeps others from the layer. Where it does not go the chain stays longer by a layer, which is merged with
+ * others when that pays (merge_disks.c). */
+static void merge_back(struct take *take, const struct take_disk *d)
+{
+	struct err err = ERR_INIT;
+	if (!take->draft || d->disk->unsealed || d->disk->unsafe)
+		return;
+	if (cow_overlay_undo(d->disk->disk, d->layer_path, d->disk->path, &err) != 0)
+		log_info("disk %s: keeps the layer of the checkpoint that failed: %s", d->disk->name, err.message);
+}
+
 void take_settle_disks(struct take *take)
 {
 	for (unsigned i = 0; i < take->disk_count; i++) {
@@ -256,8 +297,11 @@ void take_settle_disks(struct take *take)
 		d->disk->unsealed = d->overlay;
 		d->overlay = NULL;
 		/* If it was cancelled because a request hangs, the next checkpoint waits for that one. */
-		if (seal_leftover(take->engine, d->disk, &err) != 0 && err.number != ECANCELED)
+		if (seal_in_a_moment(d->disk, &err) != 0 && err.number != ECANCELED)
 			log_error("disk %s: the layer of the failed checkpoint is not durable: %s", d->disk->name,
 				  err.message);
 	}
+	for (unsigned i = 0; i < take->disk_count; i++)
+		if (!take->disks[i].unchanged)
+			merge_back(take, &take->disks[i]);
 }

@@ -148,31 +148,42 @@ void blk_record_end(struct blk_request *r, bool logged, uint8_t status)
 	virtio_wake(blk->vdev);
 }
 
-/* The oldest of those that are waited for: there is one. */
-static void describe_pending(const struct virtio_blk *blk, char text[WAIT_TEXT_BYTES])
+/* Those that are waited for: recorded by a capture, or all. */
+static unsigned count_pending(const struct virtio_blk *blk, bool recorded)
+{
+	unsigned count = 0;
+
+	if (recorded)
+		return blk->recorded_pending;
+	for (const struct blk_request *r = blk->first; r != NULL; r = r->next)
+		count++;
+	return count;
+}
+
+/* The oldest of them: there is one. */
+static void describe_pending(const struct virtio_blk *blk, bool recorded, char text[WAIT_TEXT_BYTES])
 {
 	const struct blk_request *r = blk->first;
 	size_t length = (size_t)snprintf(text, WAIT_TEXT_BYTES, "%s: ", virtio_name(blk->vdev));
 
-	while (!r->recorded)
+	while (recorded && !r->recorded)
 		r = r->next;
 	wait_describe_request(text + length, WAIT_TEXT_BYTES - length, blk_type_name(r->type), r->type == BLK_FLUSH ? 0 : r->bytes, r->sector,
-			      r->since_ns, blk->recorded_pending - 1);
+			      r->since_ns, count_pending(blk, recorded) - 1);
 }
 
-static int finish(void *opaque, struct buf *log, const struct wait *wait, struct err *err)
+/* Locked. */
+static int wait_pending(struct virtio_blk *blk, bool recorded, const struct wait *wait, struct err *err)
 {
-	struct virtio_blk *blk = opaque;
 	char pending[WAIT_TEXT_BYTES];
-	int ret = 0;
 
-	virtio_lock(blk->vdev);
-	for (unsigned polls = 0; ret == 0 && blk->recorded_pending > 0; polls++) {
+	for (unsigned polls = 0; count_pending(blk, recorded) > 0; polls++) {
 		if (wait_is_cancelled(wait)) {
-			describe_pending(blk, pending);
-			ret = err_set(err, ERR_STATE, ECANCELED, "cancelled while it waited for %s", pending);
-		} else if (wait_reports(wait, polls)) {
-			describe_pending(blk, pending);
+			describe_pending(blk, recorded, pending);
+			return err_set(err, ERR_STATE, ECANCELED, "cancelled while it waited for %s", pending);
+		}
+		if (wait_reports(wait, polls)) {
+			describe_pending(blk, recorded, pending);
 			virtio_unlock(blk->vdev);
 			wait->report(wait->opaque, pending);
 			virtio_lock(blk->vdev);
@@ -180,6 +191,15 @@ static int finish(void *opaque, struct buf *log, const struct wait *wait, struct
 			virtio_wait(blk->vdev, WAIT_POLL_MS);
 		}
 	}
+	return 0;
+}
+
+static int finish(void *opaque, struct buf *log, const struct wait *wait, struct err *err)
+{
+	struct virtio_blk *blk = opaque;
+
+	virtio_lock(blk->vdev);
+	int ret = wait_pending(blk, true, wait, err);
 	if (ret == 0 && blk->log.length > 0)
 		ret = buf_append(log, blk->log.data, blk->log.length, err);
 	if (ret == 0)
@@ -324,6 +344,16 @@ static int apply_log(void *opaque, const uint8_t *log, size_t length, struct err
 	return ret;
 }
 
+static int settle(void *opaque, const struct wait *wait, struct err *err)
+{
+	struct virtio_blk *blk = opaque;
+
+	virtio_lock(blk->vdev);
+	int ret = wait_pending(blk, false, wait, err);
+	virtio_unlock(blk->vdev);
+	return ret;
+}
+
 static int drain(void *opaque, struct err *err)
 {
 	struct virtio_blk *blk = opaque;
@@ -345,6 +375,7 @@ struct component virtio_blk_component(struct virtio_blk *blk, uint32_t instance)
 		.inflight = inflight,
 		.finish = finish,
 		.apply_log = apply_log,
+		.settle = settle,
 		.drain = drain,
 	};
 }

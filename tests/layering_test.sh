@@ -13,7 +13,7 @@ allowed() {
 	base) echo "" ;;
 	vmm | cowdisk | net) echo "base/*" ;;
 	devices) echo "base/* vmm/vm.h vmm/bus.h vmm/memory.h vmm/acpi.h cowdisk/block.h net/*" ;;
-	checkpoint) echo "base/* vmm/* cowdisk/block.h cowdisk/overlay.h cowdisk/check.h cowdisk/map.h" ;;
+	checkpoint) echo "base/* vmm/* cowdisk/block.h cowdisk/overlay.h cowdisk/check.h cowdisk/map.h cowdisk/merge.h" ;;
 	machine) echo "base/* vmm/* cowdisk/* net/* devices/* checkpoint/*" ;;
 	control) echo "base/* machine/* checkpoint/*" ;;
 	cli) echo "base/* control/* checkpoint/store/* cowdisk/block.h cowdisk/check.h cowdisk/compare.h cowdisk/info.h cowdisk/merge.h" ;;

@@ -1,7 +1,7 @@
 /*
  * Checksums of disk layers whose checkpoint is gone. A layer's checksum is in the manifests that name it; when the last of them goes, others may still stand
- * on the layer. So a removal leaves the checksum beside it, in layers/<id>.<format>.sum. It is about one inode: a file that has taken the layer's name since, as
- * a merge does, is another file, of which nothing is recorded. Best effort: what is missing here was never wrong.
+ * on the layer. So a removal leaves the checksum beside it, in layers/<id>.<format>.sum. It is about one inode: a merge puts another file in the place of the
+ * layer, and the record of that one beside it. Best effort: what is missing here was never wrong.
  */
 #include <dirent.h>
 #include <fcntl.h>
@@ -22,7 +22,7 @@ static void record_name(char out[NAME_BYTES], const char *layer, const char *for
 	snprintf(out, NAME_BYTES, "%.32s.%.7s" SUFFIX, layer, format);
 }
 
-static void keep_one(struct store *store, const struct store_disk_layer *disk)
+void disk_record_keep(struct store *store, const struct store_disk_layer *disk)
 {
 	char name[NAME_BYTES], file[NAME_BYTES], line[96];
 	struct stat st;
@@ -49,8 +49,16 @@ void disk_records_keep(struct store *store, const char *staged)
 		return;
 	for (uint32_t i = 0; i < c.disk_count; i++)
 		if (!strcmp(c.disks[i].format, "qcow2") || !strcmp(c.disks[i].format, "raw"))
-			keep_one(store, &c.disks[i]);
+			disk_record_keep(store, &c.disks[i]);
 	store_checkpoint_free(&c);
+}
+
+void disk_record_forget(struct store *store, const char *layer, const char *format)
+{
+	char name[NAME_BYTES];
+
+	record_name(name, layer, format);
+	unlinkat(store->layers_dir, name, 0);
 }
 
 bool disk_record_find(struct store *store, const char *layer, const char *format, uint64_t *bytes, uint64_t *xxh3)

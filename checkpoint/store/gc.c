@@ -10,6 +10,7 @@
  * In this order, because a layer of 1 had its marker before it was there: at 2 its draft is still seen, or is committed, and then the catalogue
  * knows it at 4, or it has been given up. A disk stands on a layer without a name only if it has stood on it before: overlays are made on layers of
  * checkpoints that are held, and on images that a draft has just linked. So what nobody needs at 5 nobody will need.
+ * Chains do not change meanwhile, as LAYERS_SHAPE is held: a merge (merge.c) puts a layer on another one than it stood on before.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -21,26 +22,11 @@
 
 #include "base/bytes.h"
 #include "base/fault.h"
-#include "base/log.h"
-#include "checkpoint/store/store_internal.h"
+#include "base/file.h"
+#include "checkpoint/store/gc_internal.h"
 #include "cowdisk/check.h"
 
 #define MAX_CHAIN 1024u
-
-struct layer {
-	char name[STORE_ID_BYTES + 8]; /* of the file */
-	char id[STORE_ID_BYTES];
-	dev_t device;
-	ino_t inode;
-	bool disk, needed, named;
-};
-
-struct collection {
-	struct store *store;
-	struct layer *list; /* sorted by id */
-	size_t count;
-	struct store_gc_result *out;
-};
 
 /* --- 1: what is there --- */
 
@@ -60,7 +46,11 @@ static int add_layer(struct collection *g, const char *name, struct err *err)
 	if (!grown)
 		return err_sys(err, ENOMEM, "list of layers");
 	g->list = grown;
-	grown[g->count] = (struct layer){.device = st.st_dev, .inode = st.st_ino, .disk = disk};
+	grown[g->count] = (struct layer){.device = st.st_dev,
+					 .inode = st.st_ino,
+					 .links = st.st_nlink,
+					 .bytes = (uint64_t)st.st_blocks * 512,
+					 .disk = disk};
 	snprintf(grown[g->count].name, sizeof(grown->name), "%.40s", name);
 	memcpy(grown[g->count].id, name, STORE_ID_BYTES - 1);
 	g->count++;
@@ -200,7 +190,7 @@ static int forget_missing(struct collection *g, struct err *err)
 			if (!rc && !is_there(store->checkpoints_dir, "", list[i].id, "") &&
 			    !is_there(store->staging_dir, REMOVED_PREFIX, list[i].id, "")) {
 				rc = refs_forget_locked(store, list[i].id, &dead, err);
-				g->out->forgotten++;
+				g->forgotten++;
 			}
 			if (!rc)
 				rc = catalog_run_locked(store, "COMMIT", err);
@@ -217,7 +207,7 @@ static int forget_missing(struct collection *g, struct err *err)
 
 /* --- 5: on what disks stand --- */
 
-static struct layer *layer_at(struct collection *g, const struct stat *st)
+struct layer *collection_at(struct collection *g, const struct stat *st)
 {
 	for (size_t i = 0; i < g->count; i++)
 		if (g->list[i].disk && g->list[i].inode == st->st_ino && g->list[i].device == st->st_dev)
@@ -240,7 +230,7 @@ static int need_chain(struct collection *g, char *path, struct err *err)
 			rc = errno == ENOENT || errno == ENOTDIR ? 0 : err_sys(err, errno, "%s", path);
 			break;
 		}
-		layer = layer_at(g, &st);
+		layer = collection_at(g, &st);
 		if (layer && layer->needed && depth > 0)
 			break; /* been here, or will be */
 		if (layer)
@@ -271,7 +261,7 @@ static int need_backings(struct collection *g, struct err *err)
 }
 
 /* Images of VMs that live in the store: vms/<name>/<disk>.qcow2. */
-static int need_vm_images(struct collection *g, const char *vm, struct err *err)
+static int each_vm_image(struct collection *g, const char *vm, collection_image_fn *fn, struct err *err)
 {
 	int fd = openat(g->store->vms_dir, vm, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW), rc = 0;
 	DIR *stream = fd >= 0 ? fdopendir(fd) : NULL;
@@ -283,13 +273,13 @@ static int need_vm_images(struct collection *g, const char *vm, struct err *err)
 		const char *dot = strrchr(entry->d_name, '.');
 
 		if (dot && !strcmp(dot, ".qcow2"))
-			rc = need_chain(g, xasprintf("%s/vms/%s/%s", g->store->path, vm, entry->d_name), err);
+			rc = fn(g, xasprintf("%s/vms/%s/%s", g->store->path, vm, entry->d_name), err);
 	}
 	closedir(stream);
 	return rc;
 }
 
-static int need_all_vm_images(struct collection *g, struct err *err)
+static int each_image_of_vms(struct collection *g, collection_image_fn *fn, struct err *err)
 {
 	int copy = openat(g->store->vms_dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), rc = 0;
 	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
@@ -299,7 +289,7 @@ static int need_all_vm_images(struct collection *g, struct err *err)
 		return err_sys(err, errno, "%s/vms", g->store->path);
 	while (!rc && (entry = readdir(stream)))
 		if (entry->d_name[0] != '.')
-			rc = need_vm_images(g, entry->d_name, err);
+			rc = each_vm_image(g, entry->d_name, fn, err);
 	closedir(stream);
 	return rc;
 }
@@ -311,7 +301,7 @@ static int unknown_images(struct err *err)
 	return err_hint(err, "disk layers that no checkpoint names stay, as an image outside the store may stand on them");
 }
 
-static int need_noted_images(struct collection *g, struct err *err)
+static int each_noted_image(struct collection *g, collection_image_fn *fn, struct err *err)
 {
 	CLEANUP_BUF struct buf paths = BUF_INIT;
 	sqlite3_stmt *s;
@@ -326,8 +316,15 @@ static int need_noted_images(struct collection *g, struct err *err)
 	sqlite3_finalize(s);
 	pthread_mutex_unlock(&g->store->lock);
 	for (size_t at = 0; !rc && at < paths.length; at += strlen((char *)paths.data + at) + 1)
-		rc = !strcmp((char *)paths.data + at, STORE_UNKNOWN_IMAGES) ? unknown_images(err) : need_chain(g, xstrdup((char *)paths.data + at), err);
+		rc = !strcmp((char *)paths.data + at, STORE_UNKNOWN_IMAGES) ? unknown_images(err) : fn(g, xstrdup((char *)paths.data + at), err);
 	return rc;
+}
+
+int collection_each_image(struct collection *g, collection_image_fn *fn, struct err *err)
+{
+	int rc = each_noted_image(g, fn, err);
+
+	return rc ? rc : each_image_of_vms(g, fn, err);
 }
 
 static bool has_unnamed_disk_layer(const struct collection *g)
@@ -345,9 +342,7 @@ static int need_disks(struct collection *g, struct err *err)
 		return 0;
 	int rc = need_backings(g, err);
 	if (!rc)
-		rc = need_noted_images(g, err);
-	if (!rc)
-		rc = need_all_vm_images(g, err);
+		rc = collection_each_image(g, need_chain, err);
 	if (!rc)
 		return 0;
 	for (size_t i = 0; i < g->count; i++)
@@ -357,10 +352,14 @@ static int need_disks(struct collection *g, struct err *err)
 
 /* --- the end --- */
 
-static int unlink_rest(struct collection *g, struct err *err)
+static int unlink_rest(struct collection *g, struct store_gc_result *out, struct err *err)
 {
-	struct store_gc_result *out = g->out;
+	/* A merge's rename is on the disk before what it made superfluous goes: its maker may have died in between. */
+	int synced = file_sync_dir(g->store->layers_dir, err);
 
+	if (synced)
+		return synced;
+	out->forgotten = g->forgotten;
 	for (size_t i = 0; i < g->count; i++) {
 		const struct layer *layer = &g->list[i];
 		struct stat st;
@@ -381,7 +380,7 @@ static int unlink_rest(struct collection *g, struct err *err)
 	return 0;
 }
 
-static int judge(struct collection *g, struct err *err)
+int collection_judge(struct collection *g, struct err *err)
 {
 	struct store *store = g->store;
 	int rc = list_layers(g, err);
@@ -404,16 +403,19 @@ static int judge(struct collection *g, struct err *err)
 
 int store_gc(struct store *store, struct store_gc_result *out, struct err *err)
 {
-	struct collection g = {.store = store, .out = out};
+	struct collection g = {.store = store};
 	struct err first = ERR_INIT;
 
 	*out = (struct store_gc_result){0};
-	int rc = judge(&g, err);
+	CLEANUP_CLOSE int lock = layers_lock(store, LAYERS_SHAPE, true, err);
+	if (lock < 0)
+		return lock;
+	int rc = collection_judge(&g, err);
 	if (!rc) {
 		/* Memory layers go even where disks cannot be judged. */
 		int disks = need_disks(&g, &first);
 
-		rc = unlink_rest(&g, err);
+		rc = unlink_rest(&g, out, err);
 		disk_records_collect(store);
 		if (!rc && disks) {
 			rc = disks;

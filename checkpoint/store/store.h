@@ -245,6 +245,44 @@ struct store_rebuilt {
  */
 int store_rebuild(const char *path, struct store_rebuilt *out, struct err *err);
 
+/* --- merging disk layers: merge.c tells how --- */
+
+struct cow_merged;
+struct store_merging;
+/* Holds the right to merge disk layers of this store until store_merge_end or death. -EBUSY, ERR_STATE: somebody else has it. */
+int store_merge_begin(struct store *store, struct store_merging **out, struct err *err);
+void store_merge_end(struct store_merging *merging); /* NULL is allowed */
+
+struct store_run {
+	char *path;	 /* of the topmost layer */
+	unsigned layers; /* from it downwards, that are to become one: cow_merge_prepare */
+	uint64_t bytes;	 /* that they occupy */
+};
+/*
+ * What is worth merging: layers that no checkpoint names, at least `least` in a run, under `images` (full paths), or in the whole store
+ * (NULL). The longest stretch of a run whose largest layer is not more than twice all others.
+ */
+int store_merge_runs(struct store_merging *merging, const char *const *images, size_t image_count, size_t least, struct store_run **list,
+		     size_t *count, struct err *err);
+void store_runs_free(struct store_run *list, size_t count);
+/* cow_merge_commit, while nobody removes layers. */
+int store_merge_commit(struct store_merging *merging, struct cow_merged *merged, struct err *err);
+/* True for an error that concerns one run, at this moment: it is in use, has gone, or holds what a merge would lose. */
+bool store_merge_passes(int rc);
+
+struct store_merge_unused {
+	size_t least;
+	const volatile bool *cancel; /* NULL: never */
+	void (*progress)(void *opaque, uint64_t done_bytes, uint64_t total_bytes); /* of one run; NULL: none */
+	void *opaque;
+};
+struct store_merge_result {
+	uint64_t runs, layers, copied_bytes; /* merged: so many layers became so many */
+	uint64_t used;			     /* runs that a process has open, and that are left to it */
+};
+/* Merges what is worth it of chains that no process uses. What is left over then goes with store_gc. -EBUSY, ERR_STATE as store_merge_begin. */
+int store_merge_unused(struct store *store, const struct store_merge_unused *how, struct store_merge_result *out, struct err *err);
+
 /*
  * The memory layers that a consolidation may merge: of those in `layers` the ones that are no checkpoint's own layer, and that no checkpoint
  * names but periodic ones of `vm` without a tag: others keep them in any case. Sets may[i].

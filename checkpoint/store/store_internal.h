@@ -99,6 +99,9 @@ void remove_recover(struct store *store, const char *name);
 /* disk_record.c: checksums of disk layers that no manifest names any more */
 /* Of the layers that the checkpoint in staging/<staged> names. */
 void disk_records_keep(struct store *store, const char *staged);
+/* Of one layer: of the file that has its name now. */
+void disk_record_keep(struct store *store, const struct store_disk_layer *disk);
+void disk_record_forget(struct store *store, const char *layer, const char *format);
 /* True if one is recorded of the very file that the layer is now. */
 bool disk_record_find(struct store *store, const char *layer, const char *format, uint64_t *bytes, uint64_t *xxh3);
 /* Removes records of layers that are gone. */
@@ -107,6 +110,16 @@ void disk_records_collect(struct store *store);
 /* manifest.c */
 int manifest_encode(const struct store_checkpoint *checkpoint, struct buf *out, struct err *err);
 int manifest_decode(const char *what, const void *data, size_t length, struct store_checkpoint *out, struct err *err);
+
+/* merge.c */
+struct store_merging {
+	struct store *store;
+	int lock;
+};
+
+/* chains.c: of layers in a run, topmost first, the longest stretch of at least `least` of which the largest is not more than twice all others
+ * together: so each byte is copied a few times only, and few layers are left. False: none. */
+bool store_choose_window(const uint64_t *bytes, size_t count, size_t least, size_t *first, size_t *length);
 
 /* sync.c: fsync of all, many at the same time; the first error. */
 struct store_unsynced {

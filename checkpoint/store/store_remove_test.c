@@ -14,6 +14,7 @@
 #include "base/bytes.h"
 #include "base/fault.h"
 #include "base/log.h"
+#include "checkpoint/store/store_internal.h"
 #include "checkpoint/store/store_test.h"
 #include "cowdisk/block.h"
 
@@ -653,4 +654,62 @@ Test(store_remove, keep_lets_go_what_is_old_periodic_and_nothing_else)
 	cr_expect(!may[1], "the user's checkpoint 3 names it");
 	cr_assert_eq(store_mergeable(store_test_store, "other", (const char (*)[STORE_ID_BYTES])layers, 3, may, NULL), 0);
 	cr_expect(!may[0], "of another VM");
+}
+
+struct window {
+	uint64_t bytes[12];
+	size_t count, least;
+	size_t first, length; /* wanted; length 0: none */
+};
+
+Test(store_remove, what_is_worth_merging)
+{
+	static const struct window cases[] = {
+		{{1}, 1, 2, 0, 0},
+		{{1, 1}, 2, 2, 0, 2},
+		{{1, 2}, 2, 2, 0, 2},
+		{{1, 3}, 2, 2, 0, 0}, /* the large one is not copied for the small one */
+		{{3, 1}, 2, 2, 0, 0},
+		{{1, 1, 1, 1}, 4, 5, 0, 0},
+		{{1, 1, 1, 100}, 4, 2, 0, 3},
+		{{100, 1, 1, 1, 100}, 5, 4, 0, 5}, /* two large ones are worth it */
+		{{100, 1, 1, 1}, 4, 2, 1, 3},
+		{{0, 0, 0}, 3, 2, 0, 3},
+		{{1, 2, 6, 18, 54}, 5, 2, 0, 5}, /* each is twice all above */
+		{{1, 2, 7, 40}, 4, 2, 0, 2},
+	};
+
+	for (size_t i = 0; i < ARRAY_LENGTH(cases); i++) {
+		const struct window *w = &cases[i];
+		size_t first = 0, length = 0;
+		cr_expect_eq(store_choose_window(w->bytes, w->count, w->least, &first, &length), w->length > 0, "case %zu", i);
+		cr_expect_eq(length, w->length, "case %zu: %zu", i, length);
+		cr_expect(length == 0 || first == w->first, "case %zu: from %zu", i, first);
+	}
+}
+
+/* New layers of one size come at the top: few are left, and each byte is copied a few times only. */
+Test(store_remove, merging_leaves_few_layers_and_copies_little)
+{
+	uint64_t bytes[64] = {0}, copied = 0;
+	size_t count = 0, most = 0;
+
+	for (unsigned n = 0; n < 5000; n++) {
+		size_t first, length;
+
+		memmove(bytes + 1, bytes, count * sizeof(*bytes));
+		bytes[0] = 1;
+		count++;
+		while (store_choose_window(bytes, count, 8, &first, &length)) {
+			for (size_t i = 1; i < length; i++)
+				bytes[first] += bytes[first + i];
+			copied += bytes[first];
+			memmove(bytes + first + 1, bytes + first + length, (count - first - length) * sizeof(*bytes));
+			count -= length - 1;
+		}
+		most = max_u64(most, count);
+		cr_assert_lt(count, ARRAY_LENGTH(bytes));
+	}
+	cr_expect_leq(most, 20, "%zu layers", most);
+	cr_expect_leq(copied, 5000 * 10, "%llu copied", (unsigned long long)copied);
 }

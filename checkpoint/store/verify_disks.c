@@ -1,6 +1,6 @@
 /*
- * Disk layers and what they stand on. A layer's checksum is in the manifests that name it, or was left beside it when those went (disk_record.c). Of base images, and of
- * files that merges made, none is recorded: they are only opened.
+ * Disk layers and what they stand on. A layer's checksum is in the manifests that name it, or was left beside it when those went, or by the merge that made it
+ * (disk_record.c). Of base images none is recorded: they are only opened.
  */
 #include <dirent.h>
 #include <errno.h>

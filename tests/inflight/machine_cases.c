@@ -223,6 +223,106 @@ static void test_stuck_sync(void)
 	machine_end(m);
 }
 
+struct reverting {
+	struct machine *m;
+	const char *id;
+	struct ckpt_revert_result result;
+	struct err err;
+	int r;
+};
+
+static void *revert_in_thread(void *opaque)
+{
+	struct reverting *t = opaque;
+	t->r = ckpt_revert(t->m->engine, t->id, true, &t->result, &t->err);
+	return NULL;
+}
+
+/* A revert waits for a write that does not end, says so, and can be given up: the guest goes on, and hears of the write when it ends. */
+static void test_stuck_revert(void)
+{
+	static const char stuck[] = "disk d1: a write of 4096 bytes at sector 640, for ";
+	const struct test_rule hold = {.kinds = RULE_KIND(IO_WRITE), .hold = true};
+	struct machine *m = start(0);
+	struct ckpt_progress progress, what;
+	struct ckpt_result result, next;
+	struct err err = ERR_INIT;
+	pthread_t thread;
+	CHECK(take(m, CKPT_WAIT_DURABLE, &result, &err) == 0);
+	struct reverting back = {.m = m, .id = result.id};
+	machine_set_rules(m, &hold, 1);
+	guest_offer(m, 1, 0, GUEST_WRITE, 640, 8, false);
+	guest_offer(m, 0, 0, GUEST_READ, 8, 8, false);
+	guest_notify(m);
+	machine_settle(m);
+	CHECK(pthread_create(&thread, NULL, revert_in_thread, &back) == 0);
+	CHECK(wait_for_report(m, &progress));
+	CHECK(progress.active && progress.reverts && strcmp(progress.id, result.id) == 0 && strcmp(progress.phase, "in-flight I/O") == 0);
+	check_text(progress.waits_for, stuck);
+	CHECK(m->vm.standing);
+	CHECK(ckpt_cancel(m->engine, &what) && what.reverts);
+	check_text(what.waits_for, stuck);
+	pthread_join(thread, NULL);
+	CHECK(back.r == -ECANCELED);
+	check_text(back.err.message, stuck);
+	CHECK(!m->vm.standing && ckpt_check(m->engine, &err) == 0);
+	CHECK(!ckpt_cancel(m->engine, NULL));
+	/* As if nothing had been. */
+	guest_reap(m);
+	CHECK(m->guest->busy == 1);
+	machine_end_everything(m);
+	CHECK(m->guest->busy == 0);
+	CHECK(take(m, CKPT_WAIT_DURABLE, &next, &err) == 0);
+	CHECK(strcmp(next.parent, result.id) == 0);
+	finish_and_go_back(m, next.id);
+	machine_end(m);
+}
+
+static bool is_sealed(struct machine *m, const struct ckpt_disk_result *disk)
+{
+	struct cow_disk *opened;
+	struct cow_io *io;
+	char *path = NULL;
+	struct err err = ERR_INIT;
+	CHECK(store_disk_layer_path(m->store, disk->layer, "qcow2", &path, &err) == 0);
+	CHECK(cow_io_create(NULL, &io, &err) == 0);
+	/* Whoever may still write a layer holds its lock. */
+	int r = cow_open(io, path, COW_OPEN_READONLY, &opened, &err);
+	CHECK(r == 0 || r == -EBUSY);
+	if (r == 0)
+		cow_close(opened, NULL);
+	cow_io_destroy(io);
+	free(path);
+	return r == 0;
+}
+
+/* The layer of one disk cannot be made durable for now: those of the others are sealed meanwhile. */
+static void test_disks_are_sealed_together(void)
+{
+	/* As the kernel calls an image from whose name the overlay's rename has taken it. */
+	const struct test_rule hold = {.kinds = RULE_KIND(IO_SYNC), .file = "/d0.img (deleted)", .hold = true};
+	struct machine *m = start(65536);
+	struct ckpt_progress progress;
+	struct ckpt_result result, last;
+	struct err err = ERR_INIT;
+	guest_offer(m, 0, 0, GUEST_WRITE, 0, 8, false);
+	guest_offer(m, 1, 0, GUEST_WRITE, 0, 8, false);
+	guest_drain(m);
+	machine_set_rules(m, &hold, 1);
+	CHECK(take(m, CKPT_WAIT_CAPTURED, &result, &err) == 0);
+	CHECK(wait_for_report(m, &progress));
+	check_text(progress.waits_for, "disk d0: its metadata");
+	uint64_t until = clock_now_ns() + LONG_ENOUGH_NS;
+	while (!is_sealed(m, &result.disks[1]) && clock_now_ns() < until)
+		usleep(1000);
+	CHECK(is_sealed(m, &result.disks[1]));
+	CHECK(!is_sealed(m, &result.disks[0]));
+	machine_end_everything(m);
+	CHECK(ckpt_wait(m->engine, &last, &err) == 0 && last.durable);
+	finish_and_go_back(m, last.id);
+	machine_end(m);
+}
+
 /* More requests than the ring's submission queue takes hang on one disk: the other does not hear of it. */
 static void test_stuck_disk_holds_up_no_other(void)
 {
@@ -286,6 +386,8 @@ int main(void)
 	test_pause_does_not_wait();
 	test_stuck_write();
 	test_stuck_sync();
+	test_stuck_revert();
+	test_disks_are_sealed_together();
 	test_stuck_disk_holds_up_no_other();
 	test_errors_in_both_copies(0);
 	test_errors_in_both_copies(65536);
