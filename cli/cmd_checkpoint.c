@@ -198,14 +198,20 @@ static int run_cancel(struct cli *cli, struct err *err)
 
 /* --- revert --- */
 
-static int revert_in_place(struct store *store, const char *vm, const char *id, json_t **result, struct err *err)
+static int revert_in_place(struct cli *cli, struct store *store, const char *vm, const char *id, json_t **result, struct err *err)
 {
+	struct cli_progress progress = cli_progress_begin(cli, "revert");
+	struct canceller canceller = {.store = store, .vm = vm};
 	struct control_client *client;
 	int rc = control_connect(store, vm, &client, err);
 
 	if (rc)
 		return rc;
-	rc = control_call(client, "vm.revert", json_pack("{s:s}", "id", id), NULL, NULL, result, err);
+	bool cancels = canceller_start(&canceller);
+	rc = control_call(client, "vm.revert", json_pack("{s:s, s:b}", "id", id, "progress", !cli->quiet), cli_progress_show, &progress, result, err);
+	if (cancels)
+		canceller_stop(&canceller);
+	cli_progress_end(&progress);
 	control_close(client);
 	return rc;
 }
@@ -273,7 +279,7 @@ static int run_revert(struct cli *cli, struct err *err)
 		return rc;
 	rc = find_target(cli, store, id, name, &alive, err);
 	if (!rc && alive)
-		rc = revert_in_place(store, name, id, &result, err);
+		rc = revert_in_place(cli, store, name, id, &result, err);
 	store_close(store); /* before a process is forked: a database handle must not be in two */
 	if (!rc && !alive)
 		rc = revert_by_start(cli, id, name, &result, err);
@@ -344,7 +350,7 @@ const struct cli_command cli_checkpoint = {
 };
 const struct cli_command cli_cancel = {.name = "cancel",
 				       .synopsis = "[VM]",
-				       .summary = "cancel the checkpoint that is under way",
+				       .summary = "cancel the checkpoint, or the revert that waits, that is under way",
 				       .help = "Prints the id that it would have had. The VM runs on, and nothing of the checkpoint is left. Where "
 					       "it waited for\n"
 					       "a request to a disk that does not answer, it says for which.",

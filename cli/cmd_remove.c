@@ -1,11 +1,76 @@
 /* rm and gc. */
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/buf.h"
 #include "cli/cli.h"
+#include "control/client.h"
+
+/* --- disk layers that nothing names any more --- */
+
+/* So that removing one of many checkpoints does not copy what all the others left. */
+#define LEAST_LAYERS_RM 8
+#define LEAST_LAYERS_GC 2
+
+static volatile bool cancelled;
+
+static void on_interrupt(int signal)
+{
+	(void)signal;
+	cancelled = true;
+}
+
+static void show_progress(void *opaque, uint64_t done, uint64_t total)
+{
+	json_t *params = json_pack("{s:s, s:I, s:I}", "phase", "merging disk layers", "done_pages", (json_int_t)(done / 4096),
+				   "total_pages", (json_int_t)(total / 4096));
+
+	cli_progress_show(opaque, params);
+	json_decref(params);
+}
+
+/* VMs that run merge what lies below their disks themselves. One that does not answer will, the next time. */
+static void tell_vms(struct store *store)
+{
+	struct store_vm *list;
+	size_t count;
+
+	if (store_vm_list(store, &list, &count, NULL))
+		return;
+	for (size_t i = 0; i < count; i++) {
+		struct control_client *client;
+		json_t *answer = NULL;
+
+		if (list[i].alive && control_connect(store, list[i].name, &client, NULL) == 0) {
+			control_call(client, "vm.tidy", NULL, NULL, NULL, &answer, NULL);
+			json_decref(answer);
+			control_close(client);
+		}
+		store_vm_free(&list[i]);
+	}
+	free(list);
+}
+
+/* Merges below disks that nobody uses. Somebody else who does so already will find what there is. */
+static int merge_unused(struct cli *cli, struct store *store, size_t least, struct store_merge_result *merged, struct err *err)
+{
+	struct cli_progress progress = cli_progress_begin(cli, "merge");
+	const struct store_merge_unused how = {
+		.least = least, .cancel = &cancelled, .progress = progress.terminal ? show_progress : NULL, .opaque = &progress};
+
+	signal(SIGINT, on_interrupt);
+	signal(SIGTERM, on_interrupt);
+	int rc = store_merge_unused(store, &how, merged, err);
+	cli_progress_end(&progress);
+	if (rc != -EBUSY)
+		return rc;
+	if (err)
+		*err = ERR_INIT;
+	return 0;
+}
 
 /* --- rm --- */
 
@@ -74,6 +139,7 @@ static int run_rm(struct cli *cli, struct err *err)
 {
 	struct store_freed freed = {0};
 	struct store_gc_result collected = {0};
+	struct store_merge_result merged = {0};
 	struct err later = ERR_INIT;
 	struct store *store;
 	int rc = cli_open_store(cli, &store, err);
@@ -83,16 +149,23 @@ static int run_rm(struct cli *cli, struct err *err)
 	json_t *removed = json_array();
 	rc = remove_all(cli, store, &freed, removed, err);
 	/* Disk layers go with the rest, where nothing stands on them. That this fails is no failure of the removal. */
-	if (freed.disk_layers && store_gc(store, &collected, &later) && !cli->quiet)
-		fprintf(stderr, "vmcp: %s\n", later.message);
+	if (freed.disk_layers) {
+		tell_vms(store);
+		int left = merge_unused(cli, store, LEAST_LAYERS_RM, &merged, &later);
+		if (!left)
+			left = store_gc(store, &collected, &later);
+		if (left && !cli->quiet)
+			fprintf(stderr, "vmcp: %s\n", later.message);
+	}
 	store_close(store);
 	freed.bytes += collected.bytes;
 	if (!cli->json)
 		print_removed(cli, removed, freed.bytes);
 	else if (!rc)
-		cli_print_json(json_pack("{s:O, s:I, s:I, s:I}", "removed", removed, "freed_bytes", (json_int_t)freed.bytes,
+		cli_print_json(json_pack("{s:O, s:I, s:I, s:I, s:I}", "removed", removed, "freed_bytes", (json_int_t)freed.bytes,
 					 "memory_layers", (json_int_t)(freed.memory_layers + collected.memory_layers),
-					 "disk_layers", (json_int_t)collected.disk_layers));
+					 "disk_layers", (json_int_t)collected.disk_layers, "merged_layers",
+					 (json_int_t)merged.layers));
 	json_decref(removed);
 	return rc;
 }
@@ -119,7 +192,8 @@ static int rebuild(struct cli *cli, json_t **document, struct err *err)
 
 static int run_gc(struct cli *cli, struct err *err)
 {
-	struct store_gc_result result;
+	struct store_gc_result first, result = {0};
+	struct store_merge_result merged = {0};
 	json_t *rebuilt = NULL;
 	struct store *store;
 	char size[16];
@@ -129,21 +203,34 @@ static int run_gc(struct cli *cli, struct err *err)
 		rc = cli_open_store(cli, &store, err);
 	if (rc)
 		return rc;
-	rc = store_gc(store, &result, err);
+	/* What is in nobody's chain goes first, so that it is not merged. */
+	rc = store_gc(store, &first, err);
+	if (!rc) {
+		tell_vms(store);
+		rc = merge_unused(cli, store, LEAST_LAYERS_GC, &merged, err);
+	}
+	if (!rc)
+		rc = store_gc(store, &result, err);
+	result.memory_layers += first.memory_layers;
+	result.disk_layers += first.disk_layers;
+	result.bytes += first.bytes;
+	result.forgotten += first.forgotten;
 	store_close(store);
 	if (rc)
 		return rc;
 	if (cli->json) {
-		cli_print_json(json_pack("{s:I, s:I, s:I, s:I, s:I, s:o*}", "freed_bytes", (json_int_t)result.bytes, "memory_layers",
+		cli_print_json(json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:o*}", "freed_bytes", (json_int_t)result.bytes, "memory_layers",
 					 (json_int_t)result.memory_layers, "disk_layers", (json_int_t)result.disk_layers,
-					 "kept_disk_layers", (json_int_t)result.kept_disk_layers, "forgotten",
-					 (json_int_t)result.forgotten, "rebuilt", rebuilt));
+					 "kept_disk_layers", (json_int_t)result.kept_disk_layers, "merged_layers", (json_int_t)merged.layers,
+					 "forgotten", (json_int_t)result.forgotten, "rebuilt", rebuilt));
 		return 0;
 	}
 	json_decref(rebuilt);
 	cli_format_size(size, result.bytes);
 	printf("%s given back: %llu memory layers, %llu disk layers\n", size, (unsigned long long)result.memory_layers,
 	       (unsigned long long)result.disk_layers);
+	if (merged.layers)
+		printf("%llu disk layers merged into %llu\n", (unsigned long long)merged.layers, (unsigned long long)merged.runs);
 	if (result.kept_disk_layers)
 		printf("%llu disk layers belong to no checkpoint, but disks stand on them\n", (unsigned long long)result.kept_disk_layers);
 	return 0;
@@ -178,7 +265,8 @@ const struct cli_command cli_gc = {
 	.synopsis = "[--rebuild]",
 	.summary = "give back the space of what nothing needs",
 	.help = "Removes memory and disk layers that no checkpoint needs and no disk of a VM stands on: what commands that were\n"
-		"killed left, and disk layers of removed checkpoints. Safe at any time.",
+		"killed left, and disk layers of removed checkpoints. Those that disks still stand on are merged; below a disk of a\n"
+		"VM that runs it is that VM that does so, in the background. Safe at any time; Ctrl-C ends it.",
 	.options = gc_options,
 	.run = run_gc,
 };

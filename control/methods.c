@@ -14,6 +14,7 @@
 #include "control/periodic.h"
 #include "control/protocol.h"
 #include "control/server.h"
+#include "control/tidy.h"
 
 /* --- parameters and results --- */
 
@@ -211,10 +212,25 @@ static void *reporter_main(void *opaque)
 	return NULL;
 }
 
+static bool reporter_begin(struct reporter *reporter, struct control_exchange *x)
+{
+	*reporter = (struct reporter){.x = x, .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
+	return pthread_create(&reporter->thread, NULL, reporter_main, reporter) == 0;
+}
+
+static void reporter_end(struct reporter *reporter)
+{
+	pthread_mutex_lock(&reporter->lock);
+	reporter->stop = true;
+	pthread_cond_signal(&reporter->changed);
+	pthread_mutex_unlock(&reporter->lock);
+	pthread_join(reporter->thread, NULL);
+}
+
 static int checkpoint_take(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
 {
 	struct ckpt_request request = {0};
-	struct reporter reporter = {.x = x, .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
+	struct reporter reporter;
 	struct ckpt_result taken;
 	const char *wait, *instant;
 	uint64_t timeout_ns, started_ns = clock_now_ns();
@@ -249,21 +265,18 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 	request.instant = instant && !strcmp(instant, "settled") ? CKPT_INSTANT_SETTLED : CKPT_INSTANT_NOW;
 	request.wait = wait && !strcmp(wait, "captured") ? CKPT_WAIT_CAPTURED : wait && !strcmp(wait, "written") ? CKPT_WAIT_WRITTEN : CKPT_WAIT_DURABLE;
 	request.deadline_ns = timeout_ns ? started_ns + timeout_ns : 0;
-	bool reports = pthread_create(&reporter.thread, NULL, reporter_main, &reporter) == 0;
+	bool reports = reporter_begin(&reporter, x);
 	rc = machine_checkpoint(x->target->machine, &request, &taken, err);
-	if (reports) {
-		pthread_mutex_lock(&reporter.lock);
-		reporter.stop = true;
-		pthread_cond_signal(&reporter.changed);
-		pthread_mutex_unlock(&reporter.lock);
-		pthread_join(reporter.thread, NULL);
-	}
+	if (reports)
+		reporter_end(&reporter);
 	if (rc == -ECANCELED && reporter.late) {
 		rc = err_set(err, ERR_FAILED, ETIMEDOUT, "%s: the checkpoint was not done in time, and was cancelled", x->target->name);
 		err_hint(err, "the VM runs on; give it more time, or see what it waits for: `vmcp checkpoint` shows it");
 	}
 	if (!rc)
 		*result = result_to_json(x->target->name, &request, &taken);
+	else
+		tidy_wake(x->target->tidy); /* it may have left disk layers */
 	return rc;
 }
 
@@ -273,8 +286,8 @@ static int checkpoint_cancel(struct control_exchange *x, const json_t *params, j
 
 	(void)params;
 	if (!ckpt_cancel(machine_engine(x->target->machine), &what))
-		return err_set(err, ERR_STATE, ENOENT, "%s: no checkpoint is under way", x->target->name);
-	*result = json_pack("{s:s, s:s}", "id", what.id, "phase", what.phase);
+		return err_set(err, ERR_STATE, ENOENT, "%s: no checkpoint or revert is under way", x->target->name);
+	*result = json_pack("{s:s, s:s, s:b}", "id", what.id, "phase", what.phase, "revert", what.reverts);
 	if (what.waits_for[0])
 		json_object_set_new(*result, "waits_for", json_string(what.waits_for));
 	return 0;
@@ -300,14 +313,29 @@ static int checkpoint_pending(struct control_exchange *x, const json_t *params, 
 	return 0;
 }
 
+/* A revert takes a moment: a thread is worth starting only for a client that wants to hear. */
+static int revert_reporting(struct control_exchange *x, const char *id, bool wants, struct ckpt_revert_result *out, struct err *err)
+{
+	struct reporter reporter;
+	bool reports = wants && reporter_begin(&reporter, x);
+	int rc = machine_revert(x->target->machine, id, out, err);
+
+	if (reports)
+		reporter_end(&reporter);
+	return rc;
+}
+
 static int revert(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
 {
 	struct ckpt_revert_result reverted;
 	const char *id;
+	bool wants = false;
 	int rc = get_text(params, "id", true, &id, err);
 
 	if (!rc)
-		rc = machine_revert(x->target->machine, id, &reverted, err);
+		rc = get_bool(params, "progress", &wants, err);
+	if (!rc)
+		rc = revert_reporting(x, id, wants, &reverted, err);
 	if (rc)
 		return rc;
 	json_t *parts = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "check_ns", number(reverted.check_ns), "stop_ns",
@@ -369,16 +397,27 @@ static int stats(struct control_exchange *x, const json_t *params, json_t **resu
 	vm_get_counters(machine_vm(x->target->machine), &c);
 	const struct mem *mem = vm_memory(machine_vm(x->target->machine));
 	ckpt_history(machine_engine(x->target->machine), &history);
-	*result = json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:I, s:o}", "vm", x->target->name,
+	*result = json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:I, s:o, s:o}", "vm", x->target->name,
 			    "memory_backing", config_backing_name(mem_backing(mem)), "memory_allocated_bytes",
 			    number(mem_allocated_bytes(mem)), "exits",
 			    number(c.exits), "io_exits", number(c.io_exits), "mmio_exits", number(c.mmio_exits), "halts",
 			    number(c.halts), "signals", number(c.signals), "pause", latency_to_json(&history.pauses),
 			    "cow_fault", latency_to_json(&history.cow_faults), "throttled", number(history.throttled),
 			    "throttled_ns", number(history.throttled_ns), "periodic",
-			    x->target->periodic ? periodic_to_json(x->target->periodic) : json_null());
+			    x->target->periodic ? periodic_to_json(x->target->periodic) : json_null(), "disk_layers",
+			    tidy_to_json(x->target->tidy));
 	add_balloon(*result, x->target->machine);
 	json_object_set_new(*result, "nets", nets_to_json(x->target->machine));
+	return 0;
+}
+
+/* The answer comes before the work. */
+static int vm_tidy(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	(void)params;
+	(void)err;
+	tidy_wake(x->target->tidy);
+	*result = json_object();
 	return 0;
 }
 
@@ -437,6 +476,7 @@ static const struct method {
 	{"vm.kill", vm_kill, true},
 	{"vm.stats", stats, false},
 	{"vm.balloon", vm_balloon, false},
+	{"vm.tidy", vm_tidy, true},
 	{"vm.revert", revert, false},
 	{"checkpoint.take", checkpoint_take, false},
 	{"checkpoint.cancel", checkpoint_cancel, false},

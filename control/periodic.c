@@ -14,14 +14,13 @@
 #include "base/log.h"
 #include "base/priority.h"
 #include "control/server.h"
+#include "control/tidy.h"
 #include "machine/config.h"
 
 /* Removals in one go: who takes a checkpoint may have to wait for them, for some milliseconds. What is left over comes next time. */
 #define MOST_REMOVALS 16
 /* So many wait to be removed, at most: on a busy host taking them is faster than removing, and the store must stay bounded. Intervals are skipped then. */
 #define MOST_WAITING 40
-/* Disk layers of removed checkpoints are looked for at most this often: all headers are read. */
-#define DISK_SWEEP_NS 30000000000ull
 #define HOUSE_WAIT_NS 200000000ull
 
 struct periodic {
@@ -39,9 +38,6 @@ struct periodic {
 	uint64_t consolidations, merged_layers, copied_pages;
 	char last[STORE_ID_BYTES];
 	char problem[512], house_problem[512]; /* the present ones, "" if all is well */
-	/* owner: keeper */
-	bool disk_layers; /* of removed checkpoints: a sweep is due */
-	uint64_t swept_ns;
 };
 
 int periodic_override(struct machine_config *config, const char *every, const char *keep, struct err *err)
@@ -155,6 +151,8 @@ static void take_one(struct periodic *p)
 		p->failed++;
 	}
 	pthread_mutex_unlock(&p->lock);
+	if (rc && rc != -EAGAIN && rc != -EBUSY)
+		tidy_wake(p->target->tidy); /* it may have left layers */
 	if (rc == 0 || (err.number && rc != -EBUSY && rc != -ECANCELED))
 		note_problem(p, p->problem, "periodic checkpoint", rc ? &err : NULL);
 }
@@ -216,24 +214,14 @@ static int remove_surplus(struct periodic *p, struct err *err)
 	note_waiting(p, count);
 	rc = store_checkpoints_remove(store, (const char(*)[STORE_ID_BYTES])ids, count, &freed, err);
 	free(ids);
-	p->disk_layers |= freed.disk_layers > 0;
+	if (freed.disk_layers)
+		tidy_wake(p->target->tidy);
 	pthread_mutex_lock(&p->lock);
 	p->waiting -= min_u64(p->waiting, count);
 	p->removed += freed.checkpoints;
 	p->removed_bytes += freed.bytes;
 	pthread_mutex_unlock(&p->lock);
 	return rc;
-}
-
-static int sweep_disks(struct periodic *p, struct err *err)
-{
-	struct store_gc_result result;
-
-	if (!p->disk_layers || clock_now_ns() < p->swept_ns + DISK_SWEEP_NS)
-		return 0;
-	p->disk_layers = false;
-	p->swept_ns = clock_now_ns();
-	return store_gc(p->target->store, &result, err);
 }
 
 static int consolidate(struct periodic *p, struct err *err)
@@ -267,8 +255,6 @@ static void *keeper_main(void *opaque)
 		struct err err = ERR_INIT;
 		int rc = p->stop ? 0 : remove_surplus(p, &err);
 
-		if (!rc && !p->stop)
-			rc = sweep_disks(p, &err);
 		if (!rc && !p->stop)
 			rc = consolidate(p, &err);
 		note_problem(p, p->house_problem, "old checkpoints", rc ? &err : NULL);

@@ -18,6 +18,7 @@
 #include "base/log.h"
 #include "control/periodic.h"
 #include "control/server.h"
+#include "control/tidy.h"
 
 #define ESCAPE_BYTE 0x1d /* Ctrl-] */
 
@@ -38,6 +39,7 @@ struct process {
 	struct console *console;
 	struct control_server *server;
 	struct periodic *periodic;
+	struct tidy *tidy;
 	struct control_target target;
 	pthread_t signal_thread;
 	bool signal_thread_runs, terminal_raw;
@@ -348,6 +350,8 @@ static int start(struct process *process, struct err *err)
 		process->periodic = process->target.periodic =
 			periodic_create(&process->target, process->config.every_ns, process->config.keep);
 	if (!rc)
+		process->tidy = process->target.tidy = tidy_create(&process->target);
+	if (!rc)
 		rc = control_server_start(process->dir, &process->target, &process->server, err);
 	if (!rc)
 		rc = attach_terminal(process, err);
@@ -355,6 +359,8 @@ static int start(struct process *process, struct err *err)
 		rc = machine_resume(process->target.machine, err);
 	if (!rc)
 		rc = periodic_begin(process->periodic, err);
+	if (!rc)
+		rc = tidy_begin(process->tidy, err);
 	store_unpin(process->from_pin);
 	process->from_pin = NULL;
 	return rc;
@@ -427,10 +433,12 @@ static int end(struct process *process, int rc, struct err *err)
 	struct err closing = ERR_INIT;
 
 	periodic_end(process->periodic);
+	tidy_end(process->tidy);
 	/* First, as a method that waits for a checkpoint would hold up the server's end. */
 	int closed = drop_machine(process, &closing);
 	control_server_stop(process->server);
 	periodic_destroy(process->periodic);
+	tidy_destroy(process->tidy);
 	console_destroy(process->console);
 	restore_terminal(process);
 	if (process->signal_thread_runs) {

@@ -102,10 +102,10 @@ def test_rm_by_name(env):
     check_equal(listed(env), [ids[0], ids[3]], "checkpoints left")
     env.vmcp("rm", "nosuch", status=3)
     result = env.vmcp_json("rm", "first")
-    check_equal(sorted(result), ["disk_layers", "freed_bytes", "memory_layers", "removed"], "rm --json")
+    check_equal(sorted(result), ["disk_layers", "freed_bytes", "memory_layers", "merged_layers", "removed"], "rm --json")
     check_equal(listed(env), [ids[3]], "checkpoints left")
     collected = env.vmcp_json("gc")
-    check_equal(sorted(collected), ["disk_layers", "forgotten", "freed_bytes", "kept_disk_layers", "memory_layers"], "gc --json")
+    check_equal(sorted(collected), ["disk_layers", "forgotten", "freed_bytes", "kept_disk_layers", "memory_layers", "merged_layers"], "gc --json")
 
 
 def stop_periodic(env, name="tiny"):
