@@ -127,7 +127,6 @@ static int capture_all(struct take *take, struct err *err)
 	struct ckpt_engine *engine = take->engine;
 	struct ckpt_result *result = &take->result;
 	uint64_t outside_ns = clock_now_ns();
-	count_inflight(take);
 	int r = take_check_disks(take, err);
 	if (r == 0)
 		r = take_capture_memory(take, err);
@@ -141,6 +140,8 @@ static int capture_all(struct take *take, struct err *err)
 	uint64_t quiesced_ns = clock_now_ns();
 	if (r == 0)
 		r = state_set_capture(&engine->captured, err);
+	if (r == 0)
+		count_inflight(take); /* what was captured */
 	if (r == 0)
 		r = fault_check(FAULT_TAKE_CAPTURED, err);
 	result->quiesce_ns = outside_ns - take->pause_start_ns + quiesced_ns - memory_ns;
