@@ -1,5 +1,6 @@
 """The stock Debian guest of the tests: booting it, its shell, what its kernel says. VMCP_GUEST names the folder that examples/debian-guest/build.sh made."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -44,9 +45,10 @@ def spread(env):
     """Lets all but the vCPUs run on any processor: in the software machine a test begins on one alone (tests/with-kvm), which the vCPUs need."""
     for vm in env.vmcp_json("ps")["vms"]:
         for task in os.listdir(f"/proc/{vm['pid']}/task") if vm["pid"] else ():
-            with open(f"/proc/{vm['pid']}/task/{task}/comm", encoding="ascii") as comm:
-                if not comm.read().startswith("vcpu"):
-                    os.sched_setaffinity(int(task), range(os.cpu_count()))
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+                with open(f"/proc/{vm['pid']}/task/{task}/comm", encoding="ascii") as comm:
+                    if not comm.read().startswith("vcpu"):
+                        os.sched_setaffinity(int(task), range(os.cpu_count()))
 
 
 def boot(env, **kwargs):

@@ -32,6 +32,26 @@ def test_boot_smp(env):
         check_equal(console.wait_exit(60), 0, "exit status")
 
 
+def test_cpu_model(env):
+    """A stock kernel on a named level: it has the features of that, and not the ones above; a checkpoint goes back in place and starts."""
+    console = boot(env, extra="cpu_model = x86-64-v2")
+    flags = set(console.check("grep -m1 ^flags /proc/cpuinfo").split())
+    check({"sse4_2", "ssse3", "popcnt", "cx16", "nx", "lm"} <= flags, f"features that are missing: {flags}")
+    check(not {"xsave", "avx", "aes", "rdrand", "bmi1", "smep"} & flags, f"features that should not be there: {flags}")
+    env.vmcp("checkpoint", "--live", "--tag", "good", "debian", timeout=120)
+    console.check("echo damage > /dev/shm/after")
+    env.vmcp("revert", "good", timeout=120)
+    console.sync(60)
+    check(console.run("test -e /dev/shm/after")[0] != 0, "not where it was")
+    check_log(console, "after the revert in place")
+    env.vmcp("kill", "debian")
+    env.vmcp("revert", "good", timeout=120)
+    console = attach(env)
+    check_equal(console.check("grep -c avx /proc/cpuinfo || true").strip(), "0", "processors with avx")
+    check_log(console, "after the start from a checkpoint")
+    env.vmcp("kill", "debian")
+
+
 def test_checkpoint_damage_revert(env):
     """The main job: a live checkpoint while files are written, damage, a crash, back; files, processes and memory are there."""
     console = boot(env)
