@@ -242,7 +242,7 @@ def test_what_is_named_is_not_touched(env):
 
 def cancel_one(env):
     """A checkpoint that is cancelled behind its instant, while its memory is being saved; returns when that has been undone."""
-    env.vmcp("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "4M", "tiny")
+    env.vmcp("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "1M", "tiny")
     env.vmcp("cancel", "tiny")
     deadline = time.monotonic() + 30
     # One whose tag is taken is refused without effect, as soon as none is under way.
@@ -285,7 +285,7 @@ def test_killed_while_a_cancelled_checkpoint_is_undone(env):
             guest = sub.spawn_tiny("run", config, env={"VMCP_FAULT": fault})
             first = sub.vmcp_json("checkpoint", "--live", "--tag", "first", "tiny")["id"]
             if fault.endswith("kill"):
-                sub.vmcp("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "4M", "tiny")
+                sub.vmcp("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "1M", "tiny")
                 sub.vmcp("cancel", "tiny", status=None)
                 guest.console.wait_exit(60)
                 check_equal(len(chain_of(sub, disk)), 3 if fault.startswith("250") else 2, f"{fault}: images in the chain")
