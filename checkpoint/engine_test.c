@@ -102,7 +102,6 @@ int vm_quiesce_wait(struct vm *vm, struct err *err)
 	pthread_mutex_unlock(&vm->lock);
 	return 0;
 }
-void vm_quiesce_wait_memory(struct vm *vm) { vm_quiesce_wait(vm, NULL); }
 int vm_quiesce_discard(struct vm *vm, struct err *err)
 {
 	vm_quiesce_request(vm);

@@ -95,7 +95,7 @@ static int stage(struct take *take, struct err *err)
  * device raised after that would be in the virtqueue's used ring but in no saved state, and a guest that goes back
  * would wait for it for ever.
  */
-static void stop_machine(struct take *take)
+static int stop_machine(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
 	loop_park_request(engine->loop);
@@ -103,10 +103,10 @@ static void stop_machine(struct take *take)
 	take->parked = true;
 	take->pause_start_ns = clock_now_ns();
 	if (vm_is_quiesced(engine->vm))
-		return;
+		return 0;
 	take->stopped = true;
 	vm_quiesce_request(engine->vm);
-	vm_quiesce_wait_memory(engine->vm);
+	return vm_quiesce_wait(engine->vm, err);
 }
 
 static void count_inflight(struct take *take)
@@ -121,43 +121,28 @@ static void count_inflight(struct take *take)
 	}
 }
 
-/* Memory, while the vCPUs save their states, then those. No component writes guest memory when it is captured. */
-static int capture_all(struct take *take, struct err *err)
+/* Nothing from here to the end of the pause allocates or touches a file. */
+static int pause_and_capture(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
 	struct ckpt_result *result = &take->result;
-	uint64_t outside_ns = clock_now_ns();
-	int r = take_check_disks(take, err);
-	if (r == 0)
-		r = take_capture_memory(take, err);
-	if (r != 0)
-		return r;
-	uint64_t memory_ns = clock_now_ns();
-	if (take->stopped)
-		r = vm_quiesce_wait(engine->vm, err);
+	int r = stop_machine(take, err);
 	if (r == 0)
 		r = fault_check(FAULT_TAKE_QUIESCED, err);
 	uint64_t quiesced_ns = clock_now_ns();
 	if (r == 0)
 		r = state_set_capture(&engine->captured, err);
-	if (r == 0)
-		count_inflight(take); /* what was captured */
+	if (r == 0) {
+		count_inflight(take);
+		r = take_check_disks(take, err);
+	}
 	if (r == 0)
 		r = fault_check(FAULT_TAKE_CAPTURED, err);
-	result->quiesce_ns = outside_ns - take->pause_start_ns + quiesced_ns - memory_ns;
-	result->memory_ns = memory_ns - outside_ns;
-	result->state_ns = clock_now_ns() - quiesced_ns;
-	return r;
-}
-
-/* Nothing from here to the end of the pause allocates or touches a file. */
-static int pause_and_capture(struct take *take, struct err *err)
-{
-	struct ckpt_result *result = &take->result;
-	stop_machine(take);
-	/* The disks last, as nothing of them can fail: until the switch a failure is without any effect. */
-	int r = capture_all(take, err);
-	uint64_t captured_ns = clock_now_ns();
+	uint64_t state_ns = clock_now_ns();
+	/* Memory before the disks, as it can fail and they cannot: until the switch a failure is without any effect. */
+	if (r == 0)
+		r = take_capture_memory(take, err);
+	uint64_t memory_ns = clock_now_ns();
 	if (r != 0)
 		return r;
 	for (unsigned i = 0; i < take->disk_count; i++) {
@@ -171,7 +156,10 @@ static int pause_and_capture(struct take *take, struct err *err)
 	/* A checkpoint that is not live saves memory before completions of requests in flight can change it: the loop
 	 * stays parked. */
 	uint64_t end_ns = take->live ? take_release_machine(take) : clock_now_ns();
-	result->disks_ns = disks_ns - captured_ns;
+	result->quiesce_ns = quiesced_ns - take->pause_start_ns;
+	result->state_ns = state_ns - quiesced_ns;
+	result->memory_ns = memory_ns - state_ns;
+	result->disks_ns = disks_ns - memory_ns;
 	result->resume_ns = end_ns - disks_ns;
 	result->pause_ns = end_ns - take->pause_start_ns;
 	result->captured_ns = end_ns - take->start_ns;

@@ -68,16 +68,6 @@ static void wait_until_standing(struct vm *vm)
 	pthread_mutex_unlock(&vm->lock);
 }
 
-void vm_quiesce_wait_memory(struct vm *vm)
-{
-	if (!vm->started || vm->quiesced)
-		return;
-	vm_spin_until(vm, &vm->outside, vm->cpus);
-	/* Where no processor is to spare there is nothing to be had by doing two things at once. */
-	if (atomic_load(&vm->outside) < vm->cpus)
-		wait_until_standing(vm);
-}
-
 int vm_quiesce_wait(struct vm *vm, struct err *err)
 {
 	if (!vm->started)
@@ -133,7 +123,7 @@ static void release(struct vm *vm, bool wait)
 	bool go = (atomic_fetch_and(&vm->hold, ~(unsigned)VM_HOLD_QUIESCE) & ~(unsigned)VM_HOLD_QUIESCE) == 0;
 	if (go) {
 		vcpu_set_immediate_exit(vm, false);
-		vm->standing = vm->outside = 0;
+		vm->standing = 0;
 		vm->leaving = vm->cpus;
 		vm->resume_count++;
 		pthread_cond_broadcast(&vm->resume_cond);

@@ -237,7 +237,6 @@ static void stand_still(struct vcpu *vcpu)
 	if (atomic_load(&vm->hold) & VM_HOLD_EXIT)
 		return;
 	vcpu->save_err = ERR_INIT;
-	atomic_fetch_add(&vm->outside, 1);
 	if (!vcpu->state_applied && !atomic_load(&vm->discard))
 		vcpu_arch_save(vcpu, &vcpu->save_err);
 

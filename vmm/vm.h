@@ -81,9 +81,6 @@ int vm_start(struct vm *vm, struct err *err);
 
 /* Asks every vCPU to stop: returns at once. Allocates nothing. */
 void vm_quiesce_request(struct vm *vm);
-/* After vm_quiesce_request, for who has something to do with memory meanwhile: waits until no vCPU is in the guest, nor will be, so that memory
- * stands still; their states are still being saved, which writes no guest memory. vm_quiesce_wait follows, or vm_resume. Allocates nothing. */
-void vm_quiesce_wait_memory(struct vm *vm);
 /* Waits until all stand still and have saved their state, then saves interrupt state, irqchips, PIT and clock. I/O
  * threads must be parked by then, else an interrupt that one of them raises may be in memory but not in the saved
  * state. On failure the VM is still quiesced and may be resumed. Idempotent: quiesces nest not; a second call while

@@ -65,7 +65,6 @@ struct vm {
 	pthread_cond_t resume_cond; /* resume_count changed */
 	_Atomic unsigned hold;	    /* changed under lock */
 	_Atomic unsigned standing;  /* changed under lock: vCPU threads that stand still */
-	_Atomic unsigned outside;   /* vCPU threads that stand still, or are about to and only save their state before; 0 from vm_resume on */
 	bool spins;		    /* immutable: there are processors to spare for waiting awake */
 	_Atomic unsigned leaving;   /* changed under lock: woken by a resume, not yet past the wait */
 	uint64_t resumed_ns;	    /* under lock: when `leaving` came to 0 */

@@ -31,7 +31,6 @@
 struct mem *vm_memory(struct vm *vm) { return vm->mem; }
 unsigned vm_cpus(const struct vm *vm) { return (void)vm, 1; }
 void vm_quiesce_request(struct vm *vm) { (void)vm; }
-void vm_quiesce_wait_memory(struct vm *vm) { (void)vm; }
 int vm_quiesce_wait(struct vm *vm, struct err *err)
 {
 	(void)err;

@@ -208,42 +208,6 @@ Test(vcpu, kick_is_never_lost_4, .timeout = 120)
 	stress_kicks(4, 500);
 }
 
-/* Memory stands before the states are saved, and a request that goes no further is taken back. */
-static void memory_stands(unsigned cpus)
-{
-	struct machine m;
-	setup(&m, cpus, count_guest, sizeof(count_guest));
-	uint32_t before[2 * 4] = {0};
-	for (unsigned round = 0; round < 500; round++) {
-		vm_resume(m.vm, true);
-		usleep(round % 200);
-		vm_quiesce_request(m.vm);
-		vm_quiesce_wait_memory(m.vm);
-		for (unsigned i = 0; i < cpus * 2; i++)
-			before[i] = data(&m, i / 2, i % 2);
-		if (round % 4 == 0)
-			continue;
-		quiesce(&m);
-		for (unsigned i = 0; i < cpus * 2; i++)
-			cr_assert_eq(data(&m, i / 2, i % 2), before[i], "round %u, vCPU %u", round, i / 2);
-		vm_quiesce_wait_memory(m.vm);
-	}
-	cr_expect_gt(before[1], 0);
-	teardown(&m);
-}
-
-Test(vcpu, memory_stands_first_1, .timeout = 120)
-{
-	NEED_KVM();
-	memory_stands(1);
-}
-
-Test(vcpu, memory_stands_first_4, .timeout = 120)
-{
-	NEED_KVM();
-	memory_stands(4);
-}
-
 Test(vcpu, captures_of_one_quiesce_are_identical, .timeout = 60)
 {
 	NEED_KVM();
