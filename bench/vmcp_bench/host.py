@@ -48,8 +48,9 @@ def filesystem(folder):
 
 
 def meminfo(key):
+    """In bytes, or a count where the kernel tells one."""
     with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key + ":"))
+        return next(int(line.split()[1]) * (1024 if line.endswith("kB\n") else 1) for line in file if line.startswith(key + ":"))
 
 
 def folder_for_images():

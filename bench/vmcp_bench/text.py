@@ -73,6 +73,12 @@ TABLES = {
          ("gaps over 1 ms", "gaps_over_1ms", "median"), ("guest's speed, %", "speed_share", "median"), ("skipped", "skipped", "median"), ("failed", "failed", "median"), ("layers merged", "merged_layers", "median"), ("kept", "kept", "median"),
          ("store, MiB, at most", "store_bytes", "max")]),
     ],
+    "backing": [
+        ("Pause and gap", "ms; median (p95, max)", [("pause", "pause_ns", "spread"), ("longest gap", "gap_ns", "spread"), ("at rest", "gap_at_rest_ns", "spread"),
+         ("to captured", "captured_ns", "median"), ("to durable", "durable_ns", "median"), ("write faults", "cow_faults", "median")]),
+        ("The guest", "page writes a second, medians", [("first fill, MiB/s", "filled_bytes_per_s", "median"), ("before", "before_writes_per_s", "median"),
+         ("during", "during_writes_per_s", "median"), ("after", "after_writes_per_s", "median")]),
+    ],
     "boot": [
         ("", "ms, MiB; median (p95, max)", [("boot, ms", "boot_ns", "spread"), ("resident beyond the guest, idle", "resident_idle_bytes", "spread"),
          ("after a checkpoint", "resident_after_checkpoint_bytes", "spread")]),
