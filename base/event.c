@@ -21,11 +21,15 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "base/event_internal.h"
 
 enum { BATCH = 32 };
+
+#define NS_PER_S 1000000000u
 
 enum loop_state { LOOP_IDLE, LOOP_RUNNING, LOOP_BORROWED };
 
@@ -53,6 +57,7 @@ struct loop {
 	struct loop_source *sources;
 	struct epoll_event batch[BATCH];
 	int batch_length;
+	struct polling polling;
 
 	/* Written under lock, read by anyone. */
 	_Atomic unsigned park_count;
@@ -63,7 +68,7 @@ struct loop {
 	/* Under lock. */
 	enum loop_state state;
 	bool parked;
-	bool asleep; /* in epoll_wait, or on the way in or out */
+	bool asleep;	    /* in epoll_wait, or on the way in or out */
 	const void *parker; /* thread_mark() of who raised park_count from 0 */
 	struct task *tasks;
 	struct task **tasks_end;
@@ -93,6 +98,7 @@ int loop_create(struct loop **out, struct err *err)
 	int ret;
 
 	loop->tasks_end = &loop->tasks;
+	loop->polling.loop = loop;
 	pthread_mutex_init(&loop->lock, NULL);
 	pthread_cond_init(&loop->standing, NULL);
 	pthread_cond_init(&loop->released, NULL);
@@ -130,6 +136,7 @@ void loop_destroy(struct loop *loop)
 		loop->sources = source->next;
 		free(source);
 	}
+	polling_clear(&loop->polling);
 	while (loop->tasks != NULL) {
 		struct task *task = loop->tasks;
 		loop->tasks = task->next;
@@ -212,7 +219,7 @@ static void stand(struct loop *loop)
 }
 
 /* Every place between two callbacks. */
-static void park_point(struct loop *loop)
+void loop_park_point(struct loop *loop)
 {
 	if (__builtin_expect(atomic_load_explicit(&loop->park_count, memory_order_acquire) == 0, 1))
 		return;
@@ -300,7 +307,7 @@ static void run_tasks(struct loop *loop)
 	bool more = loop->tasks != NULL;
 	while (more && !atomic_load(&loop->stop)) {
 		pthread_mutex_unlock(&loop->lock);
-		park_point(loop);
+		loop_park_point(loop);
 		pthread_mutex_lock(&loop->lock);
 		if (atomic_load(&loop->stop) || (task = take_task(loop)) == NULL)
 			break;
@@ -374,6 +381,21 @@ void loop_call(struct loop *loop, loop_task_fn *fn, void *opaque)
 	pthread_mutex_unlock(&loop->lock);
 }
 
+bool loop_is_stopping(struct loop *loop) { return atomic_load_explicit(&loop->stop, memory_order_relaxed); }
+
+void loop_add_poller(struct loop *loop, const struct loop_poller_ops *ops, void *opaque, struct loop_poller **out)
+{
+	*out = polling_add(&loop->polling, ops, opaque);
+}
+
+void loop_remove_poller(struct loop *loop, struct loop_poller *poller)
+{
+	if (poller != NULL)
+		polling_remove(&loop->polling, poller);
+}
+
+void loop_set_spare(struct loop *loop, unsigned processors) { loop->polling.spare = processors; }
+
 /* --- running --- */
 
 static void drain_wake(struct loop *loop)
@@ -405,7 +427,7 @@ static void wake_up(struct loop *loop)
 static void dispatch(struct loop *loop)
 {
 	for (int i = 0; i < loop->batch_length && !atomic_load(&loop->stop); i++) {
-		park_point(loop);
+		loop_park_point(loop);
 		struct loop_source *source = loop->batch[i].data.ptr; /* after parking; NULL once removed */
 		if (source != NULL)
 			source->fn(source->opaque, loop->batch[i].events);
@@ -413,14 +435,27 @@ static void dispatch(struct loop *loop)
 	loop->batch_length = 0;
 }
 
+/* epoll_wait. */
+static int sleep_until(struct loop *loop, uint64_t at_most_ns)
+{
+	const struct timespec time = {.tv_sec = (time_t)(at_most_ns / NS_PER_S),
+				      .tv_nsec = (long)(at_most_ns % NS_PER_S)};
+	if (fall_asleep(loop) || at_most_ns == 0)
+		return epoll_wait(loop->epoll_fd, loop->batch, BATCH, 0);
+	if (at_most_ns == POLLING_NOTHING)
+		return epoll_wait(loop->epoll_fd, loop->batch, BATCH, -1);
+	int n = epoll_pwait2(loop->epoll_fd, loop->batch, BATCH, &time, NULL);
+	return n < 0 && errno == ENOSYS ? epoll_wait(loop->epoll_fd, loop->batch, BATCH, 1) : n; /* before Linux 5.11 */
+}
+
 static int run(struct loop *loop, struct err *err)
 {
 	while (!atomic_load(&loop->stop)) {
-		park_point(loop);
+		loop_park_point(loop);
 		run_tasks(loop);
 		if (atomic_load(&loop->stop))
 			break;
-		int n = epoll_wait(loop->epoll_fd, loop->batch, BATCH, fall_asleep(loop) ? 0 : -1);
+		int n = sleep_until(loop, polling_look(&loop->polling));
 		int number = errno;
 		wake_up(loop);
 		if (n < 0 && number == EINTR)
@@ -428,6 +463,7 @@ static int run(struct loop *loop, struct err *err)
 		if (n < 0)
 			return err_sys(err, number, "event loop: epoll_wait");
 		loop->batch_length = n;
+		loop->polling.told |= n > 0;
 		for (int i = 0; i < n; i++) {
 			if (loop->batch[i].data.ptr == NULL)
 				drain_wake(loop);
@@ -449,7 +485,7 @@ int loop_run(struct loop *loop, struct err *err)
 
 	int ret = run(loop, err);
 
-	park_point(loop);
+	loop_park_point(loop);
 	pthread_mutex_lock(&loop->lock);
 	loop->state = LOOP_IDLE;
 	atomic_store(&loop->owner, NULL);

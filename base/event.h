@@ -30,6 +30,33 @@ int loop_modify(struct loop *loop, struct loop_source *source, uint32_t events, 
 /* No callback of the source runs after this returns. NULL is allowed. */
 void loop_remove(struct loop *loop, struct loop_source *source);
 
+/*
+ * Polling, for work that is cheaper to find by looking than to be told of: a notification costs the teller a system call, a guest an exit. While a
+ * poller is hot the loop looks instead of sleeping, until nothing has come for a short time (50 us); then the poller rests, and its descriptor tells
+ * of work, as for all others. A loop that looked in vain several times rests at once mostly, and so does one whose thread was made to wait for a
+ * processor.
+ *
+ * All run in the loop's thread, like callbacks; between any two the loop may park.
+ */
+struct loop_poller;
+struct loop_poller_ops {
+	bool (*poll)(void *opaque); /* looks, and does what it finds. True: there was something */
+	bool (*rest)(
+		void *opaque); /* from here on a descriptor tells of work. True: there is some already, and the poller stays hot */
+	bool (*helped)(
+		void *opaque); /* optional. True: it waits for other threads of this process, which need a processor too */
+};
+void loop_add_poller(struct loop *loop, const struct loop_poller_ops *ops, void *opaque,
+		     struct loop_poller **out);				/* as loop_add */
+void loop_remove_poller(struct loop *loop, struct loop_poller *poller); /* as loop_remove */
+/* Something may come that no descriptor tells of: the poller is hot until it rests. In the loop's thread, or while the loop does not run. */
+void loop_poller_heat(struct loop_poller *poller);
+/*
+ * How many processors this thread and its helpers may keep busy without taking one from a vCPU. 0, as it is at first: hot pollers look, and rest as soon as
+ * they find nothing. 1: the loop looks, but sleeps while its pollers are helped. Before loop_run.
+ */
+void loop_set_spare(struct loop *loop, unsigned processors);
+
 /* Runs until loop_stop; returns 0, or -errno of a failing epoll_wait. Tasks posted but not yet run stay for the next
  * loop_run. */
 int loop_run(struct loop *loop, struct err *err);

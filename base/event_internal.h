@@ -1,0 +1,44 @@
+/* What event.c (descriptors, tasks, parking) and event_poll.c (polling) share. Everything belongs to the loop's thread. */
+#ifndef VMCP_BASE_EVENT_INTERNAL_H
+#define VMCP_BASE_EVENT_INTERNAL_H
+
+#include "base/event.h"
+
+struct loop_poller {
+	struct polling *polling;
+	const struct loop_poller_ops *ops;
+	void *opaque;
+	bool hot;
+	struct loop_poller *next;
+};
+
+struct polling {
+	struct loop *loop; /* immutable, as the next once the loop runs */
+	unsigned spare;
+	struct loop_poller *pollers;
+	unsigned hot;
+	bool told; /* descriptors had events since the last look */
+	bool in_phase;
+	bool in_vain;		/* the last look */
+	bool paid;		/* in this phase: something came that was not there at the look before */
+	uint64_t budget_ns;	/* of looking in vain */
+	uint64_t since_ns;	/* the last work, or the beginning of the phase */
+	unsigned vain, skipped; /* phases */
+	uint64_t spun_ns;	/* looked in vain for so long ... */
+	long waits;		/* ... since there were so many involuntary switches */
+	uint64_t crowded_until_ns;
+};
+
+struct loop_poller *polling_add(struct polling *p, const struct loop_poller_ops *ops, void *opaque);
+void polling_remove(struct polling *p, struct loop_poller *poller);
+void polling_clear(struct polling *p);
+
+/* Looks until nothing comes any more, or others must have their turn. For how many ns the loop may sleep then. */
+uint64_t polling_look(struct polling *p);
+#define POLLING_NOTHING UINT64_MAX /* for ever: all will be told */
+
+/* event.c */
+void loop_park_point(struct loop *loop); /* a place between two callbacks */
+bool loop_is_stopping(struct loop *loop);
+
+#endif

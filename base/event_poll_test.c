@@ -1,0 +1,192 @@
+/* Polling: a plain program, so that it runs under ThreadSanitizer. */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "base/event.h"
+#include "tests/lib/check.h"
+
+static void *run_loop(void *opaque)
+{
+	CHECK(loop_run(opaque, NULL) == 0);
+	return NULL;
+}
+
+static pthread_t start(struct loop *loop)
+{
+	pthread_t thread;
+	CHECK(pthread_create(&thread, NULL, run_loop, loop) == 0);
+	return thread;
+}
+
+static void stop(struct loop *loop, pthread_t thread)
+{
+	loop_stop(loop);
+	CHECK(pthread_join(thread, NULL) == 0);
+}
+
+struct polled {
+	struct loop *loop;
+	struct loop_poller *poller;
+	_Atomic unsigned offered, looks, rests;
+	unsigned taken; /* by the loop's thread; by others while it is parked */
+	_Atomic bool resting, helped;
+	int fd; /* tells of work while it rests */
+};
+
+static bool take_offered(struct polled *p)
+{
+	unsigned offered = atomic_load(&p->offered);
+	bool found = offered != p->taken;
+	p->taken = offered;
+	return found;
+}
+
+static bool poll_polled(void *opaque)
+{
+	struct polled *p = opaque;
+	atomic_fetch_add(&p->looks, 1);
+	return take_offered(p);
+}
+
+static bool rest_polled(void *opaque)
+{
+	struct polled *p = opaque;
+	atomic_store(&p->resting, true);
+	bool found = atomic_load(&p->offered) != p->taken;
+	if (found)
+		atomic_store(&p->resting, false);
+	atomic_fetch_add(&p->rests, 1);
+	return found;
+}
+
+static bool is_helped(void *opaque) { return atomic_load(&((struct polled *)opaque)->helped); }
+
+static void on_told(void *opaque, uint32_t events)
+{
+	struct polled *p = opaque;
+	uint64_t count;
+	(void)events;
+	CHECK(read(p->fd, &count, sizeof(count)) == sizeof(count));
+	atomic_store(&p->resting, false);
+	loop_poller_heat(p->poller);
+	take_offered(p);
+}
+
+static const struct loop_poller_ops polled_ops = {.poll = poll_polled, .rest = rest_polled, .helped = is_helped};
+
+static void polled_create(struct polled *p, unsigned spare)
+{
+	*p = (struct polled){.resting = true, .fd = eventfd(0, EFD_NONBLOCK)};
+	CHECK(loop_create(&p->loop, NULL) == 0);
+	loop_set_spare(p->loop, spare);
+	loop_add_poller(p->loop, &polled_ops, p, &p->poller);
+	CHECK(loop_add(p->loop, p->fd, EPOLLIN, on_told, p, NULL, NULL) == 0);
+}
+
+static void polled_destroy(struct polled *p)
+{
+	loop_destroy(p->loop);
+	close(p->fd);
+}
+
+static void read_taken(void *opaque)
+{
+	struct polled *p = opaque;
+	CHECK(p->taken == atomic_load(&p->offered));
+}
+
+/* As a driver does: offers, then tells if it is asked to. */
+static void offer(struct polled *p)
+{
+	atomic_fetch_add(&p->offered, 1);
+	if (atomic_exchange(&p->resting, false))
+		CHECK(eventfd_write(p->fd, 1) == 0);
+}
+
+static void wait_until_it_rests(struct polled *p)
+{
+	for (unsigned i = 0; i < 5000 && !atomic_load(&p->resting); i++)
+		usleep(1000);
+	CHECK(atomic_load(&p->resting));
+}
+
+/* Every offer is taken, told or not, whatever the spare processors and helpers; and when none comes the loop sleeps. */
+static void test_polling_loses_nothing_and_ends(void)
+{
+	for (unsigned spare = 0; spare < 3; spare++) {
+		struct polled p;
+		polled_create(&p, spare);
+		pthread_t thread = start(p.loop);
+		for (unsigned i = 0; i < 3000; i++) {
+			atomic_store(&p.helped, i % 3 == 0);
+			offer(&p);
+			if (i % 64 == 0)
+				usleep(200);
+		}
+		atomic_store(&p.helped, false);
+		wait_until_it_rests(&p);
+		loop_call(p.loop, read_taken, &p);
+		unsigned looks = atomic_load(&p.looks), rests = atomic_load(&p.rests);
+		usleep(50000);
+		CHECK(rests > 0 && atomic_load(&p.looks) == looks && atomic_load(&p.rests) == rests);
+		stop(p.loop, thread);
+		polled_destroy(&p);
+	}
+}
+
+/* A loop that looks and finds nothing, time after time, looks once and rests, mostly; one that is paid for it looks for long again. */
+static void test_polling_in_vain_becomes_seldom(void)
+{
+	struct polled p;
+	polled_create(&p, 2);
+	pthread_t thread = start(p.loop);
+	unsigned first = 0, later = 0;
+	for (unsigned i = 0; i < 108; i++) {
+		unsigned before = atomic_load(&p.looks);
+		offer(&p);
+		wait_until_it_rests(&p);
+		bool is_long = atomic_load(&p.looks) - before > 4;
+		first += i < 8 && is_long;
+		later += i >= 8 && is_long;
+	}
+	CHECK(first > 0 && later < 30); /* one of 16 is */
+	stop(p.loop, thread);
+	polled_destroy(&p);
+}
+
+/* A parked loop does not look, and one that looks parks. */
+static void test_a_polling_loop_parks(void)
+{
+	struct polled p;
+	polled_create(&p, 2);
+	pthread_t thread = start(p.loop);
+	for (unsigned i = 0; i < 2000; i++) {
+		offer(&p);
+		loop_park_request(p.loop);
+		loop_park_wait(p.loop);
+		unsigned looks = atomic_load(&p.looks);
+		CHECK(p.taken <= atomic_load(&p.offered)); /* for ThreadSanitizer: a plain read */
+		if (i % 100 == 0)
+			usleep(200);
+		CHECK(atomic_load(&p.looks) == looks);
+		loop_unpark(p.loop);
+	}
+	wait_until_it_rests(&p);
+	loop_call(p.loop, read_taken, &p);
+	stop(p.loop, thread);
+	polled_destroy(&p);
+}
+
+int main(void)
+{
+	alarm(60); /* a lost wakeup is a hang */
+	test_polling_loses_nothing_and_ends();
+	test_polling_in_vain_becomes_seldom();
+	test_a_polling_loop_parks();
+	return check_report();
+}
