@@ -75,6 +75,19 @@ void cow_submit(struct cow_disk *disk, struct cow_request *request);
  */
 void cow_io_plug(struct cow_io *io);
 void cow_io_unplug(struct cow_io *io);
+/* The ring that serves a disk. */
+struct cow_io *cow_disk_io(const struct cow_disk *disk);
+/*
+ * The ring works in turns, of which each runs callbacks of all requests that have ended. A callback may ask for fn to be called once at the end of its turn,
+ * which is before the loop may park: for what is done once for all of them. Asked for outside a turn: at the end of the next. I/O thread.
+ */
+struct cow_turn {
+	void (*fn)(struct cow_turn *turn); /* the caller's; the rest is cowdisk's, 0 at first */
+	bool queued;
+	struct cow_turn *next;
+};
+void cow_io_at_turn_end(struct cow_io *io, struct cow_turn *turn); /* nothing if it was asked for already */
+void cow_io_cancel_turn(struct cow_io *io, struct cow_turn *turn);
 /* Number of requests submitted and not yet done. */
 unsigned cow_inflight(const struct cow_disk *disk);
 

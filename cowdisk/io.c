@@ -1,10 +1,13 @@
 /*
  * The ring and its dispatcher. See io_internal.h.
  *
- *     cow_io_start -> queue -> (hook) -> kernel -> completion -> [rest of a short transfer: queue] -> done
+ *     cow_io_start -> queue -> (hook) -> kernel, threads -> completion -> [rest of a short transfer: queue] -> done
  *
- * Operations gather in the queue while something is plugged (a request that is being split, the dispatcher, the
- * caller's cow_io_plug) and go to the kernel with one system call at the end.
+ * Operations gather in the queue while something is plugged (a request that is being split, a turn, the caller's cow_io_plug) and go to the kernel with
+ * one system call at the end. Writes go to threads (io_threads).
+ *
+ * A turn runs the callbacks of all that has ended, then those of its end. The loop's poller looks for something to end while operations are under
+ * way; while it rests, and in cow_io_drive, the ring is armed: the event_fd tells.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -37,9 +40,13 @@ struct cow_io {
 	int event_fd; /* signalled by the ring, by the threads, and by poke */
 	bool have_ring;
 	struct io_uring ring;
-	struct io_threads *threads; /* NULL with a ring */
-	struct op_queue queue;	    /* started, not yet with the kernel */
-	unsigned in_kernel;
+	struct loop_poller *poller; /* NULL without a loop */
+	bool armed;		    /* the event_fd is signalled when something has ended */
+	struct io_threads *threads; /* with a ring: made by the first write */
+	struct op_queue queue;	    /* started, not yet with the kernel or the threads */
+	unsigned in_kernel;	    /* or with the threads */
+	unsigned in_threads;
+	struct cow_turn *turns, **turns_tail;
 	struct io_task *tasks, **tasks_tail;
 	unsigned task_count;
 	unsigned plugged;
@@ -77,11 +84,36 @@ static struct io_op *queue_pop(struct op_queue *q)
 	return op;
 }
 
-static void poke(struct cow_io *io)
+static void set_armed(struct cow_io *io, bool armed)
+{
+	io->armed = armed;
+	if (io->have_ring)
+		io_uring_cq_eventfd_toggle(&io->ring, armed);
+	if (io->threads)
+		io_threads_arm(io->threads, armed);
+	/* Whoever arms looks again: the other side says what has ended, then looks whether it is to tell. */
+	atomic_thread_fence(memory_order_seq_cst);
+}
+
+static void poke(const struct cow_io *io)
 {
 	uint64_t one = 1;
 	while (write(io->event_fd, &one, sizeof(one)) < 0 && errno == EINTR)
 		;
+}
+
+/* There will be, or is, something for a turn. Without a loop cow_io_drive looks for it. */
+static void expect(struct cow_io *io)
+{
+	if (!io->loop)
+		return;
+	if (!loop_in_thread(io->loop)) {
+		poke(io);
+		return;
+	}
+	loop_poller_heat(io->poller);
+	if (io->armed)
+		set_armed(io, false);
 }
 
 static void prepare_sqe(struct io_uring_sqe *sqe, struct io_op *op)
@@ -111,40 +143,52 @@ static void prepare_sqe(struct io_uring_sqe *sqe, struct io_op *op)
 	io_uring_sqe_set_data(sqe, op);
 }
 
-static void fill_ring(struct cow_io *io)
+static bool for_threads(struct cow_io *io, const struct io_op *op)
 {
-	while (io->queue.head && io->in_kernel < IN_KERNEL) {
-		struct io_uring_sqe *sqe = io_uring_get_sqe(&io->ring);
-		if (!sqe)
-			return;
-		prepare_sqe(sqe, queue_pop(&io->queue));
-		io->in_kernel++;
-	}
+	if (!io->have_ring)
+		return true;
+	if (op->kind != IO_WRITE)
+		return false;
+	if (!io->threads && io_threads_create(io->event_fd, &io->threads, NULL) == 0)
+		io_threads_arm(io->threads, io->armed);
+	return io->threads != NULL;
 }
 
-/* Gives the queue to the kernel, as far as it takes it. What it does not take now goes with the next completion. */
+/* From the queue to the kernel and the threads. */
+static void hand_over(struct cow_io *io)
+{
+	while (io->queue.head && io->in_kernel < IN_KERNEL) {
+		if (for_threads(io, io->queue.head)) {
+			io_threads_add(io->threads, queue_pop(&io->queue));
+			io->in_threads++;
+		} else {
+			struct io_uring_sqe *sqe = io_uring_get_sqe(&io->ring);
+			if (!sqe)
+				break;
+			prepare_sqe(sqe, queue_pop(&io->queue));
+		}
+		io->in_kernel++;
+	}
+	if (io->threads)
+		io_threads_go(io->threads);
+}
+
+/* Gives the queue to the kernel, as far as it takes it. What it does not take now goes with the next turn. */
 static void submit_queue(struct cow_io *io)
 {
-	if (io->threads) {
-		for (struct io_op *op; (op = queue_pop(&io->queue));) {
-			io->in_kernel++;
-			io_threads_submit(io->threads, op);
-		}
-		return;
-	}
-	do {
-		fill_ring(io);
-		if (io_uring_sq_ready(&io->ring) == 0)
+	if (io->queue.head)
+		expect(io);
+	while (io->queue.head && io->in_kernel < IN_KERNEL) {
+		hand_over(io);
+		if (!io->have_ring || io_uring_sq_ready(&io->ring) == 0)
 			return;
 		int rc;
 		do
 			rc = io_uring_submit(&io->ring);
 		while (rc == -EINTR);
-		if (rc <= 0) {
-			poke(io); /* the kernel is short of something: try again after the next round of completions */
-			return;
-		}
-	} while (io->queue.head && io->in_kernel < IN_KERNEL);
+		if (rc <= 0)
+			return; /* the kernel is short of something */
+	}
 }
 
 static void fail_task(struct io_task *task)
@@ -190,7 +234,7 @@ void cow_io_later(struct cow_io *io, struct io_task *task)
 {
 	task->next = NULL;
 	if (!io->tasks && !io->plugged)
-		poke(io); /* plugged: unplug or the dispatcher looks after it */
+		expect(io); /* plugged: unplug or the turn looks after it */
 	*io->tasks_tail = task;
 	io->tasks_tail = &task->next;
 	io->task_count++;
@@ -204,7 +248,32 @@ void cow_io_unplug(struct cow_io *io)
 		return;
 	submit_queue(io);
 	if (io->tasks)
-		poke(io);
+		expect(io);
+}
+
+void cow_io_at_turn_end(struct cow_io *io, struct cow_turn *turn)
+{
+	if (turn->queued)
+		return;
+	turn->queued = true;
+	turn->next = NULL;
+	*io->turns_tail = turn;
+	io->turns_tail = &turn->next;
+	if (!io->plugged)
+		expect(io);
+}
+
+void cow_io_cancel_turn(struct cow_io *io, struct cow_turn *turn)
+{
+	struct cow_turn **at = &io->turns;
+	if (!turn->queued)
+		return;
+	while (*at != turn)
+		at = &(*at)->next;
+	*at = turn->next;
+	if (!*at)
+		io->turns_tail = at;
+	turn->queued = false;
 }
 
 /* Makes op->rest from what was not yet transferred. */
@@ -262,18 +331,23 @@ static void complete_op(struct cow_io *io, struct io_op *op, int res)
 	op->done(op, result);
 }
 
+static void reap_threads(struct cow_io *io)
+{
+	if (!io->threads || !io_threads_ended(io->threads))
+		return;
+	for (struct io_op *op = io_threads_reap(io->threads), *next; op; op = next) {
+		next = op->next;
+		io->in_threads--;
+		complete_op(io, op, op->result);
+	}
+}
+
 static void reap(struct cow_io *io)
 {
-	if (io->threads) {
-		for (struct io_op *op = io_threads_reap(io->threads), *next; op; op = next) {
-			next = op->next;
-			complete_op(io, op, op->result);
-		}
-		return;
-	}
+	reap_threads(io);
 	struct io_uring_cqe *cqe;
 	/* Bounded, so that completions that start further operations do not keep the thread from its other duties. */
-	for (unsigned n = 0; n < 2 * RING_ENTRIES && io_uring_peek_cqe(&io->ring, &cqe) == 0; n++) {
+	for (unsigned n = 0; io->have_ring && n < 2 * RING_ENTRIES && io_uring_peek_cqe(&io->ring, &cqe) == 0; n++) {
 		struct io_op *op = io_uring_cqe_get_data(cqe);
 		int res = cqe->res;
 		io_uring_cqe_seen(&io->ring, cqe);
@@ -294,25 +368,82 @@ static void run_tasks(struct cow_io *io)
 	}
 }
 
-static void dispatch(struct cow_io *io)
+static void run_turn_ends(struct cow_io *io)
 {
-	uint64_t count;
-	/* Before reaping: what ends after this read signals again. */
-	while (read(io->event_fd, &count, sizeof(count)) < 0 && errno == EINTR)
-		;
+	for (struct cow_turn *turn; (turn = io->turns);) {
+		io->turns = turn->next;
+		if (!io->turns)
+			io->turns_tail = &io->turns;
+		turn->queued = false;
+		turn->fn(turn);
+	}
+}
+
+/* There is something for a turn. */
+static bool turn_due(struct cow_io *io)
+{
+	return io->tasks || io->turns || (io->queue.head && io->in_kernel < IN_KERNEL) ||
+	       (io->have_ring && (io_uring_cq_ready(&io->ring) || io_uring_sq_ready(&io->ring))) ||
+	       (io->threads && io_threads_ended(io->threads));
+}
+
+static void take_turn(struct cow_io *io)
+{
 	io->plugged++;
 	reap(io);
 	run_tasks(io);
+	run_turn_ends(io);
 	io->plugged--;
 	submit_queue(io);
-	if (io->tasks || (io->have_ring && io_uring_cq_ready(&io->ring)))
-		poke(io);
+}
+
+static void clear_event(const struct cow_io *io)
+{
+	uint64_t count;
+	while (read(io->event_fd, &count, sizeof(count)) < 0 && errno == EINTR)
+		;
 }
 
 static void on_event(void *opaque, uint32_t events)
 {
+	struct cow_io *io = opaque;
 	(void)events;
-	dispatch(opaque);
+	clear_event(io); /* first: what ends after this signals again */
+	take_turn(io);
+	expect(io); /* looks on, or rests */
+}
+
+static bool poll_ring(void *opaque)
+{
+	struct cow_io *io = opaque;
+	if (!turn_due(io))
+		return false;
+	take_turn(io);
+	return true;
+}
+
+static bool rest_ring(void *opaque)
+{
+	struct cow_io *io = opaque;
+	set_armed(io, true);
+	bool due = turn_due(io);
+	if (due)
+		set_armed(io, false);
+	return due;
+}
+
+static bool ring_is_helped(void *opaque) { return ((const struct cow_io *)opaque)->in_threads > 0; }
+
+static const struct loop_poller_ops poller_ops = {.poll = poll_ring, .rest = rest_ring, .helped = ring_is_helped};
+
+static void await(struct cow_io *io, int timeout_ms)
+{
+	bool before = io->armed;
+	set_armed(io, true);
+	struct pollfd p = {.fd = io->event_fd, .events = POLLIN};
+	if (!turn_due(io) && poll(&p, 1, timeout_ms) > 0)
+		clear_event(io);
+	set_armed(io, before);
 }
 
 void cow_io_drive(struct cow_io *io, int timeout_ms)
@@ -324,10 +455,12 @@ void cow_io_drive(struct cow_io *io, int timeout_ms)
 		io->plugged--;
 		timeout_ms = 0;
 	}
-	struct pollfd p = {.fd = io->event_fd, .events = POLLIN};
-	if (!io->tasks)
-		poll(&p, 1, timeout_ms);
-	dispatch(io);
+	if (!turn_due(io))
+		await(io, timeout_ms);
+	take_turn(io);
+	/* A loop may serve it next. */
+	if (io->loop && turn_due(io))
+		expect(io);
 }
 
 static int init_ring(struct cow_io *io)
@@ -350,6 +483,7 @@ int cow_io_create_kind(struct loop *loop, bool threads, struct cow_io **out, str
 	struct cow_io *io = xcalloc(1, sizeof(*io));
 	io->loop = loop;
 	io->tasks_tail = &io->tasks;
+	io->turns_tail = &io->turns;
 	queue_init(&io->queue);
 	queue_init(&io->held);
 	int rc = 0;
@@ -370,7 +504,9 @@ int cow_io_create_kind(struct loop *loop, bool threads, struct cow_io **out, str
 		rc = loop_add(loop, io->event_fd, EPOLLIN, on_event, io, &io->source, err);
 		if (rc < 0)
 			goto fail;
+		loop_add_poller(loop, &poller_ops, io, &io->poller);
 	}
+	set_armed(io, loop != NULL); /* without a loop only cow_io_drive waits */
 	io->cache = slice_cache_create();
 	*out = io;
 	return 0;
@@ -393,6 +529,8 @@ void cow_io_destroy(struct cow_io *io)
 			  io->in_kernel);
 	if (io->source)
 		loop_remove(io->loop, io->source);
+	if (io->poller)
+		loop_remove_poller(io->loop, io->poller);
 	if (io->have_ring)
 		io_uring_queue_exit(&io->ring);
 	io_threads_destroy(io->threads);

@@ -77,19 +77,29 @@ unsigned cow_io_held(const struct cow_io *io);
 void cow_io_set_pump(struct cow_io *io, void (*pump)(void *opaque), void *opaque);
 void cow_io_end_taken(struct cow_io *io, struct io_op *op, int result);
 
-/* The ring that serves a disk (in disk.c). */
-struct cow_io *cow_disk_io(const struct cow_disk *disk);
 struct slice_cache *cow_io_cache(struct cow_io *io);
 struct loop *cow_io_loop(struct cow_io *io);
 /* Keeps count, so that a ring with open disks is not destroyed. Any thread. */
 void cow_io_count_disk(struct cow_io *io, int change);
 
-/* The fallback: a few threads that carry out operations one system call at a time. */
+/*
+ * Threads that carry out operations one system call at a time: writes, which io_uring would hand to threads of the kernel one by one where the file
+ * system cannot write without waiting (ext4 into the page cache), and everything where the host has no io_uring.
+ *
+ * Writes to one file are made in the order in which they were submitted, by one thread at a time, as file systems make writes to a file wait for each
+ * other anyway; so a file that does not answer holds up no other.
+ */
 int io_threads_create(int event_fd, struct io_threads **out, struct err *err);
-void io_threads_destroy(struct io_threads *threads);
-void io_threads_submit(struct io_threads *threads, struct io_op *op);
+void io_threads_destroy(struct io_threads *threads); /* nothing is with them */
+/* io_threads_go gives what was added to the threads, all of it at once. */
+void io_threads_add(struct io_threads *threads, struct io_op *op);
+void io_threads_go(struct io_threads *threads);
 /* Takes what has ended: a list; op->result is what the system call returned (bytes or -errno). */
 struct io_op *io_threads_reap(struct io_threads *threads);
+/* Something has ended and was not taken. Any thread. */
+bool io_threads_ended(const struct io_threads *threads);
+/* From here on event_fd is signalled when something has ended, or no more; some operations may end before that is told. */
+void io_threads_arm(struct io_threads *threads, bool armed);
 
 /* The io vectors of what an operation has still to transfer. */
 static inline const struct iovec *io_op_iov(const struct io_op *op, unsigned *count)

@@ -1,25 +1,67 @@
-/* Blocking system calls in threads, for hosts where io_uring is switched off. */
+/*
+ * Blocking system calls in threads.
+ *
+ * An operation joins a lane: a write that of its file, another one of a few. A lane with operations is ready until a thread takes it; the thread
+ * carries out all that the lane holds then, and makes it ready again if more has come. A thread is made when a lane is ready and none is idle, so there are
+ * never more than lanes.
+ *
+ * What ended is told as seldom as can be, as each time may wake the I/O thread on the very processor of the worker: when a thread has done all it took,
+ * or TELL_NS after it told last.
+ */
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "base/clock.h"
 #include "cowdisk/io_internal.h"
 
-enum { WORKERS = 4 };
+enum { FILE_LANES = 64, OTHER_LANES = 4, LANES = FILE_LANES + OTHER_LANES };
+#define TELL_NS 100000u
+
+struct op_list {
+	struct io_op *head, *last;
+};
+
+struct lane {
+	int fd; /* of a file's lane that is in use */
+	struct op_list ops;
+	bool taken; /* by a thread */
+	bool ready; /* on the list */
+	struct lane *next;
+};
 
 struct io_threads {
 	int event_fd; /* immutable */
-	pthread_t workers[WORKERS];
-	unsigned count; /* immutable after creation */
+	/* owner: I/O thread */
+	struct op_list added;
+	unsigned turn;	    /* the lane of the next operation that is no write */
+	_Atomic bool armed; /* written by the I/O thread */
+	_Atomic bool any_ended;
 	pthread_mutex_t lock;
 	pthread_cond_t work;
 	/* under lock */
-	struct io_op *submitted, **submitted_tail;
-	struct io_op *ended, **ended_tail;
+	struct lane lanes[LANES];
+	struct lane *ready, **ready_tail;
+	unsigned ready_count;
+	struct op_list ended;
+	pthread_t workers[LANES];
+	unsigned count, idle;
 	bool stop;
 };
+
+static void list_append(struct op_list *list, struct op_list more)
+{
+	if (!more.head)
+		return;
+	if (list->last)
+		list->last->next = more.head;
+	else
+		list->head = more.head;
+	list->last = more.last;
+}
 
 static int run_op(const struct io_op *op)
 {
@@ -47,53 +89,109 @@ static int run_op(const struct io_op *op)
 	return n < 0 ? -errno : (int)n;
 }
 
+/* Under lock. */
+static void lane_ready(struct io_threads *t, struct lane *lane)
+{
+	if (lane->ready || lane->taken)
+		return;
+	lane->ready = true;
+	lane->next = NULL;
+	*t->ready_tail = lane;
+	t->ready_tail = &lane->next;
+	t->ready_count++;
+}
+
+static struct lane *take_lane(struct io_threads *t)
+{
+	struct lane *lane = t->ready;
+	t->ready = lane->next;
+	if (!t->ready)
+		t->ready_tail = &t->ready;
+	lane->ready = false;
+	lane->taken = true;
+	t->ready_count--;
+	return lane;
+}
+
+static void tell(struct io_threads *t, struct op_list *done)
+{
+	pthread_mutex_lock(&t->lock);
+	list_append(&t->ended, *done);
+	pthread_mutex_unlock(&t->lock);
+	*done = (struct op_list){0};
+	/* We say what ended, then look whether the I/O thread sleeps; it says that it will sleep, then looks for what ended. */
+	atomic_store(&t->any_ended, true);
+	uint64_t one = 1;
+	if (atomic_load(&t->armed) && write(t->event_fd, &one, sizeof(one)) < 0) {
+		/* Only EAGAIN is possible: the counter is full, so the reader wakes up anyway. */
+	}
+}
+
+static void run_list(struct io_threads *t, struct io_op *op)
+{
+	struct op_list done = {0};
+	uint64_t told_ns = clock_now_ns();
+	for (struct io_op *next; op; op = next) {
+		next = op->next;
+		op->result = run_op(op);
+		op->next = NULL;
+		list_append(&done, (struct op_list){op, op});
+		uint64_t now_ns = next ? clock_now_ns() : 0;
+		if (next && now_ns - told_ns < TELL_NS)
+			continue;
+		tell(t, &done);
+		told_ns = now_ns;
+	}
+}
+
 static void *worker(void *opaque)
 {
 	struct io_threads *t = opaque;
 	pthread_mutex_lock(&t->lock);
 	for (;;) {
-		while (!t->submitted && !t->stop)
+		t->idle++;
+		while (!t->ready && !t->stop)
 			pthread_cond_wait(&t->work, &t->lock);
-		if (!t->submitted)
+		t->idle--;
+		if (!t->ready)
 			break;
-		struct io_op *op = t->submitted;
-		t->submitted = op->next;
-		if (!t->submitted)
-			t->submitted_tail = &t->submitted;
+		struct lane *lane = take_lane(t);
+		struct io_op *ops = lane->ops.head;
+		lane->ops = (struct op_list){0};
 		pthread_mutex_unlock(&t->lock);
 
-		op->result = run_op(op);
-		op->next = NULL;
+		run_list(t, ops);
 
 		pthread_mutex_lock(&t->lock);
-		*t->ended_tail = op;
-		t->ended_tail = &op->next;
-		uint64_t one = 1;
-		if (write(t->event_fd, &one, sizeof(one)) < 0) {
-			/* Only EAGAIN is possible: the counter is full, so the reader wakes up anyway. */
-		}
+		lane->taken = false;
+		if (lane->ops.head)
+			lane_ready(t, lane);
 	}
 	pthread_mutex_unlock(&t->lock);
 	return NULL;
+}
+
+/* Under lock. */
+static int add_worker(struct io_threads *t)
+{
+	int rc = pthread_create(&t->workers[t->count], NULL, worker, t);
+	t->count += rc == 0;
+	return rc;
 }
 
 int io_threads_create(int event_fd, struct io_threads **out, struct err *err)
 {
 	struct io_threads *t = xcalloc(1, sizeof(*t));
 	t->event_fd = event_fd;
-	t->submitted_tail = &t->submitted;
-	t->ended_tail = &t->ended;
+	t->ready_tail = &t->ready;
 	pthread_mutex_init(&t->lock, NULL);
 	pthread_cond_init(&t->work, NULL);
-	while (t->count < WORKERS) {
-		int rc = pthread_create(&t->workers[t->count], NULL, worker, t);
-		if (rc && t->count == 0) {
-			io_threads_destroy(t);
-			return err_sys(err, rc, "disk I/O threads");
-		}
-		if (rc)
-			break;
-		t->count++;
+	pthread_mutex_lock(&t->lock);
+	int rc = add_worker(t);
+	pthread_mutex_unlock(&t->lock);
+	if (rc) {
+		io_threads_destroy(t);
+		return err_sys(err, rc, "disk I/O threads");
 	}
 	*out = t;
 	return 0;
@@ -114,22 +212,59 @@ void io_threads_destroy(struct io_threads *t)
 	free(t);
 }
 
-void io_threads_submit(struct io_threads *t, struct io_op *op)
+/* The file's own, as long as there are enough. */
+static struct lane *lane_for(struct io_threads *t, const struct io_op *op)
+{
+	if (op->kind != IO_WRITE)
+		return &t->lanes[FILE_LANES + t->turn++ % OTHER_LANES];
+	for (unsigned i = 0; i < FILE_LANES; i++) {
+		struct lane *lane = &t->lanes[((unsigned)op->fd + i) % FILE_LANES];
+		bool used = lane->ready || lane->taken;
+		if (!used)
+			lane->fd = op->fd;
+		if (lane->fd == op->fd)
+			return lane;
+	}
+	return &t->lanes[(unsigned)op->fd % FILE_LANES];
+}
+
+void io_threads_add(struct io_threads *t, struct io_op *op)
 {
 	op->next = NULL;
+	list_append(&t->added, (struct op_list){op, op});
+}
+
+void io_threads_go(struct io_threads *t)
+{
+	if (!t->added.head)
+		return;
 	pthread_mutex_lock(&t->lock);
-	*t->submitted_tail = op;
-	t->submitted_tail = &op->next;
-	pthread_cond_signal(&t->work);
+	unsigned before = t->ready_count;
+	for (struct io_op *op = t->added.head, *next; op; op = next) {
+		next = op->next;
+		op->next = NULL;
+		struct lane *lane = lane_for(t, op);
+		list_append(&lane->ops, (struct op_list){op, op});
+		lane_ready(t, lane);
+	}
+	t->added = (struct op_list){0};
+	for (unsigned i = before; i < t->ready_count; i++)
+		pthread_cond_signal(&t->work);
+	/* Who is idle may have been woken for another lane, and not have taken it yet. If no thread can be made, the lane waits for one that is done. */
+	while (t->ready_count > t->idle && t->count < LANES && add_worker(t) == 0)
+		;
 	pthread_mutex_unlock(&t->lock);
 }
 
 struct io_op *io_threads_reap(struct io_threads *t)
 {
+	atomic_store(&t->any_ended, false);
 	pthread_mutex_lock(&t->lock);
-	struct io_op *list = t->ended;
-	t->ended = NULL;
-	t->ended_tail = &t->ended;
+	struct io_op *list = t->ended.head;
+	t->ended = (struct op_list){0};
 	pthread_mutex_unlock(&t->lock);
 	return list;
 }
+
+bool io_threads_ended(const struct io_threads *t) { return atomic_load(&t->any_ended); }
+void io_threads_arm(struct io_threads *t, bool armed) { atomic_store(&t->armed, armed); }

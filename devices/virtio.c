@@ -91,6 +91,17 @@ void virtio_signal(struct virtio_device *vdev, unsigned queue)
 		interrupt(vdev, q->s.vector, VIRTIO_ISR_QUEUE);
 }
 
+void virtio_publish(struct virtio_device *vdev, unsigned queue)
+{
+	struct err err = ERR_INIT;
+
+	if (!virtio_is_live(vdev))
+		return;
+	if (virtq_publish_put(&vdev->slots[queue].q, &err) < 0)
+		virtio_break(vdev, &err);
+	virtio_signal(vdev, queue);
+}
+
 void virtio_config_changed(struct virtio_device *vdev)
 {
 	vdev->generation++;
@@ -126,6 +137,26 @@ static void cancel(struct virtio_device *vdev)
 		vdev->about.ops->cancel(vdev->about.opaque);
 }
 
+void virtio_expect(struct virtio_device *vdev, unsigned queue)
+{
+	struct virtio_slot *slot = &vdev->slots[queue];
+
+	if (slot->hot || !slot->q.s.enabled)
+		return;
+	slot->hot = true;
+	virtq_disarm(&slot->q);
+	loop_poller_heat(vdev->poller);
+}
+
+bool virtio_rearm(struct virtio_device *vdev, unsigned queue)
+{
+	struct virtio_slot *slot = &vdev->slots[queue];
+
+	return slot->hot ? virtq_has_chain(&slot->q) : virtq_rearm(&slot->q);
+}
+
+void virtio_stall(struct virtio_device *vdev, unsigned queue) { vdev->slots[queue].stalled = true; }
+
 static void kicked(void *opaque, uint32_t events)
 {
 	struct virtio_slot *slot = opaque;
@@ -136,12 +167,55 @@ static void kicked(void *opaque, uint32_t events)
 	if (eventfd_read(slot->kick_fd, &count) < 0)
 		return;
 	virtio_lock(vdev);
-	if (!virtio_is_live(vdev))
+	if (!virtio_is_live(vdev)) {
 		cancel(vdev);
-	else if (slot->q.s.enabled)
+	} else if (slot->q.s.enabled) {
+		slot->stalled = false;
+		if (vdev->poller != NULL)
+			virtio_expect(vdev, slot->index);
 		vdev->about.ops->notify(vdev->about.opaque, slot->index);
+	}
 	virtio_unlock(vdev);
 }
+
+/* --- polling (loop_poller_ops) --- */
+
+static bool poll_queues(void *opaque)
+{
+	struct virtio_device *vdev = opaque;
+	bool found = false;
+
+	virtio_lock(vdev);
+	for (unsigned i = 0; i < vdev->about.queues && virtio_is_live(vdev); i++) {
+		struct virtio_slot *slot = &vdev->slots[i];
+		if (!slot->hot || slot->stalled || !virtq_has_chain(&slot->q))
+			continue;
+		found = true;
+		vdev->about.ops->notify(vdev->about.opaque, i);
+	}
+	virtio_unlock(vdev);
+	return found;
+}
+
+static bool rest_queues(void *opaque)
+{
+	struct virtio_device *vdev = opaque;
+	bool found = false;
+
+	virtio_lock(vdev);
+	for (unsigned i = 0; i < vdev->about.queues; i++) {
+		struct virtio_slot *slot = &vdev->slots[i];
+		if (!slot->hot)
+			continue;
+		/* One that is not live is kicked when it lives (again). */
+		slot->hot = virtio_is_live(vdev) && virtq_rearm(&slot->q) && !slot->stalled;
+		found = found || slot->hot;
+	}
+	virtio_unlock(vdev);
+	return found;
+}
+
+static const struct loop_poller_ops poller_ops = {.poll = poll_queues, .rest = rest_queues};
 
 void virtio_request_begin(struct virtio_device *vdev) { vdev->inflight++; }
 
@@ -252,6 +326,8 @@ int virtio_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop, co
 	pthread_condattr_destroy(&monotonic);
 	for (unsigned i = 0; i < VIRTIO_MAX_QUEUES; i++)
 		vdev->slots[i] = (struct virtio_slot){.vdev = vdev, .index = i, .kick_fd = -1};
+	if (config->polls)
+		loop_add_poller(io_loop, &poller_ops, vdev, &vdev->poller);
 	int ret = create_slots(vdev, err);
 	if (ret == 0)
 		ret = virtio_pci_create(vdev, bus, err);
@@ -268,6 +344,7 @@ void virtio_destroy(struct virtio_device *vdev)
 	if (vdev == NULL)
 		return;
 	pci_device_destroy(vdev->pci);
+	loop_remove_poller(vdev->loop, vdev->poller);
 	for (unsigned i = 0; i < VIRTIO_MAX_QUEUES; i++) {
 		loop_remove(vdev->loop, vdev->slots[i].source);
 		if (vdev->slots[i].kick_fd >= 0)

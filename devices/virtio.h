@@ -81,6 +81,9 @@ struct virtio_config {
 	unsigned queues;
 	uint16_t queue_size;
 	uint32_t config_bytes;
+	/* For devices with many requests: while there is work, queues are looked at and the driver is asked not to notify (loop_poller). Then `notify` comes
+	 * without notifications, too, and asks for them by virtio_rearm. */
+	bool polls;
 	const struct virtio_ops *ops;
 	void *opaque;
 };
@@ -107,6 +110,15 @@ void virtio_request_begin(struct virtio_device *vdev);
 void virtio_request_end(struct virtio_device *vdev);
 /* Interrupts the driver if it wants to know of what was pushed. */
 void virtio_signal(struct virtio_device *vdev, unsigned queue);
+/* I/O thread: all that was available is popped. Asks the driver for a notification of the next chain, unless the queue is looked at anyway. True if
+ * one came meanwhile. */
+bool virtio_rearm(struct virtio_device *vdev, unsigned queue);
+/* I/O thread, devices that poll: something was given back, so the driver may soon offer more. */
+void virtio_expect(struct virtio_device *vdev, unsigned queue);
+/* I/O thread: there are chains that cannot be taken now. Whoever can kicks the queue. */
+void virtio_stall(struct virtio_device *vdev, unsigned queue);
+/* Shows what was put, and interrupts the driver if it wants to know. */
+void virtio_publish(struct virtio_device *vdev, unsigned queue);
 /* Calls `notify` for the queue again, from the loop. */
 void virtio_kick(struct virtio_device *vdev, unsigned queue);
 /* The driver broke the rules: NEEDS_RESET, configuration interrupt, one line in the log (2.1.2). */

@@ -41,8 +41,11 @@ enum {
 #define RANGE_BYTES	   16u /* of discard and write zeroes: sector, count, flags */
 #define RANGE_F_UNMAP	   1u
 #define MAX_RANGE_SECTORS  (1u << 21) /* 1 GiB: bounds the work of one request */
-#define PHYSICAL_BYTES	   4096u
-#define REQUESTS_IN_A_TURN 64u /* then the loop may park, or serve others */
+#define PHYSICAL_EXPONENT  3u	      /* log2 of sectors */
+#define PHYSICAL_BYTES	   (COW_SECTOR_BYTES << PHYSICAL_EXPONENT)
+#define OPTIMAL_BYTES	   65536u
+#define REQUESTS_IN_A_TURN 64u	      /* then the loop may park, or serve others ... */
+#define BYTES_IN_A_TURN	   (2u << 20) /* ... and what is in the page cache is copied before it may */
 #define ERRORS_LOGGED	   16u
 
 bool blk_is_write(uint32_t type) { return type == BLK_OUT || type == BLK_DISCARD || type == BLK_WRITE_ZEROES; }
@@ -203,7 +206,7 @@ int blk_prepare(struct blk_request *r, struct err *err)
 	return 0;
 }
 
-void blk_publish(struct blk_request *r, uint8_t status)
+void blk_put(struct blk_request *r, uint8_t status)
 {
 	struct virtio_blk *blk = r->blk;
 	struct virtqueue *q = virtio_queue(blk->vdev, r->queue);
@@ -213,10 +216,29 @@ void blk_publish(struct blk_request *r, uint8_t status)
 		return;
 	mem_mark_dirty(q->mem, r->status_gpa, 1);
 	*r->status = status;
-	if (virtq_push(q, r->chain.head, r->in_bytes, &err) < 0)
+	if (virtq_put(q, r->chain.head, r->in_bytes, &err) < 0)
 		virtio_break(blk->vdev, &err);
-	else
-		virtio_signal(blk->vdev, r->queue);
+}
+
+static void publish_all(struct virtio_blk *blk)
+{
+	for (unsigned i = 0; blk->unpublished != 0; i++) {
+		if (!(blk->unpublished & 1u << i))
+			continue;
+		blk->unpublished &= ~(1u << i);
+		virtio_publish(blk->vdev, i);
+		virtio_expect(blk->vdev, i);
+	}
+}
+
+/* The guest sees at once all that ended in a turn of the ring, and is interrupted once. */
+static void turn_ends(struct cow_turn *turn)
+{
+	struct virtio_blk *blk = container_of(turn, struct virtio_blk, turn);
+
+	virtio_lock(blk->vdev);
+	publish_all(blk);
+	virtio_unlock(blk->vdev);
 }
 
 static void finish(struct blk_request *r, uint8_t status)
@@ -227,7 +249,10 @@ static void finish(struct blk_request *r, uint8_t status)
 	/* Before the guest sees it: from then on the guest may write into its buffer. */
 	if (r->recorded)
 		blk_record_end(r, true, status);
-	blk_publish(r, status);
+	blk_put(r, status);
+	if (r->blk->unpublished == 0)
+		cow_io_at_turn_end(cow_disk_io(r->blk->disk), &r->blk->turn);
+	r->blk->unpublished |= 1u << r->queue;
 	blk_end(r);
 }
 
@@ -354,14 +379,15 @@ static void start_deferred(struct virtio_blk *blk, unsigned queue)
 	}
 }
 
-/* Takes one chain: 1, 0 if there is none, or -errno (the device is broken, or has no request left). */
-static int serve(struct virtio_blk *blk, unsigned queue)
+/* Takes one chain: 1, 0 if there is none, or -errno (the device is broken, or has no request left). *bytes grows by its data. */
+static int serve(struct virtio_blk *blk, unsigned queue, uint64_t *bytes)
 {
 	struct blk_request *r = blk_take(blk, queue);
 	struct err err = ERR_INIT;
 
 	if (r == NULL) {
 		blk->queues[queue].starved = true;
+		virtio_stall(blk->vdev, queue);
 		return -EAGAIN;
 	}
 	int ret = virtq_pop(virtio_queue(blk->vdev, queue), &r->chain, &err);
@@ -373,22 +399,37 @@ static int serve(struct virtio_blk *blk, unsigned queue)
 			virtio_break(blk->vdev, &err);
 		return ret;
 	}
+	*bytes += r->data_bytes;
 	blk_link(r);
 	start(r);
 	return 1;
 }
 
+/* True if more may be there. */
+static bool serve_some(struct virtio_blk *blk, unsigned queue)
+{
+	uint64_t bytes = 0;
+
+	for (unsigned n = 0; n < REQUESTS_IN_A_TURN && bytes < BYTES_IN_A_TURN; n++) {
+		int ret = virtio_is_live(blk->vdev) ? serve(blk, queue, &bytes) : -EPROTO;
+		if (ret < 0 || (ret == 0 && !virtio_rearm(blk->vdev, queue)))
+			return false;
+	}
+	return true;
+}
+
+/* What the driver offered goes to the kernel together. */
 static void notify(void *opaque, unsigned queue)
 {
 	struct virtio_blk *blk = opaque;
+	struct cow_io *io = cow_disk_io(blk->disk);
 
+	cow_io_plug(io);
 	start_deferred(blk, queue);
-	for (unsigned turn = 0; turn < REQUESTS_IN_A_TURN; turn++) {
-		int ret = virtio_is_live(blk->vdev) ? serve(blk, queue) : -EPROTO;
-		if (ret < 0 || (ret == 0 && !virtq_rearm(virtio_queue(blk->vdev, queue))))
-			return;
-	}
-	virtio_kick(blk->vdev, queue);
+	if (serve_some(blk, queue))
+		virtio_kick(blk->vdev, queue);
+	cow_io_unplug(io);
+	publish_all(blk); /* what ended at once: nothing stays put while the loop is parked */
 }
 
 /* What was not started is not with the disk: it can be forgotten. */
@@ -416,25 +457,21 @@ static void config_read(void *opaque, uint64_t offset, uint8_t *data, unsigned s
 
 static const struct virtio_ops ops = {.notify = notify, .cancel = cancel, .config_read = config_read};
 
+/* None of it tells of the image's clusters: a disk that goes back, or starts from a checkpoint, stands on another layer. */
 static void fill_config(struct virtio_blk *blk)
 {
-	uint32_t cluster = cow_cluster_bytes(blk->disk);
-	uint32_t physical = cluster < PHYSICAL_BYTES ? cluster : PHYSICAL_BYTES;
-	uint8_t exponent = 0;
 	uint8_t *c = blk->config;
 
-	while ((COW_SECTOR_BYTES << exponent) < physical)
-		exponent++;
 	put_le64(c + CONFIG_CAPACITY, cow_size(blk->disk) / COW_SECTOR_BYTES);
 	put_le32(c + CONFIG_SEG_MAX, VIRTQ_MAX_SEGMENTS - 2);
 	put_le32(c + CONFIG_BLK_SIZE, COW_SECTOR_BYTES);
-	c[CONFIG_PHYSICAL_EXP] = exponent;
-	put_le16(c + CONFIG_MIN_IO, (uint16_t)(physical / COW_SECTOR_BYTES));
-	put_le32(c + CONFIG_OPT_IO, cluster / COW_SECTOR_BYTES);
+	c[CONFIG_PHYSICAL_EXP] = PHYSICAL_EXPONENT;
+	put_le16(c + CONFIG_MIN_IO, (uint16_t)(PHYSICAL_BYTES / COW_SECTOR_BYTES));
+	put_le32(c + CONFIG_OPT_IO, OPTIMAL_BYTES / COW_SECTOR_BYTES);
 	put_le16(c + CONFIG_NUM_QUEUES, (uint16_t)blk->queue_count);
 	put_le32(c + CONFIG_MAX_DISCARD, MAX_RANGE_SECTORS);
 	put_le32(c + CONFIG_MAX_DISCARD_SEG, 1);
-	put_le32(c + CONFIG_DISCARD_ALIGNMENT, cluster / COW_SECTOR_BYTES);
+	put_le32(c + CONFIG_DISCARD_ALIGNMENT, PHYSICAL_BYTES / COW_SECTOR_BYTES);
 	put_le32(c + CONFIG_MAX_WRITE_ZEROES, MAX_RANGE_SECTORS);
 	put_le32(c + CONFIG_MAX_WRITE_ZEROES_SEG, 1);
 	c[CONFIG_MAY_UNMAP] = 1;
@@ -463,12 +500,14 @@ int virtio_blk_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop
 		.queues = config->queues == 0 ? 1 : config->queues,
 		.queue_size = VIRTQ_MAX_SIZE,
 		.config_bytes = BLK_CONFIG_BYTES,
+		.polls = true,
 		.ops = &ops,
 		.opaque = blk,
 	};
 
 	snprintf(name, sizeof(name), "disk %s", config->name);
 	blk->disk = disk;
+	blk->turn.fn = turn_ends;
 	blk->queue_count = about.queues;
 	blk->readonly = config->readonly || cow_is_readonly(disk);
 	about.features |= blk->readonly ? F_RO : F_DISCARD | F_WRITE_ZEROES;
@@ -491,6 +530,7 @@ void virtio_blk_destroy(struct virtio_blk *blk)
 {
 	if (blk == NULL)
 		return;
+	cow_io_cancel_turn(cow_disk_io(blk->disk), &blk->turn);
 	virtio_destroy(blk->vdev);
 	for (unsigned i = 0; i < VIRTIO_MAX_QUEUES; i++)
 		free(blk->queues[i].requests);

@@ -71,6 +71,8 @@ struct virtio_blk {
 	struct blk_queue queues[VIRTIO_MAX_QUEUES];
 	struct blk_request *first, *last; /* in flight, in order of submission */
 	unsigned errors;		  /* for the log */
+	unsigned unpublished;		  /* queues, by bit: the turn of the ring will publish */
+	struct cow_turn turn;
 
 	/* under the device lock: the last capture */
 	struct component_inflight captured;
@@ -89,7 +91,8 @@ void blk_release(struct blk_request *r);			      /* taken, not in flight */
 void blk_end(struct blk_request *r);				      /* in flight no more, nothing published */
 int blk_prepare(struct blk_request *r,
 		struct err *err); /* reads the header; -EPROTO if header or status have no room */
-void blk_publish(struct blk_request *r, uint8_t status);
+/* Puts it into the used ring; blk_publish_all or virtio_publish shows it. */
+void blk_put(struct blk_request *r, uint8_t status);
 bool blk_is_write(uint32_t type);
 const char *blk_type_name(uint32_t type);
 

@@ -288,7 +288,8 @@ static int deliver(struct blk_request *r, const struct completion *c, struct err
 			       r->chain.head);
 	if (has_data)
 		virtq_copy_to(&r->chain, 0, c->data, c->header.data_bytes);
-	blk_publish(r, c->header.status);
+	blk_put(r, c->header.status);
+	virtio_publish(r->blk->vdev, r->queue);
 	return 0;
 }
 

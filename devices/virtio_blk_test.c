@@ -11,7 +11,7 @@ Test(virtio_blk, features_and_configuration)
 	cr_expect_eq(rig_reg(&s->rig, SLOT, 0x200c, 4), 254, "segments");
 	cr_expect_eq(rig_reg(&s->rig, SLOT, 0x2014, 4), 512, "block size");
 	cr_expect_eq(rig_reg(&s->rig, SLOT, 0x2018, 1), 3, "physical block 4096");
-	cr_expect_eq(rig_reg(&s->rig, SLOT, 0x201c, 4), 128, "optimal I/O is a cluster");
+	cr_expect_eq(rig_reg(&s->rig, SLOT, 0x201c, 4), 128, "optimal I/O");
 	cr_expect_eq(rig_reg(&s->rig, SLOT, 0x2022, 2), 1, "queues");
 	cr_expect_eq(rig_reg(&s->rig, SLOT, 0x2028, 4), 1);
 	cr_expect_eq(rig_reg(&s->rig, SLOT, 0x2038, 4), 1, "may unmap");
@@ -54,6 +54,59 @@ Test(virtio_blk, requests_of_every_kind)
 	cr_expect_eq(do_request(s, WRITE_ZEROES, 0, 16), 0);
 	cr_expect(filled(s->disk.data + 5120, 0, 1024));
 	cr_expect_eq(rig_used_idx(&s->q), 6);
+	setup_destroy(s);
+}
+
+Test(virtio_blk, what_ends_together_is_one_interrupt)
+{
+	struct setup *s = setup_create();
+	start(s);
+	hold(s);
+	for (unsigned i = 0; i < 5; i++)
+		request(s, IN, i, 512);
+	go(s);
+	cr_expect_eq(s->disk.submitted, 5);
+	cr_expect_eq(rig_used_idx(&s->q), 0);
+	release(s);
+	cr_expect_eq(rig_used_idx(&s->q), 5);
+	cr_expect_eq(s->rig.msis[21], 1);
+	/* Some end at once, as they are refused. */
+	request(s, IN, DISK_BYTES / 512, 512);
+	request(s, 99, 0, 512);
+	go(s);
+	cr_expect_eq(rig_used_idx(&s->q), 7);
+	cr_expect_eq(s->rig.msis[21], 2);
+	setup_destroy(s);
+}
+
+/* A driver that notifies only when it is asked to loses nothing, and is seldom asked. */
+Test(virtio_blk, polling)
+{
+	enum { ROUNDS = 2000 };
+	struct setup *s = setup_create();
+	unsigned kicks = 0;
+	rig_stop(&s->rig);
+	loop_set_spare(s->rig.loop, 2);
+	rig_run(&s->rig);
+	start(s);
+	const uint16_t *flags = mem_at(s->rig.mem, s->q.used, 2, false);
+	for (unsigned i = 0; i < ROUNDS; i++) {
+		s->requests = 0;
+		request(s, IN, i % 100, 512);
+		__atomic_thread_fence(__ATOMIC_SEQ_CST);
+		if (!(__atomic_load_n(flags, __ATOMIC_RELAXED) & 1)) {
+			kicks++;
+			rig_kick(&s->q);
+		}
+		for (unsigned n = 0; n < 100000 && rig_used_idx(&s->q) != (uint16_t)(i + 1); n++)
+			usleep(n > 1000 ? 100 : 0);
+		cr_assert_eq(rig_used_idx(&s->q), (uint16_t)(i + 1));
+	}
+	cr_expect_lt(kicks, ROUNDS, "the device never looked by itself");
+	rig_settle(&s->rig);
+	for (unsigned n = 0; n < 1000 && __atomic_load_n(flags, __ATOMIC_RELAXED); n++)
+		usleep(1000);
+	cr_expect_eq(*flags, 0, "idle, and not to be notified");
 	setup_destroy(s);
 }
 

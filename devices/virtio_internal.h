@@ -14,6 +14,8 @@ struct virtio_slot {
 	int kick_fd; /* signalled by ioeventfd, register write or virtio_kick */
 	struct loop_source *source;
 	struct virtqueue q; /* under lock */
+	bool hot;	    /* under lock, as the next: looked at, the driver does not notify */
+	bool stalled;	    /* not to be looked at before the next kick */
 };
 
 struct virtio_device {
@@ -23,6 +25,7 @@ struct virtio_device {
 	struct loop *loop;
 	struct virtio_config about;
 	uint64_t features;
+	struct loop_poller *poller; /* NULL: the device is told of everything */
 	unsigned window; /* offset of the capability that is a window into the BAR */
 
 	uint64_t notify_at; /* where ioeventfds are registered, PCI_UNMAPPED: none; under the bus's config_lock */

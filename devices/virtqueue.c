@@ -10,6 +10,7 @@
 #define AVAIL_FLAGS	     0u
 #define AVAIL_IDX	     2u
 #define AVAIL_RING	     4u
+#define USED_FLAGS	     0u
 #define USED_IDX	     2u
 #define USED_RING	     4u
 #define USED_ENTRY_BYTES     8u
@@ -17,6 +18,7 @@
 #define DESC_F_WRITE	     2u
 #define DESC_F_INDIRECT	     4u
 #define AVAIL_F_NO_INTERRUPT 1u
+#define USED_F_NO_NOTIFY     1u
 
 struct descriptor {
 	uint64_t gpa;
@@ -75,6 +77,7 @@ void virtq_reset(struct virtqueue *q)
 {
 	q->s = (struct virtq_state){.size = q->max_size, .vector = VIRTQ_NO_VECTOR};
 	q->event_idx = q->indirect = false;
+	q->put = 0;
 	q->desc = q->avail = NULL;
 }
 
@@ -116,6 +119,7 @@ int virtq_load(struct virtqueue *q, const struct virtq_state *s, struct err *err
 {
 	q->s = *s;
 	q->s.enabled = 0;
+	q->put = 0;
 	q->desc = q->avail = NULL;
 	return s->enabled ? virtq_enable(q, err) : 0;
 }
@@ -261,6 +265,22 @@ int virtq_push(struct virtqueue *q, uint16_t head, uint32_t written, struct err 
 	return ret < 0 ? ret : virtq_publish(q, 1, err);
 }
 
+int virtq_put(struct virtqueue *q, uint16_t head, uint32_t written, struct err *err)
+{
+	int ret = virtq_fill(q, q->put, head, written, err);
+
+	q->put = (uint16_t)(q->put + (ret == 0));
+	return ret;
+}
+
+int virtq_publish_put(struct virtqueue *q, struct err *err)
+{
+	uint16_t count = q->put;
+
+	q->put = 0;
+	return count == 0 ? 0 : virtq_publish(q, count, err);
+}
+
 void virtq_unpop(struct virtqueue *q, uint16_t count) { q->s.next_avail = (uint16_t)(q->s.next_avail - count); }
 
 bool virtq_wants_interrupt(struct virtqueue *q)
@@ -290,17 +310,49 @@ bool virtq_may_owe_interrupt(const struct virtqueue *q)
 	return load16(q->avail + AVAIL_RING + 2u * q->s.size) != q->s.next_used;
 }
 
+bool virtq_has_chain(const struct virtqueue *q)
+{
+	return q->s.enabled && load16_acquire(q->avail + AVAIL_IDX) != q->s.next_avail;
+}
+
+static void set_used_flags(struct virtqueue *q, uint16_t flags)
+{
+	const uint8_t *now = mem_at(q->mem, q->s.used_gpa + USED_FLAGS, 2, false);
+
+	if (load16(now) != flags)
+		__atomic_store_n((uint16_t *)(void *)used_at(q, USED_FLAGS, 2), flags, __ATOMIC_RELAXED);
+}
+
+static void set_avail_event(struct virtqueue *q, uint16_t event)
+{
+	uint8_t *at = used_at(q, USED_RING + (uint64_t)USED_ENTRY_BYTES * q->s.size, 2);
+
+	if (at != NULL)
+		__atomic_store_n((uint16_t *)(void *)at, event, __ATOMIC_RELAXED);
+}
+
+/* With the event index: a place that the driver has passed. */
+void virtq_disarm(struct virtqueue *q)
+{
+	if (!q->s.enabled)
+		return;
+	if (q->event_idx)
+		set_avail_event(q, (uint16_t)(q->s.next_avail - 1));
+	else
+		set_used_flags(q, USED_F_NO_NOTIFY);
+}
+
 bool virtq_rearm(struct virtqueue *q)
 {
 	if (!q->s.enabled)
 		return false;
-	if (q->event_idx) {
-		uint8_t *event = used_at(q, USED_RING + (uint64_t)USED_ENTRY_BYTES * q->s.size, 2);
-		if (event != NULL)
-			__atomic_store_n((uint16_t *)(void *)event, q->s.next_avail, __ATOMIC_RELAXED);
-		__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	}
-	return load16_acquire(q->avail + AVAIL_IDX) != q->s.next_avail;
+	if (q->event_idx)
+		set_avail_event(q, q->s.next_avail);
+	else
+		set_used_flags(q, 0);
+	/* The driver makes a chain available, then looks at our wish; we set our wish, then look for a chain. */
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	return virtq_has_chain(q);
 }
 
 /* --- data --- */

@@ -40,6 +40,7 @@ struct virtqueue {
 	uint16_t max_size; /* immutable */
 	bool event_idx;	   /* VIRTIO_F_EVENT_IDX was negotiated */
 	bool indirect;	   /* VIRTIO_F_INDIRECT_DESC was negotiated */
+	uint16_t put;	   /* chains that the driver does not see given back yet */
 	struct virtq_state s;
 	const uint8_t *desc, *avail; /* host addresses while enabled */
 };
@@ -69,12 +70,17 @@ int virtq_pop(struct virtqueue *q, struct virtq_chain *chain, struct err *err);
 /* Reads the chain that starts at `head` once more, without touching the ring: for requests that a checkpoint
  * recorded. 0 or -EPROTO. */
 int virtq_walk(struct virtqueue *q, uint16_t head, struct virtq_chain *chain, struct err *err);
+/* True if the driver has made a chain available that was not popped. */
+bool virtq_has_chain(const struct virtqueue *q);
 /* Gives the chain back with `written` bytes (2.7.8). */
 int virtq_push(struct virtqueue *q, uint16_t head, uint32_t written, struct err *err);
 /* The same in two steps, for chains that the driver must see given back at once: fill 0, 1, 2 ... ahead, then publish
  * how many. */
 int virtq_fill(struct virtqueue *q, uint16_t ahead, uint16_t head, uint32_t written, struct err *err);
 int virtq_publish(struct virtqueue *q, uint16_t count, struct err *err);
+/* And where nobody wants to count: all that were put. None stays put while the loop is parked. */
+int virtq_put(struct virtqueue *q, uint16_t head, uint32_t written, struct err *err);
+int virtq_publish_put(struct virtqueue *q, struct err *err);
 /* The last `count` chains were not popped after all; nothing of them is kept. */
 void virtq_unpop(struct virtqueue *q, uint16_t count);
 /* After pushes: must the driver be interrupted (2.7.7)? Remembers that it was. */
@@ -82,6 +88,8 @@ bool virtq_wants_interrupt(struct virtqueue *q);
 /* The driver may not know of all that was pushed: it has not said that it has seen it. For queues put back from a
  * checkpoint. */
 bool virtq_may_owe_interrupt(const struct virtqueue *q);
+/* The queue is looked at: the driver need not notify (a hint, 2.7.10), until virtq_rearm. */
+void virtq_disarm(struct virtqueue *q);
 /* All that was available is popped: asks the driver for a notification of the next chain (2.7.10). True if one came
  * meanwhile. */
 bool virtq_rearm(struct virtqueue *q);

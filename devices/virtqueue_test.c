@@ -244,6 +244,49 @@ Test(virtqueue, interrupts_by_flag)
 	ring_destroy(r);
 }
 
+Test(virtqueue, what_was_put_is_shown_at_once)
+{
+	struct ring *r = ring_create(8, false);
+	virtq_publish_put(&r->q, NULL);
+	cr_expect_eq(get16(r, USED + 2), 0);
+	for (uint16_t i = 0; i < 3; i++)
+		cr_expect_eq(virtq_put(&r->q, i, 0, NULL), 0);
+	cr_expect_eq(get16(r, USED + 2), 0);
+	virtq_publish_put(&r->q, NULL);
+	cr_expect_eq(get16(r, USED + 2), 3);
+	cr_expect_eq(get_le32(mem_at(r->mem, USED + 4 + 8 * 2, 4, false)), 2);
+	/* What was put before a reset is nothing to the driver after it. */
+	virtq_put(&r->q, 3, 0, NULL);
+	virtq_reset(&r->q);
+	virtq_publish_put(&r->q, NULL);
+	cr_expect_eq(get16(r, USED + 2), 3);
+	ring_destroy(r);
+}
+
+Test(virtqueue, notifications_are_asked_for_and_not)
+{
+	struct ring *r = ring_create(8, false);
+	virtq_disarm(&r->q);
+	cr_expect_eq(get16(r, USED), 1, "VIRTQ_USED_F_NO_NOTIFY");
+	cr_expect(!virtq_has_chain(&r->q));
+	desc(r, DESC, 0, DATA, 16, 0, 0);
+	offer(r, 0);
+	cr_expect(virtq_has_chain(&r->q));
+	cr_expect(virtq_rearm(&r->q), "one came meanwhile");
+	cr_expect_eq(get16(r, USED), 0);
+	ring_destroy(r);
+
+	/* A driver notifies when its index passes the event index: 2.7.10.1. */
+	r = ring_create(8, true);
+	virtq_disarm(&r->q);
+	uint16_t event = get16(r, USED + 4 + 8 * 8);
+	for (uint16_t old = 0; old < 100; old++)
+		cr_expect((uint16_t)(old + 1 - event - 1) >= (uint16_t)(old + 1 - old), "notifies of %u", old);
+	virtq_rearm(&r->q);
+	cr_expect_eq(get16(r, USED + 4 + 8 * 8), 0);
+	ring_destroy(r);
+}
+
 Test(virtqueue, interrupts_by_event_index)
 {
 	struct ring *r = ring_create(8, true);

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -270,6 +271,15 @@ static int boot(struct machine *machine, struct err *err)
 	return rc ? rc : boot_load(machine->vm, &kernel, err);
 }
 
+/* Of the host's processors that this process may use, those that its vCPUs leave. */
+static unsigned spare_processors(unsigned cpus)
+{
+	cpu_set_t allowed;
+	unsigned count = sched_getaffinity(0, sizeof(allowed), &allowed) == 0 ? (unsigned)CPU_COUNT(&allowed) : 0;
+
+	return count > cpus ? count - cpus : 0;
+}
+
 static int build(struct machine *machine, struct err *err)
 {
 	struct machine_config *config = machine->options.config;
@@ -289,6 +299,8 @@ static int build(struct machine *machine, struct err *err)
 		rc = vm_create(&vm, &machine->vm, err);
 	if (!rc)
 		rc = loop_create(&machine->loop, err);
+	if (!rc)
+		loop_set_spare(machine->loop, spare_processors(config->cpus));
 	if (!rc)
 		rc = cow_io_create(machine->loop, &machine->io, err);
 	if (!rc)

@@ -203,6 +203,7 @@ struct machine *machine_start(const struct machine_shape *shape)
 	cr_assert(ok(store_open(store, true, &m->store, &err), &err, "store"));
 	cr_assert(ok(store_vm_lock(m->store, "m", &m->vm_lock, &err), &err, "lock"));
 	cr_assert(start_engine(m, &err));
+	loop_set_spare(m->rig.loop, (unsigned)(shape->seed % 3));
 	rig_run(&m->rig);
 	for (unsigned i = 0; i < m->disk_count; i++)
 		start_driver(m, i);
@@ -279,7 +280,27 @@ unsigned machine_held(struct machine *m)
 	return call.count;
 }
 
-void machine_settle(struct machine *m) { rig_settle(&m->rig); }
+/* A device that looks at a queue on its own does not ask for notifications (used ring, flags: bit 0). */
+static bool is_looked_at(struct machine *m)
+{
+	for (unsigned d = 0; d < m->disk_count; d++) {
+		for (unsigned q = 0; q < m->queue_count; q++) {
+			const uint16_t *flags = mem_at(m->rig.mem, m->guest->queues[d][q].used, 2, false);
+			if (__atomic_load_n(flags, __ATOMIC_ACQUIRE) & 1)
+				return true;
+		}
+	}
+	return false;
+}
+
+void machine_settle(struct machine *m)
+{
+	uint64_t until = clock_now_ns() + LOST_NS;
+	rig_settle(&m->rig);
+	while (is_looked_at(m) && clock_now_ns() < until)
+		usleep(20);
+	CHECK(!is_looked_at(m));
+}
 
 /* --- the guest --- */
 

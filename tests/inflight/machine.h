@@ -92,7 +92,7 @@ struct machine_shape {
 	uint32_t cluster_bytes; /* 0: raw images */
 	uint64_t sectors;	/* of each disk */
 	bool without_flush;
-	uint64_t seed;
+	uint64_t seed; /* also tells whether the I/O thread polls */
 };
 
 struct machine *machine_start(const struct machine_shape *shape);
@@ -102,13 +102,14 @@ void machine_end(struct machine *m);
 void machine_set_rules(struct machine *m, const struct test_rule *rules, unsigned count);
 void machine_end_some(struct machine *m, unsigned count);
 unsigned machine_held(struct machine *m);
-/* All that the device was told of has been begun, and all that has ended is in the rings. */
+/* All that the devices were told of has been begun, and all that has ended is in the rings. No device looks at its queues before something ends or it is
+ * notified. */
 void machine_settle(struct machine *m);
 
 /*
  * Offers a request. The device takes it when it looks at the ring, at the latest when it is notified. NULL: no slot or descriptor is free.
- * quiet: it does not look before, as it was settled, and nothing else is offered; so the request is issued with the notification, perhaps
- * behind a checkpoint.
+ * quiet: it does not look before, as it was settled, nothing else is offered, and nothing in flight ends; so the request is issued with the notification,
+ * perhaps behind a checkpoint.
  */
 struct guest_slot *guest_offer(struct machine *m, unsigned disk, unsigned queue, enum guest_type type, uint64_t sector, uint64_t count, bool quiet);
 void guest_notify(struct machine *m); /* of all that was offered */

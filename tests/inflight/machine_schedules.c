@@ -115,7 +115,8 @@ static int take(struct play *p, struct ckpt_result *result, struct err *err)
 	/* The VM stands until it is durable: only where requests end by themselves. */
 	if (!p->held && pick(p, 4) == 0)
 		request = (struct ckpt_request){.wait = CKPT_WAIT_DURABLE};
-	for (uint64_t n = pick(p, 3) ? 0 : pick(p, 6); n > 0; n--)
+	/* Where something ends meanwhile, the device looks at the queue and may take them before the checkpoint. */
+	for (uint64_t n = p->held && pick(p, 3) == 0 ? pick(p, 6) : 0; n > 0; n--)
 		offer_one(p, true);
 	machine_mark(m);
 	int r = ckpt_take(m->engine, &request, result, err);
