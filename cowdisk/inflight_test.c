@@ -257,11 +257,11 @@ Test(inflight, copy_up_waits_for_pending_write_in_the_cluster)
 	setup(&f);
 	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
 	f.hold = KIND(IO_WRITE);
-	start(&f, &old, COW_WRITE, 0, 4096, 0xaa);
+	start(&f, &old, COW_WRITE, 0, 1024, 0xaa);
 	settle(&f);
 	cow_overlay_switch(o);
 	f.hold = 0;
-	start(&f, &new, COW_WRITE, 8192, 4096, 0xbb);	      /* copies up the rest of the cluster: must wait */
+	start(&f, &new, COW_WRITE, 2048, 1024, 0xbb); /* copies up the rest of the overlay's cluster, 4 KiB: must wait */
 	start(&f, &whole, COW_WRITE, CLUSTER, CLUSTER, 0xcc); /* copies nothing: must not */
 	settle(&f);
 	cr_expect(!new.done, "the cluster was copied up under a pending write");
@@ -269,13 +269,42 @@ Test(inflight, copy_up_waits_for_pending_write_in_the_cluster)
 	cow_io_release_held(f.io);
 	cr_expect_eq(finish(&f, &old), 0);
 	cr_expect_eq(finish(&f, &new), 0);
-	cr_expect(disk_holds(&f, 0, 4096, 0xaa), "the pending write was hidden by the copy");
-	cr_expect(disk_holds(&f, 8192, 4096, 0xbb));
-	cr_expect(disk_holds(&f, 4096, 4096, 0));
+	cr_expect(disk_holds(&f, 0, 1024, 0xaa), "the pending write was hidden by the copy");
+	cr_expect(disk_holds(&f, 2048, 1024, 0xbb));
+	cr_expect(disk_holds(&f, 1024, 1024, 0));
 	seal(o);
-	cr_expect(file_holds(&f, "layer.qcow2", 0, 4096, 0xaa));
-	cr_expect(file_holds(&f, "layer.qcow2", 8192, 4096, 0));
+	cr_expect(file_holds(&f, "layer.qcow2", 0, 1024, 0xaa));
+	cr_expect(file_holds(&f, "layer.qcow2", 2048, 1024, 0));
 	teardown(&f);
+}
+
+/* As small as a guest's writes, as long as the tables that are held in memory stay small. */
+Test(inflight, clusters_of_overlays)
+{
+	static const struct {
+		uint64_t size;
+		uint32_t cluster, overlay;
+	} cases[] = {
+		{1 << 20, 65536, 4096},	     {32ull << 30, 65536, 4096}, {(32ull << 30) + 65536, 65536, 8192}, {1ull << 40, 65536, 32768},
+		{8ull << 40, 65536, 65536}, {1 << 20, 512, 512},	   {1 << 20, 2 << 20, 4096},	       {1 << 20, 0, 4096},
+	};
+	for (size_t i = 0; i < ARRAY_LENGTH(cases); i++) {
+		struct fixture f = {.folder = "/tmp/vmcp-inflight-XXXXXX"};
+		cr_assert(mkdtemp(f.folder) != NULL);
+		CLEANUP_FREE char *layer = path_of(&f, "layer"), *top = path_of(&f, "top.qcow2");
+		struct cow_create create = {.size_bytes = cases[i].size, .cluster_bytes = cases[i].cluster};
+		struct cow_disk *overlay;
+		cr_assert_eq(cases[i].cluster ? cow_create(layer, &create, NULL) : cow_create_raw(layer, create.size_bytes, NULL), 0);
+		cr_assert_eq(cow_io_create(NULL, &f.io, NULL), 0);
+		cr_assert_eq(cow_open(f.io, layer, 0, &f.disk, NULL), 0);
+		cow_overlay_abandon(prepare(&f, "top.qcow2", "layer"));
+		cr_assert_eq(cow_open(f.io, top, COW_OPEN_READONLY | COW_OPEN_NO_LOCK, &overlay, NULL), 0);
+		cr_expect_eq(cow_cluster_bytes(overlay), cases[i].overlay, "case %zu: %u", i, cow_cluster_bytes(overlay));
+		cow_close(overlay, NULL);
+		cow_close(f.disk, NULL);
+		cow_io_destroy(f.io);
+		file_remove_tree(AT_FDCWD, f.folder, NULL);
+	}
 }
 
 Test(inflight, pending_read_and_discard_and_flush)

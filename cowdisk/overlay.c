@@ -13,9 +13,14 @@
 #include <string.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "base/fault.h"
 #include "cowdisk/disk_internal.h"
 #include "cowdisk/request_internal.h"
+
+#define OVERLAY_CLUSTER_BYTES 4096u
+#define OVERLAY_LARGEST_BYTES 65536u
+#define OVERLAY_L1_ENTRIES    16384u
 
 struct cow_overlay {
 	struct cow_disk *disk; /* immutable */
@@ -34,6 +39,20 @@ struct cow_overlay {
 	int result;
 };
 
+/*
+ * Small, so that what a guest writes seldom needs to be copied up: 4 KiB, as guests' file systems write. Larger where the L1 table, which each layer holds in
+ * memory, would have more than OVERLAY_L1_ENTRIES (beyond 32 GiB). Not larger than those of the layer below.
+ */
+static uint32_t overlay_cluster(const struct cow_disk *disk)
+{
+	uint64_t cluster = OVERLAY_CLUSTER_BYTES, largest = OVERLAY_LARGEST_BYTES;
+	if (cow_format_of(disk) == COW_FORMAT_QCOW2)
+		largest = cow_cluster_bytes(disk);
+	while (cluster < largest && div_round_up(disk->size, cluster * (cluster / 8)) > OVERLAY_L1_ENTRIES)
+		cluster *= 2;
+	return (uint32_t)min_u64(cluster, largest);
+}
+
 int cow_overlay_prepare(struct cow_disk *disk, const char *overlay_path, const char *layer_name,
 			struct cow_overlay **out, struct err *err)
 {
@@ -42,7 +61,7 @@ int cow_overlay_prepare(struct cow_disk *disk, const char *overlay_path, const c
 	enum cow_format format = cow_format_of(disk);
 	struct cow_create create = {
 		.size_bytes = disk->size,
-		.cluster_bytes = format == COW_FORMAT_QCOW2 ? cow_cluster_bytes(disk) : 0,
+		.cluster_bytes = overlay_cluster(disk),
 		.backing = layer_name,
 		.backing_format = format,
 	};
