@@ -119,12 +119,12 @@ def test_killed_at_each_step_of_a_merge_by_gc(env):
     for one in ids:
         if one not in kept:
             # Not by `rm`, which would merge itself.
-            env.vmcp("rm", one, env={"VMCP_FAULT": "330:1:eio"})
+            env.vmcp("rm", one, env={"VMCP_FAULT": "320:1:eio"})
     check_equal(listed(env), kept, "checkpoints left")
     before, present = contents(env, kept), content(env, disk)
     length = len(chain_of(env, disk))
     # Three runs to be merged: the last three of those that reach a merge end one each.
-    for fault in ("330:1", "118:1", "119:1", "118:1:eio", "119:1:enospc", "120:1", "331:1", "120:1:eio", "316:1", "316:2"):
+    for fault in ("320:1", "118:1", "119:1", "118:1:eio", "119:1:enospc", "120:1", "321:1", "120:1:eio", "316:1", "316:2"):
         dead = env.vmcp("gc", status=None, env={"VMCP_FAULT": fault + (":kill" if fault.count(":") == 1 else "")})
         check(dead.status != 0, f"fault {fault} was not reached: {dead}")
         check_equal(contents(env, kept), before, f"disks after fault {fault}")
@@ -142,7 +142,7 @@ def test_killed_at_each_step_of_a_merge_by_gc(env):
 
 def test_killed_at_each_step_of_a_merge_by_the_vm(env):
     """kill -9 of a VM that merges: what it kept is whole, and the disk goes on."""
-    for number, fault in enumerate(("330:1", "118:1", "119:1", "120:1", "331:1", "121:1", "316:1")):
+    for number, fault in enumerate(("320:1", "118:1", "119:1", "120:1", "321:1", "121:1", "316:1")):
         sub = vmcp_test.Env(f"merge{number}")
         try:
             disk = sub.image("disk.qcow2")
@@ -166,7 +166,7 @@ def test_killed_at_each_step_of_a_merge_by_the_vm(env):
 
 def test_errors_in_a_merge_by_the_vm(env):
     """Each step fails once: the VM and its checkpoints go on, and a later merge succeeds."""
-    for number, fault in enumerate(("118:1:enospc", "119:1:eio", "120:1:eio", "331:1:eio", "121:1:eio")):
+    for number, fault in enumerate(("118:1:enospc", "119:1:eio", "120:1:eio", "321:1:eio", "121:1:eio")):
         sub = vmcp_test.Env(f"mergefail{number}")
         try:
             disk = sub.image("disk.qcow2")
