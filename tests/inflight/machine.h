@@ -58,7 +58,7 @@ struct outcome {
 struct vm {
 	struct mem *mem;
 	_Atomic uint64_t *log; /* the dirty log */
-	bool standing;
+	_Atomic bool standing;
 };
 
 struct machine {
