@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/buf.h"
 #include "checkpoint/store/verify.h"
 #include "checkpoint/store/store_internal.h"
 
@@ -26,6 +27,28 @@ static int check_file_locked(struct store *store, char what[512], struct err *er
 	return rc;
 }
 
+/* Names in the schema are text to SQLite's own check, whatever they are. */
+static int check_columns_locked(struct store *store, struct err *err)
+{
+	static const char *const queries[] = {
+		"SELECT name, uuid, at, pid, state, memory_bytes, cpus, started_wall_ns, config_path, config_text, note FROM vms",
+		"SELECT tag, checkpoint FROM tags",
+		"SELECT number, id, kind FROM layers",
+		"SELECT layer, checkpoint FROM refs",
+		"SELECT path FROM images",
+	};
+	int rc = 0;
+
+	for (size_t i = 0; !rc && i < ARRAY_LENGTH(queries); i++) {
+		sqlite3_stmt *s;
+
+		rc = catalog_prepare_locked(store, queries[i], &s, err);
+		if (!rc)
+			sqlite3_finalize(s);
+	}
+	return rc;
+}
+
 /* What can be compared: a parent may have moved up since. */
 static bool agree(const struct store_checkpoint *a, const struct store_checkpoint *b)
 {
@@ -46,6 +69,8 @@ int store_verify_catalog(struct store *store, char what[512], struct err *err)
 	what[0] = '\0';
 	pthread_mutex_lock(&store->lock);
 	int rc = check_file_locked(store, what, err);
+	if (!rc && !what[0])
+		rc = check_columns_locked(store, err);
 	pthread_mutex_unlock(&store->lock);
 	if (rc || what[0])
 		return rc;

@@ -416,7 +416,9 @@ class Catalog:
         if result.status == 0:
             check_equal(log.json["checkpoints"], self.log["checkpoints"], f"{where}: the log")
         if thorough:
-            mended = self.env.vmcp("gc", "--rebuild", status=0)
+            mended = self.env.vmcp("gc", "--rebuild", status=None)
+            # 1: what only the old catalogue knew (VMs, tags, images) may be lost with it, and it says so. Checkpoints are not.
+            check(mended.status == 0 or (mended.status == 1 and "could not be read to its end" in mended.err), f"{where}: {mended}")
             check_equal({one["id"] for one in self.env.vmcp_json("log")["checkpoints"]}, set(ids), f"{where}: rebuilt: {mended}")
             check_equal(verify(self.env)[0], {one: [] for one in ids}, f"{where}: rebuilt")
         return result.status != 0
