@@ -126,13 +126,13 @@ def test_balloon(env):
     env.vmcp("kill", "debian")
 
 
-DHCP = r"""printf '#!/bin/sh\n[ "$1" = bound ] && ip addr add $ip/24 dev $interface && ip route add default via $router\nexit 0\n' > /run/dhcp
-chmod +x /run/dhcp; busybox ip link set eth0 up; sed -i 's/ip /busybox ip /g' /run/dhcp; busybox udhcpc -i eth0 -n -q -t 30 -T 1 -s /run/dhcp"""
-# A server that answers lines, and a client that writes down how its connection ended.
+DHCP = r"""printf '#!/bin/sh\n[ "$1" = bound ] && ip addr add $ip/24 dev $interface && ip route add default via $router\nexit 0\n' > /var/tmp/dhcp
+chmod +x /var/tmp/dhcp; busybox ip link set eth0 up; sed -i 's/ip /busybox ip /g' /var/tmp/dhcp; busybox udhcpc -i eth0 -n -q -t 30 -T 1 -s /var/tmp/dhcp"""
+# A server that answers lines, and a client that writes down how its connection ended (no job of the console's shell, which would tell of its end).
 SERVER = """perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 8080, Listen => 8, ReuseAddr => 1) or die;
 while ($c = $s->accept) { if (!fork) { $c->autoflush(1); while (<$c>) { print $c "echo $_" } exit } }' > /run/server 2>&1 &"""
-CLIENT = """perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(PeerAddr => "10.0.2.2:%d") or die; open(F, ">/run/ended"); $n = sysread($s, $b, 1);
-print F defined $n ? "end" : "error: $!"; close F' > /run/client 2>&1 &"""
+CLIENT = """(perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(PeerAddr => "10.0.2.2:%d") or die; open(F, ">/run/ended"); $n = sysread($s, $b, 1);
+print F defined $n ? "end" : "error: $!"; close F' > /run/client 2>&1 &)"""
 
 # Lines from the host to the socket device, answered: AF_VSOCK is 40, any CID all ones.
 VSOCK_SERVER = """perl -e 'socket(S, 40, 1, 0) or die "$!"; bind(S, pack("SSLLx4", 40, 0, 5000, 0xffffffff)) or die "$!"; listen(S, 5);
@@ -196,6 +196,7 @@ def test_network(env):
     check("10.0.2.15/24" in console.check("busybox ip addr show eth0"), "no address")
     check("52:56:" in console.check("cat /sys/class/net/eth0/address"), "the address is not the VM's own")
     console.check(SERVER + "\n" + VSOCK_SERVER + " sleep 2")
+    console.check("for i in $(seq 120); do grep -q ':1F90 ' /proc/net/tcp && break; sleep 0.5; done; grep ':1F90 ' /proc/net/tcp || ! cat /run/server /run/vserver", 90)
     Caller(port).echo("first")
     listener = socket.create_server(("127.0.0.1", 0))
     console.check(CLIENT % listener.getsockname()[1])
