@@ -175,11 +175,23 @@ class VsockCaller:
         self.socket.sendall(f"CONNECT {port}\n".encode())
         self.file = self.socket.makefile("rwb", buffering=0)
         answer = self.file.readline()
-        check(answer.startswith(b"OK "), f"CONNECT {port}: {answer}")
+        check(answer.startswith(b"OK "), f"CONNECT {port} of {name}: {answer}")
 
     def echo(self, text):
         self.file.write(f"{text}\n".encode())
         check_equal(self.file.readline().decode(), f"vsock {text}\n", "answer over vsock")
+
+
+def first_vsock_caller(env):
+    """Its server may not listen yet; later ones are answered at once."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return VsockCaller(env, "debian", 5000)
+        except vmcp_test.Failed:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 def wait_ended(console):
@@ -203,7 +215,7 @@ def test_network(env):
     accepted, _ = listener.accept()
     caller = Caller(port)
     caller.echo("before")
-    vsock = VsockCaller(env, "debian", 5000)
+    vsock = first_vsock_caller(env)
     vsock.echo("before")
     taken = env.vmcp_json("checkpoint", "--live", "--tag", "good", timeout=120)
     caller.echo("after the checkpoint")
