@@ -115,9 +115,9 @@ void vm_clear_stop(struct vm *vm);
 
 /* Before the first vCPU: capabilities, irqchip, timer. Sets vm->arch. */
 int vm_arch_create(struct vm *vm, struct err *err);
-/* After the last vCPU: CPUID, what state there is to save. */
 /* The name as a constant; of one that vm_knows_cpu_model knows, or NULL. */
 const char *vm_cpu_model_name(const char *name);
+/* After the last vCPU: CPUID, what state there is to save. */
 int vm_arch_create_vcpus(struct vm *vm, struct err *err);
 void vm_arch_destroy(struct vm *vm);
 /* Saves the part of a vCPU's state that only the vCPU itself changes. In its own thread, out of KVM_RUN. */
