@@ -65,6 +65,8 @@ def parse_arguments():
     parser.add_argument("--wait", type=float, default=60, help="seconds to wait for a quiet moment before each sample (60; 0: none)")
     parser.add_argument("--shield", type=int, default=0, metavar="NICE", help="niceness of each VM's session towards other sessions (0): on a machine "
                         "with other work, -20 keeps that out of the figures")
+    parser.add_argument("--max-rate", type=parse_size, default=0, metavar="SIZE", help="in the part `checkpoint`: bytes a second that a checkpoint may write "
+                        "(no limit)")
     parser.add_argument("--strict", action="store_true", help="exit 1 if a target is missed")
     args = parser.parse_args()
     preset = SMOKE if args.smoke else QUICK if args.quick else FULL
@@ -120,7 +122,7 @@ def measure(args):
     if host.free_disk_bytes(folder) < need:
         host.say(f"warning: {folder} has {host.free_disk_bytes(folder) >> 30} GiB free, {need >> 30} are wanted; VMCP_TMP names another place")
     results = records.Results({
-        "host": host.describe(), "rounds": args.rounds, "sizes": args.sizes, "loads": {load: loads.LOADS[load] for load in args.loads}, "shield": args.shield,
+        "host": host.describe(), "rounds": args.rounds, "sizes": args.sizes, "loads": {load: loads.LOADS[load] for load in args.loads}, "shield": args.shield, "max_rate": args.max_rate,
         "date": time.strftime("%Y-%m-%d", time.gmtime()), "command": "bench/run.sh " + " ".join(map(shlex.quote, sys.argv[1:])), "other_vms": others,
         "disk_bytes_per_s": disk_bytes_per_s, "builds": [{"label": one.label, "path": one.path, "version": one.version} for one in builds]})
     context = Context(args, builds, results, folder)

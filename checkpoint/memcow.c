@@ -20,7 +20,7 @@
  * Pages protected with one call. A call takes the page table locks, has KVM drop its mappings of the range and flushes
  * TLBs; a guest that touches the range meanwhile waits for all of it. docs/memory-cow.md has the measurements.
  */
-#define ARM_CHUNK_PAGES 512u
+#define ARM_CHUNK_PAGES 128u
 /* Pages released with one call where nobody is in a hurry. */
 #define RELEASE_CHUNK_PAGES 4096u
 /* Passes over what was written during arming, and how little is left for the pause when they end. */

@@ -31,7 +31,6 @@ int hold_create(struct hold *hold, uint64_t pages, struct err *err)
 	hold->slot_of = (void *)(hold->memory + hold->memory_bytes);
 	hold->free = (void *)(hold->memory + hold->memory_bytes + pages * sizeof(*hold->slot_of));
 	pthread_mutex_init(&hold->lock, NULL);
-	madvise(hold->memory, hold->memory_bytes, MADV_HUGEPAGE); /* only fewer faults: may fail */
 	return 0;
 }
 

@@ -16,7 +16,7 @@
 #define POOL_SEGMENTS 192u
 #define POOL_RESERVE  64u
 /* For how many pages that fault there is memory at any time, while they may be held. */
-#define HOLD_READY_PAGES 4096u
+#define HOLD_READY_PAGES 1024u
 /* Staging: copies beyond the scope's where nothing is said, and how many are ready for the pause at any time. */
 #define STAGE_SPARE_PAGES 2048u
 #define STAGE_READY_PAGES 1024u

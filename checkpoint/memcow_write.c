@@ -410,9 +410,6 @@ void *memcow_writer_main(void *opaque)
 	if (check_space(&w, &w.err) != 0)
 		memcow_fail(cow, &w.err);
 	signal_ready(cow);
-	/* The rest meanwhile. What is staged is copied by a thread of more weight than this one: it touches its buffers itself. */
-	if (cow->way != MEMCOW_STAGE)
-		pool_populate(cow->pool, POOL_SEGMENTS);
 	/* Pages that are copied in the pause must not bring I/O into it. What settles is written before, and drained. */
 	if (cow->way == MEMCOW_SETTLE || memcow_wait_for_save(cow)) {
 		if (reserve_space(&w, &w.err) != 0 || lay_out(&w, &w.err) != 0)

@@ -15,7 +15,7 @@
 #define STAGE_MAX_NS 500e6
 /* What is copied in the pause: passes end at so much, and a plan that leaves more is dropped for another one. */
 #define PAUSE_ENOUGH_NS 50e3
-#define PAUSE_MOST_NS	500e3
+#define PAUSE_MOST_NS	300e3
 #define ENOUGH_MIN	32u
 #define ENOUGH_MAX	512u
 #define MAX_PASSES	8u
@@ -26,6 +26,10 @@
 #define NOTE_UP		 0.25
 #define NOTE_DOWN	 0.5
 #define MEASURED_PAGES	 128u
+/* Of what could not be staged three quarters may be tried next, and all of it again after some six checkpoints. */
+#define FAILED_PART  0.75
+#define FORGET_EACH  1.05
+#define FORGOTTEN    1e12
 
 void planner_note(double *cost, double measured)
 {
@@ -59,6 +63,15 @@ void planner_measure(struct planner_costs *costs)
 	memcpy(pages + bytes, pages, bytes);
 	planner_note_pages(&costs->copy_page_ns, (double)(clock_now_ns() - start_ns), MEASURED_PAGES);
 	munmap(pages, 2 * bytes);
+}
+
+void planner_note_failed_staging(struct planner_costs *costs, uint64_t pages) { costs->stage_most_pages = (double)pages * FAILED_PART; }
+
+void planner_age(struct planner_costs *costs)
+{
+	costs->stage_most_pages *= FORGET_EACH;
+	if (costs->stage_most_pages > FORGOTTEN)
+		costs->stage_most_pages = 0;
 }
 
 const char *planner_name(enum planner_way way, bool incremental)
@@ -138,6 +151,10 @@ static bool choose_staging(const struct planner_case *c, const struct planner_co
 		return false;
 	}
 	bool converges = foresee_staging(c, costs, plan);
+	if (c->can_protect && costs->stage_most_pages > 0 && (double)c->pages > costs->stage_most_pages) {
+		snprintf(why, PLANNER_REASON_BYTES, "staging of so much did not get ahead of the guest lately");
+		return false;
+	}
 	uint64_t bytes = plan->copied_pages * PAGE_BYTES, room = c->free_bytes / FREE_PART;
 	if (bytes > room)
 		snprintf(why, PLANNER_REASON_BYTES, "staging would take %llu MiB of copies, and %llu MiB are free", mib(bytes), mib(c->free_bytes));

@@ -30,6 +30,7 @@ struct planner_costs {
 	double fault_ns;	    /* a write that meets the protection: seen until released */
 	double written_pages_per_s; /* different pages that the guest writes in the time of a pass */
 	double saved_bytes_per_s;   /* to the file, until they are durable */
+	double stage_most_pages;    /* staging of more has failed lately; 0: of none */
 };
 
 /* The first measurement counts as it is, a later one half if it is lower, else a quarter, and as no more than the double: a busy
@@ -42,6 +43,11 @@ void planner_note_pages(double *cost, double total, uint64_t count);
 /* Notes what it takes to copy pages, by a measurement of its own of some 0.1 ms: for a checkpoint before which none was staged, so that it
  * is neither unknown nor old. */
 void planner_measure(struct planner_costs *costs);
+
+/* Staging of so many pages did not get ahead of the guest: until some more checkpoints were taken, only less is staged where there is another way. */
+void planner_note_failed_staging(struct planner_costs *costs, uint64_t pages);
+/* A checkpoint begins: what has failed counts a little less. */
+void planner_age(struct planner_costs *costs);
 
 struct planner_case {
 	bool live, settled; /* as was asked for */

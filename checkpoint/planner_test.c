@@ -86,6 +86,27 @@ Test(planner, staging_that_failed_is_not_tried_again)
 	cr_assert(plan.buffer_pages >= 10000);
 }
 
+Test(planner, staging_that_failed_is_tried_with_less_or_later)
+{
+	struct planner_case c = an_incremental(10000);
+	struct planner_costs costs = usual;
+	planner_note_failed_staging(&costs, 10000);
+	cr_assert_eq(chosen(c, costs).way, PLANNER_PROTECT);
+	cr_assert_eq(chosen(an_incremental(7000), costs).way, PLANNER_STAGE);
+	c.can_protect = false; /* there is no better way */
+	cr_assert_eq(chosen(c, costs).way, PLANNER_STAGE);
+	c.can_protect = true;
+	for (unsigned i = 0; i < 3; i++)
+		planner_age(&costs);
+	cr_assert_eq(chosen(c, costs).way, PLANNER_PROTECT);
+	for (unsigned i = 0; i < 4; i++)
+		planner_age(&costs);
+	cr_assert_eq(chosen(c, costs).way, PLANNER_STAGE);
+	for (unsigned i = 0; i < 1000; i++)
+		planner_age(&costs);
+	cr_assert_eq(costs.stage_most_pages, 0);
+}
+
 Test(planner, without_protection_it_settles_or_pauses_longer)
 {
 	struct planner_case c = an_incremental(60000);

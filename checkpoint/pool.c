@@ -33,7 +33,6 @@ int pool_create(unsigned segments, unsigned reserve, struct pool **out, struct e
 		return err_sys(err, number, "cannot allocate %zu bytes of copy buffers",
 			       (size_t)segments * SEGMENT_BYTES);
 	}
-	madvise(pool->memory, pool->memory_bytes, MADV_HUGEPAGE); /* only fewer faults: may fail */
 	pool->segments = xcalloc(segments, sizeof(*pool->segments));
 	pool->segment_count = segments;
 	pool->reserve = reserve;
@@ -90,19 +89,6 @@ void pool_touch_next(struct pool *pool, unsigned segments)
 	for (struct segment *segment = pool->free; segment && segments-- > 0; segment = segment->next)
 		segment_touch(segment);
 	pthread_mutex_unlock(&pool->lock);
-}
-
-void pool_populate(struct pool *pool, unsigned segments)
-{
-#ifdef MADV_POPULATE_WRITE
-	/* In steps: the call holds the lock of the address space all the while, so a thread that maps something waits
-	 * for it, and behind that thread every vCPU that faults. */
-	size_t bytes = (size_t)min_u64(segments, pool->segment_count) * SEGMENT_BYTES, done = 0;
-	while (done < bytes && madvise(pool->memory + done, SEGMENT_BYTES, MADV_POPULATE_WRITE) == 0)
-		done += SEGMENT_BYTES;
-#else
-	(void)pool, (void)segments;
-#endif
 }
 
 /* Under lock. */

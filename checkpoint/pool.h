@@ -51,11 +51,9 @@ void pool_reuse(struct pool *pool, unsigned reserve);
 /* Until then the kernel may have its memory, should it need it. All segments are free. */
 void pool_rest(struct pool *pool);
 unsigned pool_segments(const struct pool *pool);
-/* Sees to memory for the first `segments`, those that are given out first, so that no later use of it faults; where the kernel can (Linux 5.14), else
- * each page of it is had when it is used. Any thread, beside others that use them. */
-void pool_populate(struct pool *pool, unsigned segments);
-/* The same for the next `segments` that will be given out, and for one segment. */
+/* Sees to memory for the next `segments` that will be given out, so that no later use of it faults. */
 void pool_touch_next(struct pool *pool, unsigned segments);
+/* The same for one segment. */
 void segment_touch(struct segment *segment);
 
 /* An empty segment; waits for one. `may_use_reserve`: who must not wait for long. *waited (may be NULL) tells whether it had to.

@@ -10,7 +10,9 @@
 #include "checkpoint/engine_internal.h"
 
 #define STAGE_MAX_PASSES 8u
-#define RATE_MIN_NS	 300000u
+/* In longer times a guest writes the same pages again: what it wrote then says nothing about the last, short passes. */
+#define RATE_MIN_NS 300000u
+#define RATE_MAX_NS 5000000u
 /* Of passes that bring a quarter less each there is no use: docs/memory-cow.md. */
 #define PASS_NO_USE(count, before) ((count) > (before) / 4 * 3)
 #define PROTECT_MAX_PASSES   8u
@@ -95,12 +97,21 @@ static int stage_fresh(struct ckpt_engine *engine, struct err *err)
 	return memcow_stage_more(engine->memcow, &fresh, err);
 }
 
+/* True if passes that go on to shrink as the last one did leave more than may be left for the pause. */
+static bool staging_falls_behind(const struct take *take, uint64_t count, uint64_t before, unsigned pass)
+{
+	double shrinks = (double)count / (double)max_u64(before, 1), left = (double)count;
+	for (; pass < STAGE_MAX_PASSES && left > (double)take->plan.most_left_pages; pass++)
+		left *= shrinks;
+	return left > (double)take->plan.most_left_pages;
+}
+
 /* Several passes, each over what was written during the one before it, until little is. */
 static int stage_rest(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
 	struct memcow_stats stats;
-	uint64_t before = UINT64_MAX, count = 0, since_ns = tracker_timing(engine->tracker).at_ns;
+	uint64_t before = tracker_since_count(engine->tracker), count = 0, since_ns = tracker_timing(engine->tracker).at_ns;
 	int r = 0;
 	memcow_get_stats(engine->memcow, &stats);
 	for (unsigned pass = 1; pass < STAGE_MAX_PASSES && r == 0; pass++) {
@@ -110,9 +121,12 @@ static int stage_rest(struct take *take, struct err *err)
 		if (r != 0)
 			break;
 		uint64_t at_ns = tracker_timing(engine->tracker).at_ns;
-		if (pass == 1) /* a pass of more than a few pages */
+		if (pass == 1 && at_ns - since_ns <= RATE_MAX_NS) /* a pass of more than a few pages */
 			planner_note_rate(&engine->costs.written_pages_per_s, (double)count * 1e9 / (double)(at_ns - since_ns));
 		since_ns = at_ns;
+		/* Not stopped only after all passes: each of them takes longer than protecting what is left. */
+		if (staging_falls_behind(take, count, before, pass))
+			break;
 		r = stage_fresh(engine, err);
 		note_copies(take, &stats);
 		if (count <= take->plan.enough_pages || (count <= take->plan.most_left_pages && PASS_NO_USE(count, before)))
@@ -241,7 +255,7 @@ static void note_rate(struct take *take)
 	struct ckpt_engine *engine = take->engine;
 	uint64_t count, at_ns = tracker_timing(engine->tracker).at_ns;
 	uint64_t took_ns = clock_now_ns() - at_ns;
-	if (took_ns >= RATE_MIN_NS && tracker_peek(engine->tracker, &count, NULL) == 0)
+	if (took_ns >= RATE_MIN_NS && took_ns <= RATE_MAX_NS && tracker_peek(engine->tracker, &count, NULL) == 0)
 		planner_note_rate(&engine->costs.written_pages_per_s, (double)count * 1e9 / (double)took_ns);
 }
 
@@ -270,6 +284,7 @@ int take_stage_memory(struct take *take, struct err *err)
 	c->tracked = tracker_is_on(engine->tracker);
 	c->can_protect = memcow_can_protect(engine->memcow);
 	c->pages = c->incremental ? tracker_since_count(engine->tracker) : mem_pages(engine->mem);
+	planner_age(&engine->costs);
 	r = carry_out(take, err);
 	return r == -ENOBUFS ? take_restage_memory(take, err) : r;
 }
@@ -282,6 +297,7 @@ int take_restage_memory(struct take *take, struct err *err)
 	if (err)
 		*err = ERR_INIT;
 	take->plan_case.staging_failed = true;
+	planner_note_failed_staging(&engine->costs, take->plan_case.pages);
 	take->plan_case.pages = take->plan_case.incremental ? tracker_since_count(engine->tracker) : mem_pages(engine->mem);
 	return carry_out(take, err);
 }

@@ -22,11 +22,13 @@ def window(guest, action):
     """What the guest saw while `action` ran, and what action returned."""
     take_rate(guest)
     take_gap(guest)
+    stolen = host.stolen_ns()
     began = time.monotonic_ns()
     result = action()
     took = time.monotonic_ns() - began
+    stolen = host.stolen_ns() - stolen
     gap = take_gap(guest)
-    return {"gap": gap, "took_ns": took, "result": result, "writes_per_s": take_rate(guest)}
+    return {"gap": gap, "took_ns": took, "stolen_ns": stolen, "result": result, "writes_per_s": take_rate(guest)}
 
 
 def quiet_window(args, guest, action):
@@ -49,7 +51,7 @@ def around(args, guest, action, rest_seconds, after_seconds=0.2):
     taken = quiet_window(args, guest, action)
     after = window(guest, lambda: time.sleep(after_seconds))
     figures = {"gap_ns": taken["gap"]["max_ns"], "gap_at_rest_ns": rest["gap"]["max_ns"], "took_ns": taken["took_ns"],
-               "gaps_over_1ms": taken["gap"]["over_1ms"], "disturbed": int(taken["disturbed"])}
+               "gaps_over_1ms": taken["gap"]["over_1ms"], "stolen_ns": taken["stolen_ns"], "disturbed": int(taken["disturbed"])}
     if rest["writes_per_s"] > 100:  # a guest that does not write has no speed
         figures.update(before_writes_per_s=rest["writes_per_s"], during_writes_per_s=taken["writes_per_s"], after_writes_per_s=after["writes_per_s"],
                        speed_share=taken["writes_per_s"] / rest["writes_per_s"])

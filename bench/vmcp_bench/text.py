@@ -7,7 +7,8 @@ from .figures import label_of, parse_size, significant, size_text, unit_of
 TABLES = {
     "checkpoint": [
         ("Pause and gap", "ms; median (p95, max)", [("pause", "pause_ns", "spread"), ("longest gap", "gap_ns", "spread"),
-         ("at rest", "gap_at_rest_ns", "spread"), ("to captured", "captured_ns", "median"), ("to durable", "durable_ns", "median")]),
+         ("at rest", "gap_at_rest_ns", "spread"), ("to captured", "captured_ns", "median"), ("to durable", "durable_ns", "median"),
+         ("taken by the hypervisor", "stolen_ns", "median")]),
         ("Parts of the pause, and pages", "medians, ms", [("quiesce", "quiesce_ns", "median"), ("state", "state_ns", "median"),
          ("memory", "memory_ns", "median"), ("disks", "disks_ns", "median"), ("resume", "resume_ns", "median"),
          ("pages in the pause", "armed_again_pages", "median"), ("pages saved", "saved_pages", "median"), ("disturbed", "disturbed", "sum")]),
@@ -15,6 +16,9 @@ TABLES = {
          ("p99", "cow_fault_p99_ns", "median"), ("p99.9", "cow_fault_p999_ns", "median"), ("longest", "cow_fault_max_ns", "max")]),
         ("The guest's speed", "page writes a second, medians", [("before", "before_writes_per_s", "median"),
          ("during", "during_writes_per_s", "median"), ("after", "after_writes_per_s", "median"), ("during, %", "speed_share", "median")]),
+    ],
+    "stalls": [
+        ("", "ms; median (p95, max)", [("longest stall", "gap_ns", "spread"), ("over 1 ms", "over_1ms", "median"), ("taken by the hypervisor", "stolen_ns", "spread")]),
     ],
     "arming": [
         ("", "ms; median (p95, max)", [("longest gap ahead of the pause", "gap_ns", "spread"), ("at rest", "gap_at_rest_ns", "spread")]),

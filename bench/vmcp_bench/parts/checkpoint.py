@@ -32,9 +32,10 @@ def seconds(plan):
 def sample(context, guest, kind, durations):
     """The guest runs only while it is measured: it is never idle, and would disturb the others' samples."""
     rest = min(REST_SECONDS[1], max(REST_SECONDS[0], durations.get((guest, kind), 0)))
+    limit = {"max_rate": context.args.max_rate} if context.args.max_rate else {}
     guest.go()
     try:
-        figures, result = around(context.args, guest, lambda: guest.checkpoint(**KINDS[kind]), rest)
+        figures, result = around(context.args, guest, lambda: guest.checkpoint(**KINDS[kind], **limit), rest)
     finally:
         guest.hold()
         guest.discard_layers()
