@@ -87,7 +87,7 @@ mkdir -p build
 part "release build: units and engine" build_and_test_in_memory "${DISK_TEST_SCALE:-0.3}" release
 [ -z "$quick" ] || { [ ${#failed[@]} -eq 0 ]; exit; }
 part "ASan+UBSan build: units and engine" build_and_test_in_memory 0.1 debug
-part "TSan build: thread-heavy parts" build_and_test_in_memory 0.1 tsan
+part "TSan build: thread-heavy parts" build_and_test_in_memory 0.04 tsan
 
 export VMCP_BIN=$PWD/build/release/cli/vmcp VMCP_TINY=$PWD/build/release/examples/tiny/tiny.elf
 kind=$(tests/with-kvm --explain) || kind=none
