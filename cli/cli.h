@@ -83,6 +83,6 @@ extern const struct cli_command cli_run, cli_ps, cli_console, cli_pause, cli_res
 extern const struct cli_command cli_checkpoint, cli_cancel, cli_revert, cli_tag;
 extern const struct cli_command cli_rm, cli_gc, cli_verify, cli_diff, cli_dump;
 extern const struct cli_command cli_export, cli_import;
-extern const struct cli_command cli_disk, cli_log, cli_show, cli_doctor, cli_version, cli_help;
+extern const struct cli_command cli_config, cli_disk, cli_log, cli_show, cli_doctor, cli_version, cli_help;
 
 #endif

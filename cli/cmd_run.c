@@ -11,6 +11,7 @@ static int run(struct cli *cli, struct err *err)
 		.store_path = cli->store_path,
 		.config_path = cli->argument_count ? cli->arguments[0] : NULL,
 		.from = cli_value(cli, "from"),
+		.connect = cli_value(cli, "connect"),
 		.name = cli_value(cli, "name"),
 		.memory_backing = cli_value(cli, "memory-backing"),
 		.every = cli_value(cli, "every"),
@@ -21,7 +22,7 @@ static int run(struct cli *cli, struct err *err)
 	};
 	struct process_result result;
 
-	if (!options.config_path == !options.from) {
+	if (!options.config_path == !options.from || (options.connect && options.from)) {
 		err_set(err, ERR_USAGE, EINVAL, "run: name either a configuration or --from CKPT");
 		return err_hint(err, "usage: vmcp run %s", cli->command->synopsis);
 	}
@@ -39,6 +40,7 @@ static int run(struct cli *cli, struct err *err)
 
 static const struct cli_option options[] = {
 	{"detach", 'd', NULL, "return once the guest runs, and print the VM's name"},
+	{"connect", 0, "URI", "run a domain of this libvirt, such as qemu:///system"},
 	{"from", 0, "CKPT", "start from a checkpoint instead of booting"},
 	{"memory-backing", 0, "B", "small, thp or hugetlb, whatever the configuration or the checkpoint says"},
 	{"net", 0, "SETTING", "NAME:KEY=VALUE[,...]: other settings of network cards, such as lan:forward=tcp:8081:80"},
@@ -50,12 +52,13 @@ static const struct cli_option options[] = {
 
 const struct cli_command cli_run = {
 	.name = "run",
-	.synopsis = "GUEST.CFG | --from CKPT  [--detach] [--name NAME] [--memory-backing B] [--net SETTING] [--every TIME] [--keep N]",
+	.synopsis = "GUEST.CFG | DOMAIN.XML | --connect URI DOMAIN | --from CKPT  [--detach] [--name NAME] [--memory-backing B] [--net SETTING] [--every TIME] [--keep N]",
 	.summary = "boot a VM, or start one from a checkpoint",
 	.help = "In the foreground the guest's serial console is on stdin and stdout; Ctrl-] ends the VM. With --from "
 		"and another\n"
 		"--name the new VM gets disks of its own in the store; without one it takes the place of the VM that "
 		"was saved.\n\n"
+		"A libvirt domain is read from its XML, or from libvirt, and stays as it is there. What is not honoured is named.\n\n"
 		"A small guest.cfg:\n"
 		"    [vm]\n"
 		"    name = web\n"
@@ -68,6 +71,7 @@ const struct cli_command cli_run = {
 		"Examples:\n"
 		"    vmcp run guest.cfg\n"
 		"    vmcp run --detach guest.cfg && vmcp console web\n"
+		"    vmcp run --connect qemu:///system web --detach\n"
 		"    vmcp run --from before-upgrade --name try2 --detach\n"
 		"    vmcp run --every 50ms --keep 20 guest.cfg",
 	.options = options,

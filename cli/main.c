@@ -29,7 +29,7 @@ const struct cli_command *const cli_commands[] = {
 	&cli_kill, &cli_checkpoint, &cli_cancel,  &cli_revert,	&cli_log,    &cli_show,
 	&cli_tag,  &cli_rm,	    &cli_gc,	  &cli_verify, &cli_diff, &cli_dump,
 	&cli_export, &cli_import, &cli_disk,	&cli_stats,  &cli_balloon,
-	&cli_doctor, &cli_version,  &cli_help,    NULL,
+	&cli_config, &cli_doctor, &cli_version,  &cli_help,    NULL,
 };
 
 /* Commands of the contract that this version does not have: said plainly, rather than "unknown". */

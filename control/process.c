@@ -19,6 +19,7 @@
 #include "control/periodic.h"
 #include "control/server.h"
 #include "control/tidy.h"
+#include "machine/domain.h"
 
 #define ESCAPE_BYTE 0x1d /* Ctrl-] */
 
@@ -146,6 +147,15 @@ static int start_signals(struct process *process, struct err *err)
 
 /* --- what to run --- */
 
+static int read_config(const struct process_options *options, struct machine_config *config, struct err *err)
+{
+	if (options->connect)
+		return domain_fetch(options->connect, options->config_path, config, err);
+	if (domain_is_xml(options->config_path))
+		return domain_read_file(options->config_path, "", config, err);
+	return config_read_file(options->config_path, config, err);
+}
+
 static int find_config(struct process *process, struct err *err)
 {
 	const struct process_options *options = process->options;
@@ -154,7 +164,7 @@ static int find_config(struct process *process, struct err *err)
 	int rc;
 
 	if (!options->from)
-		return config_read_file(options->config_path, &process->config, err);
+		return read_config(options, &process->config, err);
 	rc = store_resolve(process->store, options->from, process->from, err);
 	if (!rc)
 		rc = store_pin(process->store, process->from, &process->from_pin, err);

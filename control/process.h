@@ -15,7 +15,8 @@
 
 struct process_options {
 	const char *store_path;
-	const char *config_path; /* guest.cfg, or NULL with `from` */
+	const char *config_path; /* guest.cfg or domain XML, or NULL with `from`; with `connect` a domain's name */
+	const char *connect;	 /* --connect: URI of the libvirt that has the domain, or NULL */
 	const char *from;	 /* a reference to a checkpoint, or NULL */
 	const char *name;	 /* --name, or NULL: the configuration's */
 	const char *memory_backing; /* --memory-backing, or NULL: the configuration's */

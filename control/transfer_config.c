@@ -70,6 +70,7 @@ static void place_cards(struct machine_config *config, const struct machine_conf
 			card->mode = known && known->mode != NET_NONE ? known->mode : NET_USER;
 		snprintf(card->tap, sizeof(card->tap), "%s", known ? known->tap : "");
 		snprintf(card->bridge, sizeof(card->bridge), "%s", known ? known->bridge : "");
+		snprintf(card->network, sizeof(card->network), "%s", known ? known->network : "");
 		card->forward_count = known ? known->forward_count : 0;
 		if (known)
 			memcpy(card->forwards, known->forwards, sizeof(card->forwards));
@@ -85,6 +86,8 @@ static int place_bindings(struct machine_config *config, const char *base_text, 
 		return rc;
 	place_kernel(config, &base);
 	place_cards(config, &base);
+	free(config->libvirt);
+	config->libvirt = xstrdup(base.libvirt ? base.libvirt : "");
 	config_free(&base);
 	return 0;
 }

@@ -33,9 +33,16 @@ int config_fail(struct config_reading *r, const char *key, const char *format, .
 	va_start(args, format);
 	vsnprintf(why, sizeof(why), format, args);
 	va_end(args);
-	if (r->line == 0) /* of no file: a setting beside it */
+	if (r->line == 0 || r->made) /* of no file: a setting beside it */
 		return err_set(r->err, ERR_USAGE, EINVAL, "%s: %.64s: %s", r->what, key, why);
 	return err_set(r->err, ERR_USAGE, EINVAL, "%s:%u: %.64s: %s", r->what, r->line, key, why);
+}
+
+int config_fail_file(struct config_reading *r, const char *key, const char *path)
+{
+	if (r->made)
+		return err_sys(r->err, errno, "%s: %s: %s", r->what, key, path);
+	return err_sys(r->err, errno, "%s:%u: %s: %s", r->what, r->line, key, path);
 }
 
 /* Edit distance of two short words; keys are few and short, so the plain quadratic form does. */
@@ -193,7 +200,7 @@ static int end_section(struct config_reading *r)
 		return 0;
 	r->line = r->section_line;
 	config_fail(r, "mode", "is missing in [%s]", r->sections[r->section_count - 1]);
-	return err_hint(r->err, "write mode = user, tap, bridge or none");
+	return err_hint(r->err, "write mode = user, tap, bridge, libvirt or none");
 }
 
 static int begin_disk(struct config_reading *r, const char *name)
@@ -407,7 +414,7 @@ static int check_vm(struct config_reading *r)
 	return err_hint(r->err, "choose one: balloon = no, or memory_backing = thp or small");
 }
 
-static int read_text(struct config_reading *r, const char *text, struct machine_config *out)
+static int read_sections(struct config_reading *r, const char *text, struct machine_config *out)
 {
 	int rc;
 
@@ -416,6 +423,7 @@ static int read_text(struct config_reading *r, const char *text, struct machine_
 	out->source = xstrdup("");
 	out->cmdline = xstrdup("");
 	out->cpu_model = xstrdup("host");
+	out->libvirt = xstrdup("");
 	r->config = out;
 	r->text = strncmp(text, "\xef\xbb\xbf", 3) ? text : text + 3;
 	rc = check_lines(r);
@@ -428,7 +436,7 @@ static int read_text(struct config_reading *r, const char *text, struct machine_
 	ini_allow_multiline = false;
 	ini_stop_on_first_error = true;
 	/* Canonical text has no comments, and a path in it may hold " #". */
-	ini_inline_comment_prefixes = r->look_for_files ? "#" : "";
+	ini_inline_comment_prefixes = r->look_for_files && !r->made ? "#" : "";
 	rc = ini_parse_stream(next_line, r, handle, r);
 	if (r->err->number)
 		return -r->err->number;
@@ -443,8 +451,18 @@ static int read_text(struct config_reading *r, const char *text, struct machine_
 	if (!rc)
 		rc = check_vm(r);
 	if (!rc)
+		rc = config_find_volumes(r);
+	if (!rc)
 		rc = config_check_nets(r);
 	return rc ? rc : check_disks(r);
+}
+
+static int read_text(struct config_reading *r, const char *text, struct machine_config *out)
+{
+	int rc = read_sections(r, text, out);
+
+	config_forget_volumes(r);
+	return rc;
 }
 
 static int need_kernel(struct config_reading *r)
@@ -525,6 +543,17 @@ int config_read_file(const char *path, struct machine_config *out, struct err *e
 	return 0;
 }
 
+int config_read_made(const char *what, const char *folder, const char *text, bool look_for_files, struct machine_config *out, struct err *err)
+{
+	struct err local = ERR_INIT;
+	struct config_reading r = {.what = what, .folder = folder, .made = true, .look_for_files = look_for_files, .err = err ? err : &local};
+	int rc = read_text(&r, text, out);
+
+	if (rc)
+		config_free(out);
+	return rc;
+}
+
 int config_read_text(const char *what, const char *text, struct machine_config *out, struct err *err)
 {
 	struct err local = ERR_INIT;
@@ -573,6 +602,8 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
 			    config->rng ? "yes" : "no", config->balloon ? "yes" : "no");
 	if (!rc && config->vsock_cid)
 		rc = config_append(out, err, "vsock_cid = %u\n", config->vsock_cid);
+	if (!rc && config->libvirt[0])
+		rc = config_append(out, err, "libvirt = %s\n", config->libvirt);
 	for (unsigned i = 0; !rc && i < config->disk_count; i++) {
 		const struct config_disk *disk = &config->disks[i];
 
@@ -599,6 +630,7 @@ void config_free(struct machine_config *config)
 	free(config->initrd);
 	free(config->cmdline);
 	free(config->cpu_model);
+	free(config->libvirt);
 	for (unsigned i = 0; i < config->disk_count; i++) {
 		free(config->disks[i].path);
 		free(config->disks[i].base);

@@ -39,6 +39,7 @@ struct config_net {
 	uint8_t mac[6];
 	uint64_t send_rate, receive_rate; /* bytes a second, 0: no limit */
 	char tap[NET_INTERFACE_BYTES], bridge[NET_INTERFACE_BYTES];
+	char network[CONFIG_NAME_BYTES]; /* of libvirt */
 	unsigned forward_count;
 	struct net_forward forwards[NET_MAX_FORWARDS];
 };
@@ -57,6 +58,7 @@ struct machine_config {
 	bool rng;
 	bool balloon;
 	uint32_t vsock_cid; /* 0: no socket device */
+	char *libvirt;	    /* URI of the libvirt that networks and volumes are of; "": its default */
 	uint64_t every_ns; /* periodic live checkpoints; 0: none */
 	uint64_t keep;	   /* how many of these stay */
 	unsigned disk_count;

@@ -115,7 +115,7 @@ static int check_file(struct config_reading *r, const char *key, const char *pat
 	struct stat st;
 
 	if (stat(path, &st)) {
-		err_sys(r->err, errno, "%s:%u: %s: %s", r->what, r->line, key, path);
+		config_fail_file(r, key, path);
 		return err_hint(r->err, "paths are relative to the folder of %s", r->what);
 	}
 	if (S_ISREG(st.st_mode) || S_ISBLK(st.st_mode))
@@ -243,16 +243,43 @@ static int set_vsock(struct config_reading *r, void *object, const char *key, co
 	return 0;
 }
 
+/* Networks and files of another host are of no use, and libvirt's URIs can name commands to run: none comes from a configuration. */
+bool config_is_local_libvirt(const char *uri)
+{
+	size_t scheme = strspn(uri, "abcdefghijklmnopqrstuvwxyz");
+
+	if (!scheme || strncmp(uri + scheme, ":///", 4) != 0)
+		return false;
+	for (const char *c = uri + scheme; *c; c++)
+		if (!isalnum((unsigned char)*c) && !strchr(":/._-", *c))
+			return false;
+	return true;
+}
+
+static int set_libvirt(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	if (*value && !config_is_local_libvirt(value)) {
+		config_fail(r, key, "'%s' is no libvirt of this host", value);
+		return err_hint(r->err, "a URI without host and parameters, for example qemu:///system");
+	}
+	return set_text(r, object, key, value, offsetof(struct machine_config, libvirt));
+}
+
 /* Without links in it: a checkpoint puts a new file in the place of the image, not of a link to it. */
 static int parse_image(struct config_reading *r, const char *key, const char *value, char **out)
 {
+	if (config_note_volume(r, key, value))
+		return 0;
 	int rc = parse_path(r, key, value, out);
+	return rc || !r->look_for_files ? rc : config_place_image(r, key, out);
+}
 
-	if (rc || !r->look_for_files)
-		return rc;
+int config_place_image(struct config_reading *r, const char *key, char **out)
+{
 	char *real = realpath(*out, NULL);
+
 	if (!real)
-		return err_sys(r->err, errno, "%s:%u: %s: %s", r->what, r->line, key, *out);
+		return config_fail_file(r, key, *out);
 	free(*out);
 	*out = real;
 	if (config_is_text(real, strlen(real)))
@@ -320,6 +347,7 @@ static const struct config_key vm_keys[] = {
 	{.name = "cpu_model", .set = set_cpu_model}, {.name = "memory_backing", .set = set_backing},
 	{.name = "console", .set = set_console},     {.name = "rng", .set = set_rng},
 	{.name = "balloon", .set = set_balloon},     {.name = "vsock_cid", .set = set_vsock},
+	{.name = "libvirt", .set = set_libvirt},
 };
 static const struct config_key disk_keys[] = {
 	{.name = "path", .set = set_disk_path},

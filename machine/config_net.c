@@ -11,7 +11,7 @@
 
 #define MAX_RATE (1ull << 40)
 
-static const char *const mode_names[] = {[NET_NONE] = "none", [NET_USER] = "user", [NET_TAP] = "tap", [NET_BRIDGE] = "bridge"};
+static const char *const mode_names[] = {[NET_NONE] = "none", [NET_USER] = "user", [NET_TAP] = "tap", [NET_BRIDGE] = "bridge", [NET_LIBVIRT] = "libvirt"};
 
 const char *config_net_mode_name(enum net_mode mode) { return mode_names[mode]; }
 
@@ -22,12 +22,8 @@ static int set_mode(struct config_reading *r, void *object, const char *key, con
 			((struct config_net *)object)->mode = (enum net_mode)i;
 			return 0;
 		}
-	if (!strcmp(value, "libvirt")) {
-		config_fail(r, key, "libvirt's networks are not supported yet");
-		return err_hint(r->err, "name the network's bridge: mode = bridge, bridge = virbr0");
-	}
 	config_fail(r, key, "'%s' is no network mode", value);
-	return err_hint(r->err, "user, tap, bridge or none");
+	return err_hint(r->err, "user, tap, bridge, libvirt or none");
 }
 
 static int set_mac(struct config_reading *r, void *object, const char *key, const char *value)
@@ -125,6 +121,18 @@ static int set_bridge(struct config_reading *r, void *object, const char *key, c
 	return parse_interface(r, key, value, ((struct config_net *)object)->bridge);
 }
 
+static int set_network(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	struct config_net *net = object;
+
+	if (*value && strlen(value) < sizeof(net->network) && !strchr(value, '/')) {
+		snprintf(net->network, sizeof(net->network), "%s", value);
+		return 0;
+	}
+	config_fail(r, key, "'%s' is no name of a network", value);
+	return err_hint(r->err, "`virsh net-list --all` lists them");
+}
+
 static int parse_rate(struct config_reading *r, const char *key, const char *value, uint64_t *out)
 {
 	int rc = config_parse_size(r, key, value, out);
@@ -152,6 +160,7 @@ const struct config_key config_net_keys[] = {
 	{.name = "forward", .set = set_forward, .repeats = true},
 	{.name = "tap", .set = set_tap},
 	{.name = "bridge", .set = set_bridge},
+	{.name = "network", .set = set_network},
 	{.name = "send_rate", .set = set_send_rate},
 	{.name = "receive_rate", .set = set_receive_rate},
 };
@@ -178,18 +187,23 @@ static int check_mode(struct config_reading *r, const struct config_net *net)
 	const char *stray = net->forward_count && net->mode != NET_USER ? "forward"
 			    : net->tap[0] && net->mode != NET_TAP	    ? "tap"
 			    : net->bridge[0] && net->mode != NET_BRIDGE   ? "bridge"
+			    : net->network[0] && net->mode != NET_LIBVIRT ? "network"
 									    : NULL;
 
 	if (net->mode == NET_NONE)
 		return 0;
 	if (stray) {
 		config_fail(r, stray, "has no meaning with mode = %s in [net %s]", mode_names[net->mode], net->name);
-		return err_hint(r->err, "leave it out, or write mode = %s", !strcmp(stray, "forward") ? "user" : stray);
+		return err_hint(r->err, "leave it out, or write mode = %s", !strcmp(stray, "forward") ? "user" : !strcmp(stray, "network") ? "libvirt" : stray);
 	}
 	if ((net->mode == NET_TAP && !net->tap[0]) || (net->mode == NET_BRIDGE && !net->bridge[0])) {
 		config_fail(r, mode_names[net->mode], "is missing in [net %s]", net->name);
 		return err_hint(r->err, "name the %s, for example %s = %s", net->mode == NET_TAP ? "tap device" : "bridge", mode_names[net->mode],
 				net->mode == NET_TAP ? "vmtap0" : "br0");
+	}
+	if (net->mode == NET_LIBVIRT && !net->network[0]) {
+		config_fail(r, "network", "is missing in [net %s]", net->name);
+		return err_hint(r->err, "name libvirt's network, for example network = default");
 	}
 	return 0;
 }
@@ -266,7 +280,7 @@ static int apply_setting(struct config_reading *r, struct config_net *net, const
 		/* Another mode leaves behind what belonged to the one before. */
 		if (!strcmp(key, "mode")) {
 			net->forward_count = 0;
-			net->tap[0] = net->bridge[0] = '\0';
+			net->tap[0] = net->bridge[0] = net->network[0] = '\0';
 		}
 		return config_net_keys[i].set(r, net, key, value);
 	}
@@ -348,6 +362,8 @@ int config_nets_to_text(const struct machine_config *config, struct buf *out, st
 			rc = config_append(out, err, "tap = %s\n", net->tap);
 		if (!rc && net->bridge[0])
 			rc = config_append(out, err, "bridge = %s\n", net->bridge);
+		if (!rc && net->network[0])
+			rc = config_append(out, err, "network = %s\n", net->network);
 		if (!rc && net->send_rate)
 			rc = config_append(out, err, "send_rate = %llu\n", (unsigned long long)net->send_rate);
 		if (!rc && net->receive_rate)

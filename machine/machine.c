@@ -161,7 +161,8 @@ static int open_disk(struct machine *machine, struct config_disk *config, struct
 static int open_net(struct machine *machine, struct config_net *config, struct err *err)
 {
 	const struct machine_net_place place = {
-		.pci = machine->pci, .mem = vm_memory(machine->vm), .loop = machine->loop, .uuid = machine->options.uuid};
+		.pci = machine->pci, .mem = vm_memory(machine->vm), .loop = machine->loop, .uuid = machine->options.uuid,
+		.libvirt = machine->options.config->libvirt};
 
 	/* Also one that fails half way: machine_destroy closes it. */
 	return machine_net_open(&machine->nets[machine->net_count++], &place, config, err);

@@ -20,6 +20,7 @@ struct machine_net_place {
 	struct mem *mem;
 	struct loop *loop;
 	const char *uuid; /* of the VM */
+	const char *libvirt; /* URI, "": the default */
 };
 
 /* Binds the host's side and makes the device. A card without an address gets one: the same at every start of the VM, another one in each VM. It is

@@ -1,6 +1,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "machine/libvirt.h"
 #include "machine/machine_internal.h"
 
 /* FNV-1a: every bit of the text counts, and nobody needs to guess it. */
@@ -23,6 +24,18 @@ static void choose_mac(const char *uuid, const char *name, uint8_t mac[6])
 		mac[i] = (uint8_t)h;
 }
 
+/* At each start anew: the network's bridge may be another one by now. */
+static int find_bridge(const char *uri, const char *network, char bridge[NET_INTERFACE_BYTES], struct err *err)
+{
+	struct libvirt *libvirt;
+	int rc = libvirt_open(uri, &libvirt, err);
+
+	if (!rc)
+		rc = libvirt_network_bridge(libvirt, network, bridge, err);
+	libvirt_close(libvirt);
+	return rc;
+}
+
 static int open_backend(struct machine_net *net, const struct machine_net_place *place, struct err *err)
 {
 	const struct config_net *config = net->config;
@@ -30,7 +43,13 @@ static int open_backend(struct machine_net *net, const struct machine_net_place 
 
 	memcpy(backend.forwards, config->forwards, sizeof(backend.forwards));
 	memcpy(backend.interface, config->mode == NET_TAP ? config->tap : config->bridge, sizeof(backend.interface));
-	int rc = net_open(&backend, place->loop, &net->backend, err);
+	int rc = 0;
+	if (config->mode == NET_LIBVIRT) {
+		backend.mode = NET_BRIDGE;
+		rc = find_bridge(place->libvirt, config->network, backend.interface, err);
+	}
+	if (!rc)
+		rc = net_open(&backend, place->loop, &net->backend, err);
 	return rc ? err_hint(err, "change [net %s] in guest.cfg, or give it other settings: `vmcp run --net %s:KEY=VALUE`", config->name, config->name) : 0;
 }
 

@@ -4,6 +4,7 @@
  *     user    a network of its own inside this process (libslirp): NAT, DHCP, DNS, forwarded ports; no privileges
  *     tap     a tap device that somebody made
  *     bridge  a tap device made for this card, put into a bridge, gone with the card
+ *     libvirt the bridge of one of libvirt's networks: whoever opens it finds that bridge, and opens it as mode bridge
  *
  * Frames travel with a header of NET_HEADER_BYTES in front, that of virtio-net (virtio 1.2, 5.1.6, with num_buffers): every backend takes
  * frames whose checksum is still to be filled in and TCP segments of up to 64 KiB, and gives such only where net_set_offloads allows it. So
@@ -48,7 +49,7 @@ enum { NET_GSO_NONE = 0, NET_GSO_TCPV4 = 1, NET_GSO_TCPV6 = 4, NET_GSO_ECN = 0x8
 /* What the guest can take. */
 enum { NET_OFFLOAD_CSUM = 1, NET_OFFLOAD_TSO4 = 2, NET_OFFLOAD_TSO6 = 4, NET_OFFLOAD_ECN = 8 };
 
-enum net_mode { NET_NONE, NET_USER, NET_TAP, NET_BRIDGE };
+enum net_mode { NET_NONE, NET_USER, NET_TAP, NET_BRIDGE, NET_LIBVIRT };
 
 struct net_forward {
 	bool udp;
@@ -81,7 +82,7 @@ struct net_connections {
 struct net;
 
 /* Takes hold of the host's resources. An address or interface in use: -EADDRINUSE or -EBUSY, ERR_STATE; what the host lacks or does not allow:
- * ERR_HOST; no such interface: ERR_NOT_FOUND; each with a hint. mode: not NET_NONE. */
+ * ERR_HOST; no such interface: ERR_NOT_FOUND; each with a hint. mode: neither NET_NONE nor NET_LIBVIRT. */
 int net_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
 void net_close(struct net *net); /* NULL is allowed */
 void net_listen(struct net *net, const struct net_events *events, void *opaque);

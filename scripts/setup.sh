@@ -17,12 +17,13 @@ set -euo pipefail
 
 readonly BUILD=(gcc libc6-dev make cmake ninja-build pkg-config
     libcbor-dev libjansson-dev libinih-dev liburing-dev libsqlite3-dev libxxhash-dev libzstd-dev
-    libslirp-dev zlib1g-dev libext2fs-dev)
+    libslirp-dev zlib1g-dev libext2fs-dev libxml2-dev libvirt-dev)
 # What tests/with-kvm uses to make and run its machine.
 readonly NESTED=(qemu-system-x86 busybox-static cpio e2fsprogs xz-utils)
 # What examples/debian-guest/build.sh uses.
 readonly GUEST=(mmdebstrap debian-archive-keyring e2fsprogs qemu-utils)
-readonly TEST=("${BUILD[@]}" "${NESTED[@]}" "${GUEST[@]}" libcriterion-dev libqcow-dev acpica-tools gdb iproute2 zstd python3)
+readonly TEST=("${BUILD[@]}" "${NESTED[@]}" "${GUEST[@]}" libcriterion-dev libqcow-dev acpica-tools gdb iproute2 zstd python3
+    libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-doc libxml2-utils)
 readonly DEMO=("${NESTED[@]}" "${GUEST[@]}" python3)
 readonly BENCH=(qemu-system-x86 qemu-utils python3)
 

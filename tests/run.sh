@@ -102,6 +102,7 @@ part "whole VMs: verify, diff, dump" "${near_kvm[@]}" python3 tests/vm/verify_te
 part "whole VMs: exports and imports" "${near_kvm[@]}" python3 tests/vm/export_test.py
 part "whole VMs: golden stores" "${near_kvm[@]}" python3 tests/vm/golden_test.py
 part "whole VMs: chains of disk layers" "${near_kvm[@]}" python3 tests/vm/disk_layers_test.py
+part "whole VMs: libvirt's domains, networks and volumes" "${near_kvm[@]}" python3 tests/vm/libvirt_test.py
 part "whole VMs: bad input and faults" "${near_kvm[@]}" python3 tests/vm/bad_input_test.py
 part "whole VMs under ASan+UBSan" env VMCP_BIN="$PWD/build/debug/cli/vmcp" VMCP_TEST_ROUNDS=10 \
     "${near_kvm[@]}" python3 tests/vm/tiny_test.py revert gone captured raw second powers json cancel

@@ -209,7 +209,7 @@ def test_network_errors(env):
     """One clear error each, before anything runs."""
     for text, status, words in (("mode = tap\ntap = nosuch0", 3, "there is no tap device nosuch0"),
                                 ("mode = bridge\nbridge = nosuch0", 3, "there is no bridge nosuch0"),
-                                ("mode = libvirt", 2, "not supported yet"),
+                                ("mode = libvirt", 2, "network: is missing"),
                                 ("mode = user\nforward = tcp:8.8.8.8:8080:80", 1, "listening at 8.8.8.8:8080")):
         result = env.vmcp("run", "--detach", env.tiny_config(extra=f"[net lan]\n{text}\n"), status=status)
         check(words in result.err and "hint: " in result.err, str(result))

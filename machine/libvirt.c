@@ -1,0 +1,265 @@
+/* The only file that knows libvirt: its functions are looked up at run time by the types of its headers. */
+#include "machine/libvirt.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <libvirt/libvirt.h>
+#include <libvirt/virterror.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/buf.h"
+
+/* Every function that is used, once: X(name). */
+#define FUNCTIONS(X)                                                                                                                        \
+	X(virSetErrorFunc)                                                                                                                  \
+	X(virGetLastError)                                                                                                                  \
+	X(virConnectOpenReadOnly)                                                                                                           \
+	X(virConnectClose)                                                                                                                  \
+	X(virDomainLookupByName)                                                                                                            \
+	X(virDomainLookupByUUIDString)                                                                                                      \
+	X(virDomainIsActive)                                                                                                                \
+	X(virDomainGetXMLDesc)                                                                                                              \
+	X(virDomainFree)                                                                                                                    \
+	X(virNetworkLookupByName)                                                                                                           \
+	X(virNetworkIsActive)                                                                                                               \
+	X(virNetworkGetBridgeName)                                                                                                          \
+	X(virNetworkFree)                                                                                                                   \
+	X(virStoragePoolLookupByName)                                                                                                       \
+	X(virStoragePoolIsActive)                                                                                                           \
+	X(virStoragePoolFree)                                                                                                               \
+	X(virStorageVolLookupByName)                                                                                                        \
+	X(virStorageVolGetInfo)                                                                                                             \
+	X(virStorageVolGetPath)                                                                                                             \
+	X(virStorageVolFree)
+
+struct functions {
+#define X(name) __typeof__(name) *name;
+	FUNCTIONS(X)
+#undef X
+};
+
+struct libvirt {
+	struct functions fn;
+	virConnectPtr connection;
+	char *uri; /* for messages */
+};
+
+static void keep_silent(void *opaque, virErrorPtr error)
+{
+	(void)opaque, (void)error;
+}
+
+/* Never unloaded: it has threads' data and state of its own. */
+static int load(struct functions *fn, struct err *err)
+{
+	void *handle = dlopen("libvirt.so.0", RTLD_NOW | RTLD_LOCAL);
+
+	if (!handle) {
+		err_set(err, ERR_HOST, ENOSYS, "libvirt: is not installed");
+		return err_hint(err, "`apt-get install libvirt0`, or name files and bridges instead");
+	}
+#define X(name)                                                                                                                             \
+	fn->name = (__typeof__(name) *)dlsym(handle, #name);                                                                                \
+	if (!fn->name) {                                                                                                                    \
+		err_set(err, ERR_HOST, ENOSYS, "libvirt: is too old: it has no " #name);                                                    \
+		return err_hint(err, "install version 1.0 or later");                                                                       \
+	}
+	FUNCTIONS(X)
+#undef X
+	return 0;
+}
+
+/* --- errors --- */
+
+static enum err_class class_of(int code)
+{
+	switch (code) {
+	case VIR_ERR_NO_DOMAIN:
+	case VIR_ERR_NO_NETWORK:
+	case VIR_ERR_NO_STORAGE_POOL:
+	case VIR_ERR_NO_STORAGE_VOL:
+		return ERR_NOT_FOUND;
+	case VIR_ERR_OPERATION_INVALID:
+	case VIR_ERR_RESOURCE_BUSY:
+		return ERR_STATE;
+	default:
+		return ERR_FAILED;
+	}
+}
+
+static int number_of(enum err_class class)
+{
+	return class == ERR_NOT_FOUND ? ENOENT : class == ERR_STATE ? EBUSY : class == ERR_USAGE ? EINVAL : EIO;
+}
+
+static const char *last_words(const struct libvirt *libvirt, int *code)
+{
+	const virError *last = libvirt->fn.virGetLastError();
+
+	*code = last ? last->code : VIR_ERR_INTERNAL_ERROR;
+	return last && last->message ? last->message : "it gave no reason";
+}
+
+/* "WHAT NAME: what libvirt says". */
+static int failed(const struct libvirt *libvirt, const char *what, const char *name, struct err *err)
+{
+	int code;
+	const char *why = last_words(libvirt, &code);
+	enum err_class class = class_of(code);
+
+	return err_set(err, class, number_of(class), "%s %s: %s", what, name, why);
+}
+
+static int open_failed(const struct libvirt *libvirt, struct err *err)
+{
+	int code;
+	const char *why = last_words(libvirt, &code);
+
+	switch (code) {
+	case VIR_ERR_SYSTEM_ERROR:
+	case VIR_ERR_RPC:
+	case VIR_ERR_SSH:
+	case VIR_ERR_LIBSSH:
+	case VIR_ERR_UNKNOWN_HOST:
+		err_set(err, ERR_HOST, ECONNREFUSED, "libvirt %s: %s", libvirt->uri, why);
+		return err_hint(err, "does its daemon run? `systemctl start libvirtd`, or `virsh -c %s version` tells more", libvirt->uri);
+	case VIR_ERR_AUTH_FAILED:
+	case VIR_ERR_AUTH_CANCELLED:
+	case VIR_ERR_AUTH_UNAVAILABLE:
+	case VIR_ERR_ACCESS_DENIED:
+	case VIR_ERR_OPERATION_DENIED:
+		err_set(err, ERR_HOST, EACCES, "libvirt %s: %s", libvirt->uri, why);
+		return err_hint(err, "add yourself to the group libvirt, or run as root");
+	default:
+		err_set(err, ERR_USAGE, EINVAL, "libvirt %s: %s", libvirt->uri, why);
+		return err_hint(err, "a URI as `virsh uri` prints it, for example qemu:///system");
+	}
+}
+
+/* --- connections --- */
+
+int libvirt_open(const char *uri, struct libvirt **out, struct err *err)
+{
+	struct libvirt *libvirt = xcalloc(1, sizeof(*libvirt));
+	bool given = uri && *uri;
+	int rc = load(&libvirt->fn, err);
+
+	*out = NULL;
+	if (!rc) {
+		libvirt->uri = xstrdup(given ? uri : "(default URI)");
+		libvirt->fn.virSetErrorFunc(NULL, keep_silent);
+		libvirt->connection = libvirt->fn.virConnectOpenReadOnly(given ? uri : NULL);
+		if (!libvirt->connection)
+			rc = open_failed(libvirt, err);
+	}
+	if (rc) {
+		libvirt_close(libvirt);
+		return rc;
+	}
+	*out = libvirt;
+	return 0;
+}
+
+void libvirt_close(struct libvirt *libvirt)
+{
+	if (!libvirt)
+		return;
+	if (libvirt->connection)
+		libvirt->fn.virConnectClose(libvirt->connection);
+	free(libvirt->uri);
+	free(libvirt);
+}
+
+/* --- what is asked --- */
+
+int libvirt_domain_xml(struct libvirt *libvirt, const char *domain, char **xml, bool *active, struct err *err)
+{
+	const struct functions *fn = &libvirt->fn;
+	virDomainPtr found = fn->virDomainLookupByName(libvirt->connection, domain);
+
+	if (!found)
+		found = fn->virDomainLookupByUUIDString(libvirt->connection, domain);
+	if (!found) {
+		err_set(err, ERR_NOT_FOUND, ENOENT, "libvirt %s: there is no domain '%s'", libvirt->uri, domain);
+		return err_hint(err, "`virsh -c %s list --all` lists them", libvirt->uri);
+	}
+	*active = fn->virDomainIsActive(found) == 1;
+	*xml = fn->virDomainGetXMLDesc(found, VIR_DOMAIN_XML_INACTIVE);
+	int rc = *xml ? 0 : failed(libvirt, "domain", domain, err);
+	fn->virDomainFree(found);
+	return rc;
+}
+
+static int bridge_of(const struct libvirt *libvirt, virNetworkPtr network, const char *name, char bridge[NET_INTERFACE_BYTES], struct err *err)
+{
+	if (libvirt->fn.virNetworkIsActive(network) != 1) {
+		err_set(err, ERR_STATE, ENETDOWN, "network %s: libvirt has not started it", name);
+		return err_hint(err, "`virsh net-start %s`", name);
+	}
+	CLEANUP_FREE char *found = libvirt->fn.virNetworkGetBridgeName(network);
+	if (!found || !*found || strlen(found) >= NET_INTERFACE_BYTES) {
+		err_set(err, ERR_USAGE, EINVAL, "network %s: it has no bridge", name);
+		return err_hint(err, "networks with forward mode nat, route, open or bridge, or without one, can be used");
+	}
+	snprintf(bridge, NET_INTERFACE_BYTES, "%s", found);
+	return 0;
+}
+
+int libvirt_network_bridge(struct libvirt *libvirt, const char *network, char bridge[NET_INTERFACE_BYTES], struct err *err)
+{
+	virNetworkPtr found = libvirt->fn.virNetworkLookupByName(libvirt->connection, network);
+
+	if (!found) {
+		failed(libvirt, "network", network, err);
+		return err_hint(err, "`virsh -c %s net-list --all` lists them", libvirt->uri);
+	}
+	int rc = bridge_of(libvirt, found, network, bridge, err);
+	libvirt->fn.virNetworkFree(found);
+	return rc;
+}
+
+static int path_of(const struct libvirt *libvirt, virStorageVolPtr volume, const char *name, char **path, struct err *err)
+{
+	virStorageVolInfo info;
+
+	if (libvirt->fn.virStorageVolGetInfo(volume, &info) < 0)
+		return failed(libvirt, "volume", name, err);
+	if (info.type != VIR_STORAGE_VOL_FILE && info.type != VIR_STORAGE_VOL_BLOCK) {
+		err_set(err, ERR_USAGE, EINVAL, "volume %s: is neither a file nor a block device", name);
+		return err_hint(err, "volumes of pools of type dir, fs, netfs, logical and disk can be used");
+	}
+	*path = libvirt->fn.virStorageVolGetPath(volume);
+	return *path ? 0 : failed(libvirt, "volume", name, err);
+}
+
+static int find_volume(const struct libvirt *libvirt, virStoragePoolPtr pool, const char *pool_name, const char *name, char **path,
+		       struct err *err)
+{
+	if (libvirt->fn.virStoragePoolIsActive(pool) != 1) {
+		err_set(err, ERR_STATE, EBUSY, "storage pool %s: libvirt has not started it", pool_name);
+		return err_hint(err, "`virsh pool-start %s`", pool_name);
+	}
+	virStorageVolPtr volume = libvirt->fn.virStorageVolLookupByName(pool, name);
+	if (!volume) {
+		failed(libvirt, "volume", name, err);
+		return err_hint(err, "`virsh -c %s vol-list %s` lists those of the pool; `virsh pool-refresh` finds new ones", libvirt->uri, pool_name);
+	}
+	int rc = path_of(libvirt, volume, name, path, err);
+	libvirt->fn.virStorageVolFree(volume);
+	return rc;
+}
+
+int libvirt_volume_path(struct libvirt *libvirt, const char *pool, const char *volume, char **path, struct err *err)
+{
+	virStoragePoolPtr found = libvirt->fn.virStoragePoolLookupByName(libvirt->connection, pool);
+
+	if (!found) {
+		failed(libvirt, "storage pool", pool, err);
+		return err_hint(err, "`virsh -c %s pool-list --all` lists them", libvirt->uri);
+	}
+	int rc = find_volume(libvirt, found, pool, volume, path, err);
+	libvirt->fn.virStoragePoolFree(found);
+	return rc;
+}
