@@ -10,6 +10,7 @@
 #include "base/size.h"
 #include "cli/cli.h"
 #include "control/client.h"
+#include "control/domain.h"
 #include "control/process.h"
 
 /* --- Ctrl-C cancels --- */
@@ -117,6 +118,45 @@ static void print_taken(const struct cli *cli, const json_t *result)
 	fprintf(stderr, "vmcp: durable after %s; the VM stood still for %s\n", durable, pause);
 }
 
+static volatile bool domain_cancelled;
+
+static void cancel_domain(int number)
+{
+	(void)number;
+	domain_cancelled = true;
+}
+
+/* Of a domain that QEMU runs below libvirt: this process takes it. */
+static int take_domain(struct cli *cli, json_t **result, struct err *err)
+{
+	struct cli_progress progress = cli_progress_begin(cli, "checkpoint");
+	const struct sigaction action = {.sa_handler = cancel_domain, .sa_flags = SA_RESTART};
+	const struct control_domain_take take = {
+		.connect = cli_value(cli, "connect"),
+		.domain = cli->arguments[0],
+		.tag = cli_value(cli, "tag"),
+		.message = cli_value(cli, "message"),
+		.cancel = &domain_cancelled,
+		.progress = cli_progress_show,
+		.opaque = &progress,
+	};
+	struct store *store;
+
+	if (cli->argument_count != 1 || !cli_given(cli, "live")) {
+		err_set(err, ERR_USAGE, EINVAL, "checkpoint: --connect needs --live and a domain: QEMU saves it while it runs");
+		return err_hint(err, "vmcp checkpoint --live --connect qemu:///system DOMAIN");
+	}
+	int rc = store_open(cli->store_path, true, &store, err);
+	if (rc)
+		return rc;
+	sigaction(SIGINT, &action, NULL);
+	sigaction(SIGTERM, &action, NULL);
+	rc = control_domain_checkpoint(store, &take, result, err);
+	cli_progress_end(&progress);
+	store_close(store);
+	return rc;
+}
+
 static int run_checkpoint(struct cli *cli, struct err *err)
 {
 	const char *wait = cli_value(cli, "wait"), *tag = cli_value(cli, "tag"), *instant = cli_value(cli, "instant");
@@ -146,12 +186,15 @@ static int run_checkpoint(struct cli *cli, struct err *err)
 		rc = err_set(err, ERR_USAGE, EINVAL, "--timeout: no checkpoint takes less than a second for sure");
 	if (!rc && tag)
 		rc = store_check_name("--tag", tag, err);
-	if (!rc)
+	if (!rc && cli_given(cli, "connect"))
+		rc = take_domain(cli, &result, err);
+	else if (!rc) {
 		rc = cli_open_vm(cli, &store, name, err);
-	if (rc)
-		return rc;
-	rc = take(cli, store, name, rate, seconds, &result, err);
-	store_close(store);
+		if (rc)
+			return rc;
+		rc = take(cli, store, name, rate, seconds, &result, err);
+		store_close(store);
+	}
 	if (rc)
 		return rc;
 	if (cli->json) {
@@ -270,6 +313,7 @@ static int find_target(struct cli *cli, struct store *store, char id[STORE_ID_BY
 static int run_revert(struct cli *cli, struct err *err)
 {
 	char id[STORE_ID_BYTES], name[STORE_NAME_BYTES];
+	const char *connect = cli_value(cli, "connect");
 	struct store *store;
 	json_t *result;
 	bool alive;
@@ -278,10 +322,12 @@ static int run_revert(struct cli *cli, struct err *err)
 	if (rc)
 		return rc;
 	rc = find_target(cli, store, id, name, &alive, err);
-	if (!rc && alive)
+	if (!rc && connect)
+		rc = control_domain_revert(store, connect, id, &result, err);
+	else if (!rc && alive)
 		rc = revert_in_place(cli, store, name, id, &result, err);
 	store_close(store); /* before a process is forked: a database handle must not be in two */
-	if (!rc && !alive)
+	if (!rc && !alive && !connect)
 		rc = revert_by_start(cli, id, name, &result, err);
 	if (rc)
 		return rc;
@@ -314,6 +360,7 @@ static int run_tag(struct cli *cli, struct err *err)
 }
 
 static const struct cli_option checkpoint_options[] = {
+	{"connect", 0, "URI", "of a domain that QEMU runs below this libvirt, such as qemu:///system"},
 	{"live", 0, NULL, "the VM keeps running while the checkpoint is generated"},
 	{"full", 0, NULL, "save all memory again, not only what was written since the parent"},
 	{"instant", 0, "WHEN",
@@ -327,6 +374,7 @@ static const struct cli_option checkpoint_options[] = {
 	{0},
 };
 static const struct cli_option revert_options[] = {
+	{"connect", 0, "URI", "the checkpoint is of a domain: this libvirt starts it"},
 	{"vm", 0, "VM", "the VM to take there, where it is another than the one that the checkpoint was taken of"},
 	{0},
 };
@@ -334,7 +382,7 @@ static const struct cli_option none[] = {{0}};
 
 const struct cli_command cli_checkpoint = {
 	.name = "checkpoint",
-	.synopsis = "[--live] [--full] [--instant now|settled] [--max-rate SIZE] [VM] [-m TEXT] [--tag NAME] [--wait captured|written|durable] [--timeout SECONDS]",
+	.synopsis = "[--live] [--connect URI] [--full] [--instant now|settled] [--max-rate SIZE] [VM] [-m TEXT] [--tag NAME] [--wait captured|written|durable] [--timeout SECONDS]",
 	.summary = "save a VM: registers, devices, memory and disks at one instant",
 	.help = "Prints the checkpoint's id. Where one VM runs, VM may be left out. Ctrl-C cancels cleanly: the VM "
 		"runs on and\n"
@@ -343,7 +391,8 @@ const struct cli_command cli_checkpoint = {
 		"host does not hurt it. `vmcp log` shows those that are not durable yet too.\n\n"
 		"Examples:\n"
 		"    vmcp checkpoint --live web --tag before-upgrade -m 'all tests pass'\n"
-		"    vmcp checkpoint --live --wait captured",
+		"    vmcp checkpoint --live --wait captured\n"
+		"    vmcp checkpoint --live --connect qemu:///system web",
 	.options = checkpoint_options,
 	.max_arguments = 1,
 	.run = run_checkpoint,
@@ -359,7 +408,7 @@ const struct cli_command cli_cancel = {.name = "cancel",
 				       .run = run_cancel};
 const struct cli_command cli_revert = {
 	.name = "revert",
-	.synopsis = "CKPT [--vm VM]",
+	.synopsis = "CKPT [--vm VM] [--connect URI]",
 	.summary = "take a VM back to a checkpoint",
 	.help = "In place if the VM runs; else it starts from the checkpoint, detached. What the VM did since, on its "
 		"disks too, is\n"
@@ -367,7 +416,8 @@ const struct cli_command cli_revert = {
 		"Examples:\n"
 		"    vmcp revert before-upgrade\n"
 		"    vmcp revert web~2\n"
-		"    vmcp revert trained --vm worker7",
+		"    vmcp revert trained --vm worker7\n"
+		"    vmcp revert --connect qemu:///system web~1",
 	.options = revert_options,
 	.min_arguments = 1,
 	.max_arguments = 1,

@@ -351,6 +351,9 @@ static int run_log(struct cli *cli, struct err *err)
 
 /* --- show --- */
 
+/* Whose machine it is, and who can go on with it: the configuration says so where it is not vmcp. */
+static const char *vmm_of(const struct store_checkpoint *c) { return c->config_text && strstr(c->config_text, "\nmade_by = qemu\n") ? "qemu" : "vmcp"; }
+
 static json_t *show_to_json(const struct store_checkpoint *c)
 {
 	json_t *disks = json_array();
@@ -370,13 +373,13 @@ static json_t *show_to_json(const struct store_checkpoint *c)
 			  (json_int_t)c->memory_bytes, "total_pages", (json_int_t)(c->memory_bytes / 4096),
 			  "saved_pages", (json_int_t)c->saved_pages, "zero_pages", (json_int_t)c->zero_pages,
 			  "parent_pages", (json_int_t)c->parent_pages, "written_bytes", (json_int_t)c->written_bytes);
-	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:s}", "id",
+	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:s, s:s}", "id",
 			 c->id, "vm", c->vm, "vm_uuid", c->vm_uuid, "parent", text_or_null(c->parent), "tag",
 			 text_or_null(c->tag), "message", text_or_null(c->message), "created",
 			 control_time_to_json(c->created_wall_ns), "live", c->live, "periodic", c->periodic, "durability", "durable", "cpus",
 			 (int)c->cpus, "pause_ns", (json_int_t)c->pause_ns, "durable_ns", (json_int_t)c->durable_ns,
-			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "config",
-			 c->config_text ? c->config_text : "");
+			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "vmm", vmm_of(c),
+			 "config", c->config_text ? c->config_text : "");
 }
 
 static void print_show(const struct store_checkpoint *c)
@@ -393,6 +396,8 @@ static void print_show(const struct store_checkpoint *c)
 	       c->message ? c->message : "-", json_string_value(created));
 	printf("durability  durable\ntaken       %s%s, %u vCPU%s, pause %s, durable after %s\nsize        %s\n", c->periodic ? "by a timer, " : "", c->live ? "live" : "stopped",
 	       c->cpus, c->cpus == 1 ? "" : "s", pause, durable, size);
+	if (!strcmp(vmm_of(c), "qemu"))
+		printf("runs on     QEMU only: a domain of libvirt, which `vmcp revert --connect URI` starts; its memory is QEMU's stream\n");
 	cli_format_size(size, c->memory_bytes);
 	cli_format_size(other, c->written_bytes);
 	printf("memory      %s: %llu pages saved (%s), %llu zero, %llu of the parent; layer %s\n", size,

@@ -176,6 +176,10 @@ static int find_config(struct process *process, struct err *err)
 	rc = config_read_text(what, checkpoint.config_text, &process->config, err);
 	bool other = options->name && strcmp(options->name, checkpoint.vm);
 	store_checkpoint_free(&checkpoint);
+	if (!rc && process->config.qemu) {
+		err_set(err, ERR_STATE, ENOTSUP, "%s: is of a domain that QEMU runs, and only QEMU can go on with it", what);
+		rc = err_hint(err, "vmcp revert --connect URI %.8s", process->from);
+	}
 	if (rc || !other)
 		return rc;
 	/* Another VM than the one that was saved: its disks are its own, in the store. */

@@ -602,6 +602,8 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
 			    config->rng ? "yes" : "no", config->balloon ? "yes" : "no");
 	if (!rc && config->vsock_cid)
 		rc = config_append(out, err, "vsock_cid = %u\n", config->vsock_cid);
+	if (!rc && config->qemu)
+		rc = config_append(out, err, "made_by = qemu\n");
 	if (!rc && config->libvirt[0])
 		rc = config_append(out, err, "libvirt = %s\n", config->libvirt);
 	for (unsigned i = 0; !rc && i < config->disk_count; i++) {

@@ -58,6 +58,7 @@ struct machine_config {
 	bool rng;
 	bool balloon;
 	uint32_t vsock_cid; /* 0: no socket device */
+	bool qemu;	    /* of a checkpoint that QEMU made: vmcp cannot run it */
 	char *libvirt;	    /* URI of the libvirt that networks and volumes are of; "": its default */
 	uint64_t every_ns; /* periodic live checkpoints; 0: none */
 	uint64_t keep;	   /* how many of these stay */

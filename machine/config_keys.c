@@ -243,6 +243,17 @@ static int set_vsock(struct config_reading *r, void *object, const char *key, co
 	return 0;
 }
 
+/* Of checkpoints only. */
+static int set_made_by(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	if (!r->look_for_files && !r->made && !strcmp(value, "qemu")) {
+		((struct machine_config *)object)->qemu = true;
+		return 0;
+	}
+	config_fail(r, key, "is for checkpoints of QEMU's domains only");
+	return err_hint(r->err, "leave it out");
+}
+
 /* Networks and files of another host are of no use, and libvirt's URIs can name commands to run: none comes from a configuration. */
 bool config_is_local_libvirt(const char *uri)
 {
@@ -347,7 +358,7 @@ static const struct config_key vm_keys[] = {
 	{.name = "cpu_model", .set = set_cpu_model}, {.name = "memory_backing", .set = set_backing},
 	{.name = "console", .set = set_console},     {.name = "rng", .set = set_rng},
 	{.name = "balloon", .set = set_balloon},     {.name = "vsock_cid", .set = set_vsock},
-	{.name = "libvirt", .set = set_libvirt},
+	{.name = "libvirt", .set = set_libvirt},     {.name = "made_by", .set = set_made_by},
 };
 static const struct config_key disk_keys[] = {
 	{.name = "path", .set = set_disk_path},

@@ -49,7 +49,8 @@ static int find_volume(struct config_reading *r, struct libvirt *libvirt, unsign
 	int rc = libvirt_volume_path(libvirt, r->volumes[index], colon + 1, image, r->err);
 	if (rc)
 		return prefix(r, index);
-	return config_place_image(r, key, image);
+	rc = config_place_image(r, key, image);
+	return rc ? err_hint(r->err, "libvirt knows a volume whose file is gone: `virsh pool-refresh`") : 0;
 }
 
 /* When all sections are read: the key that names the libvirt may stand behind the disks. */

@@ -98,7 +98,7 @@ static bool choose_mode(const struct xml_node *node, const char *type, const cha
 
 int domain_read_interface(struct domain_reading *r, const struct xml_node *node)
 {
-	const char *type = xml_attribute(node, "type"), *mode, *key, *value;
+	const char *type = xml_attribute(node, "type"), *mode = NULL, *key, *value;
 
 	if (!type)
 		type = "ethernet";

@@ -11,6 +11,7 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "machine/domain.h"
+#include "machine/qemu_internal.h"
 #include "machine/xml.h"
 
 #define OS "<os><type arch='x86_64'>hvm</type><kernel>/boot/vmlinuz</kernel></os>"
@@ -241,6 +242,83 @@ Test(domain, trees)
 	cr_assert_null(root->children->next->next->next);
 	cr_assert_null(xml_child(NULL, "b"));
 	xml_free(root);
+}
+
+/* --- domains of QEMU --- */
+
+#define TWO_DISKS                                                                                                                           \
+	"<domain type='kvm' id='3'>\n  <name>web</name>\n  <vcpu placement='static'>2</vcpu>\n  <devices>\n"                                 \
+	"    <disk type='file' device='disk'>\n      <driver name='qemu' type='raw' cache='none'/>\n      <source file='/a' index='2'/>\n"     \
+	"      <backingStore type='file' index='1'>\n        <format type='raw'/>\n        <source file='/below'/>\n"                          \
+	"        <backingStore/>\n      </backingStore>\n      <target dev='vda' bus='virtio'/>\n    </disk>\n"                               \
+	"    <disk type='file' device='disk'>\n      <driver name='qemu' type='qcow2'/>\n      <source file='/b'>\n        <seclabel model='dac'/>\n" \
+	"      </source>\n      <backingStore/>\n      <target dev='vdb' bus='virtio'/>\n    </disk>\n"                                       \
+	"    <disk type='file' device='cdrom'>\n      <target dev='hda'/>\n    </disk>\n  </devices>\n</domain>\n"
+
+Test(qemu, images_replaced)
+{
+	CLEANUP_FREE char *one = qemu_replace_image(TWO_DISKS, "vda", "/new & 'it'"), *both = one ? qemu_replace_image(one, "vdb", "/c") : NULL;
+	struct qemu_domain domain;
+
+	cr_assert_not_null(both);
+	cr_assert_eq(qemu_domain_read("web", both, &domain, &error), 0, "%s\n%s", error.message, both);
+	cr_assert_eq(domain.cpus, 2);
+	cr_assert_eq(domain.disk_count, 3);
+	cr_assert_str_eq(domain.disks[0].path, "/new & 'it'");
+	cr_assert_str_eq(domain.disks[0].target, "vda");
+	cr_assert(domain.disks[0].qcow2);
+	cr_assert_str_eq(domain.disks[1].path, "/c");
+	cr_assert(domain.disks[2].left_alone);
+	cr_assert_null(strstr(both, "/below"), "%s", both);
+	cr_assert_null(strstr(both, "seclabel"), "%s", both);
+	cr_assert_null(strstr(both, "backingStore"), "%s", both);
+	qemu_domain_free(&domain);
+	cr_assert_null(qemu_replace_image(TWO_DISKS, "vdc", "/c"));
+	cr_assert_null(qemu_replace_image(TWO_DISKS, "vd", "/c"));
+}
+
+Test(qemu, disks_that_cannot_be_saved)
+{
+	static const char *const disks[] = {"<disk type='block'><source dev='/dev/sda'/><target dev='vda'/></disk>",
+					    "<disk type='network'><source protocol='rbd' name='x'/><target dev='vda'/></disk>",
+					    "<disk type='file'><driver type='vmdk'/><source file='/a'/><target dev='vda'/></disk>"};
+	struct qemu_domain domain;
+
+	for (size_t i = 0; i < ARRAY_LENGTH(disks); i++) {
+		CLEANUP_FREE char *xml = xasprintf("<domain><devices>%s</devices></domain>", disks[i]);
+
+		error = ERR_INIT;
+		cr_assert_eq(qemu_domain_read("web", xml, &domain, &error), -EINVAL, "%s", xml);
+		cr_assert_not_null(strstr(error.message, "vda"), "%s", error.message);
+		qemu_domain_free(&domain);
+	}
+}
+
+Test(qemu, overlay_names)
+{
+	CLEANUP_FREE char *first = qemu_overlay_path("/d/a.qcow2", "0123456789abcdef"), *next = qemu_overlay_path(first, "fedcba98");
+
+	cr_assert_str_eq(first, "/d/a.qcow2.vmcp-01234567");
+	cr_assert_str_eq(next, "/d/a.qcow2.vmcp-fedcba98");
+	cr_assert(qemu_is_overlay(first));
+	cr_assert(!qemu_is_overlay("/d/a.qcow2"));
+	cr_assert(!qemu_is_overlay("vmcp-"));
+}
+
+Test(qemu, section)
+{
+	CLEANUP_BUF struct buf state = BUF_INIT;
+	CLEANUP_FREE char *xml = NULL, *none = NULL;
+	uint64_t bytes;
+
+	cr_assert_eq(qemu_state_encode(TWO_DISKS, 12345, &state, &error), 0);
+	cr_assert_eq(qemu_state_decode(state.data, state.length, &xml, &bytes, &error), 0, "%s", error.message);
+	cr_assert_str_eq(xml, TWO_DISKS);
+	cr_assert_eq(bytes, 12345);
+	state.data[state.length - 3] ^= 1;
+	cr_assert_eq(qemu_state_decode(state.data, state.length, &none, &bytes, &error), -EINVAL);
+	cr_assert_eq(error.class, ERR_DAMAGED);
+	cr_assert_neq(qemu_state_encode("\xff", 1, &state, &error), 0);
 }
 
 /* --- files --- */

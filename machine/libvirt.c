@@ -4,10 +4,12 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <libvirt/libvirt.h>
+#include <libvirt/libvirt-qemu.h>
 #include <libvirt/virterror.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #include "base/buf.h"
 
@@ -16,6 +18,21 @@
 	X(virSetErrorFunc)                                                                                                                  \
 	X(virGetLastError)                                                                                                                  \
 	X(virConnectOpenReadOnly)                                                                                                           \
+	X(virConnectOpen)                                                                                                                   \
+	X(virDomainGetName)                                                                                                                 \
+	X(virDomainGetUUIDString)                                                                                                           \
+	X(virDomainIsPersistent)                                                                                                            \
+	X(virDomainGetState)                                                                                                                \
+	X(virDomainSuspend)                                                                                                                 \
+	X(virDomainResume)                                                                                                                  \
+	X(virDomainDestroy)                                                                                                                 \
+	X(virDomainSnapshotCreateXML)                                                                                                       \
+	X(virDomainSnapshotFree)                                                                                                            \
+	X(virDomainBlockCommit)                                                                                                             \
+	X(virDomainGetBlockJobInfo)                                                                                                         \
+	X(virDomainBlockJobAbort)                                                                                                           \
+	X(virDomainRestoreFlags)                                                                                                            \
+	X(virDomainDefineXML)                                                                                                           \
 	X(virConnectClose)                                                                                                                  \
 	X(virDomainLookupByName)                                                                                                            \
 	X(virDomainLookupByUUIDString)                                                                                                      \
@@ -140,7 +157,7 @@ static int open_failed(const struct libvirt *libvirt, struct err *err)
 
 /* --- connections --- */
 
-int libvirt_open(const char *uri, struct libvirt **out, struct err *err)
+static int open_connection(const char *uri, bool writable, struct libvirt **out, struct err *err)
 {
 	struct libvirt *libvirt = xcalloc(1, sizeof(*libvirt));
 	bool given = uri && *uri;
@@ -150,7 +167,7 @@ int libvirt_open(const char *uri, struct libvirt **out, struct err *err)
 	if (!rc) {
 		libvirt->uri = xstrdup(given ? uri : "(default URI)");
 		libvirt->fn.virSetErrorFunc(NULL, keep_silent);
-		libvirt->connection = libvirt->fn.virConnectOpenReadOnly(given ? uri : NULL);
+		libvirt->connection = writable ? libvirt->fn.virConnectOpen(given ? uri : NULL) : libvirt->fn.virConnectOpenReadOnly(given ? uri : NULL);
 		if (!libvirt->connection)
 			rc = open_failed(libvirt, err);
 	}
@@ -161,6 +178,10 @@ int libvirt_open(const char *uri, struct libvirt **out, struct err *err)
 	*out = libvirt;
 	return 0;
 }
+
+int libvirt_open(const char *uri, struct libvirt **out, struct err *err) { return open_connection(uri, false, out, err); }
+
+int libvirt_open_writable(const char *uri, struct libvirt **out, struct err *err) { return open_connection(uri, true, out, err); }
 
 void libvirt_close(struct libvirt *libvirt)
 {
@@ -174,17 +195,24 @@ void libvirt_close(struct libvirt *libvirt)
 
 /* --- what is asked --- */
 
+static int find_domain(const struct libvirt *libvirt, const char *domain, virDomainPtr *out, struct err *err)
+{
+	*out = libvirt->fn.virDomainLookupByName(libvirt->connection, domain);
+	if (!*out)
+		*out = libvirt->fn.virDomainLookupByUUIDString(libvirt->connection, domain);
+	if (*out)
+		return 0;
+	err_set(err, ERR_NOT_FOUND, ENOENT, "libvirt %s: there is no domain '%s'", libvirt->uri, domain);
+	return err_hint(err, "`virsh -c %s list --all` lists them", libvirt->uri);
+}
+
 int libvirt_domain_xml(struct libvirt *libvirt, const char *domain, char **xml, bool *active, struct err *err)
 {
 	const struct functions *fn = &libvirt->fn;
-	virDomainPtr found = fn->virDomainLookupByName(libvirt->connection, domain);
+	virDomainPtr found;
 
-	if (!found)
-		found = fn->virDomainLookupByUUIDString(libvirt->connection, domain);
-	if (!found) {
-		err_set(err, ERR_NOT_FOUND, ENOENT, "libvirt %s: there is no domain '%s'", libvirt->uri, domain);
-		return err_hint(err, "`virsh -c %s list --all` lists them", libvirt->uri);
-	}
+	if (find_domain(libvirt, domain, &found, err))
+		return -ENOENT;
 	*active = fn->virDomainIsActive(found) == 1;
 	*xml = fn->virDomainGetXMLDesc(found, VIR_DOMAIN_XML_INACTIVE);
 	int rc = *xml ? 0 : failed(libvirt, "domain", domain, err);
@@ -262,4 +290,147 @@ int libvirt_volume_path(struct libvirt *libvirt, const char *pool, const char *v
 	int rc = find_volume(libvirt, found, pool, volume, path, err);
 	libvirt->fn.virStoragePoolFree(found);
 	return rc;
+}
+
+/* --- domains that QEMU runs --- */
+
+#define MERGE_POLL_NS 20000000
+
+typedef __typeof__(virDomainQemuMonitorCommandWithFiles) monitor_command;
+
+struct libvirt_guest {
+	const struct libvirt *libvirt;
+	virDomainPtr domain;
+	monitor_command *command; /* NULL until it is looked for */
+};
+
+int libvirt_guest_find(struct libvirt *libvirt, const char *domain, struct libvirt_guest **out, struct err *err)
+{
+	struct libvirt_guest *guest = xcalloc(1, sizeof(*guest));
+	int rc = find_domain(libvirt, domain, &guest->domain, err);
+
+	guest->libvirt = libvirt;
+	*out = rc ? NULL : guest;
+	if (rc)
+		free(guest);
+	return rc;
+}
+
+void libvirt_guest_free(struct libvirt_guest *guest)
+{
+	if (!guest)
+		return;
+	guest->libvirt->fn.virDomainFree(guest->domain);
+	free(guest);
+}
+
+const char *libvirt_guest_name(const struct libvirt_guest *guest) { return guest->libvirt->fn.virDomainGetName(guest->domain); }
+
+static int guest_failed(const struct libvirt_guest *guest, struct err *err) { return failed(guest->libvirt, "domain", libvirt_guest_name(guest), err); }
+
+int libvirt_guest_state(struct libvirt_guest *guest, struct libvirt_guest_state *out, struct err *err)
+{
+	const struct functions *fn = &guest->libvirt->fn;
+	int state, reason;
+
+	*out = (struct libvirt_guest_state){0};
+	if (fn->virDomainGetState(guest->domain, &state, &reason, 0) < 0 || fn->virDomainGetUUIDString(guest->domain, out->uuid) < 0)
+		return guest_failed(guest, err);
+	out->active = fn->virDomainIsActive(guest->domain) == 1;
+	out->persistent = fn->virDomainIsPersistent(guest->domain) == 1;
+	out->running = state == VIR_DOMAIN_RUNNING || state == VIR_DOMAIN_BLOCKED;
+	return 0;
+}
+
+int libvirt_guest_xml(struct libvirt_guest *guest, bool inactive, char **xml, struct err *err)
+{
+	*xml = guest->libvirt->fn.virDomainGetXMLDesc(guest->domain, VIR_DOMAIN_XML_SECURE | (inactive ? VIR_DOMAIN_XML_INACTIVE : VIR_DOMAIN_XML_MIGRATABLE));
+	return *xml ? 0 : guest_failed(guest, err);
+}
+
+int libvirt_guest_suspend(struct libvirt_guest *guest, struct err *err)
+{
+	return guest->libvirt->fn.virDomainSuspend(guest->domain) < 0 ? guest_failed(guest, err) : 0;
+}
+
+int libvirt_guest_resume(struct libvirt_guest *guest, struct err *err)
+{
+	return guest->libvirt->fn.virDomainResume(guest->domain) < 0 ? guest_failed(guest, err) : 0;
+}
+
+int libvirt_guest_destroy(struct libvirt_guest *guest, struct err *err)
+{
+	return guest->libvirt->fn.virDomainDestroy(guest->domain) < 0 ? guest_failed(guest, err) : 0;
+}
+
+int libvirt_guest_overlay(struct libvirt_guest *guest, const char *xml, struct err *err)
+{
+	const unsigned flags = VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA | VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT |
+			       VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC;
+	virDomainSnapshotPtr snapshot = guest->libvirt->fn.virDomainSnapshotCreateXML(guest->domain, xml, flags);
+
+	if (!snapshot)
+		return guest_failed(guest, err);
+	guest->libvirt->fn.virDomainSnapshotFree(snapshot);
+	return 0;
+}
+
+int libvirt_guest_merge(struct libvirt_guest *guest, const char *disk, struct err *err)
+{
+	const struct functions *fn = &guest->libvirt->fn;
+	const struct timespec moment = {.tv_nsec = MERGE_POLL_NS};
+	virDomainBlockJobInfo info;
+	int there;
+
+	if (fn->virDomainBlockCommit(guest->domain, disk, NULL, NULL, 0, VIR_DOMAIN_BLOCK_COMMIT_SHALLOW | VIR_DOMAIN_BLOCK_COMMIT_ACTIVE) < 0)
+		return guest_failed(guest, err);
+	/* libvirt refuses the turn until the two are the same. */
+	while ((there = fn->virDomainGetBlockJobInfo(guest->domain, disk, &info, 0)) == 1) {
+		if (info.cur == info.end && info.end && fn->virDomainBlockJobAbort(guest->domain, disk, VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT) == 0)
+			return 0;
+		nanosleep(&moment, NULL);
+	}
+	return there < 0 ? guest_failed(guest, err) : err_set(err, ERR_FAILED, EIO, "domain %s: disk %s: the merge ended early", libvirt_guest_name(guest), disk);
+}
+
+static int find_command(struct libvirt_guest *guest, struct err *err)
+{
+	void *handle = guest->command ? NULL : dlopen("libvirt-qemu.so.0", RTLD_NOW | RTLD_LOCAL);
+
+	if (handle)
+		guest->command = (monitor_command *)dlsym(handle, "virDomainQemuMonitorCommandWithFiles");
+	if (guest->command)
+		return 0;
+	err_set(err, ERR_HOST, ENOSYS, "libvirt: this version cannot hand files to QEMU");
+	return err_hint(err, "libvirt 8.2 or later is needed");
+}
+
+int libvirt_guest_command(struct libvirt_guest *guest, const char *command, int fd, char **answer, struct err *err)
+{
+	int rc = find_command(guest, err), code;
+
+	if (rc)
+		return rc;
+	if (guest->command(guest->domain, command, fd < 0 ? 0 : 1, fd < 0 ? NULL : &fd, NULL, NULL, answer, 0) == 0)
+		return 0;
+	last_words(guest->libvirt, &code);
+	if (code != VIR_ERR_NO_SUPPORT)
+		return guest_failed(guest, err);
+	err_set(err, ERR_HOST, ENOTSUP, "domain %s: is none of QEMU", libvirt_guest_name(guest));
+	return err_hint(err, "checkpoints of domains are for those that QEMU runs: qemu:///system");
+}
+
+int libvirt_restore(struct libvirt *libvirt, const char *path, const char *xml, struct err *err)
+{
+	return libvirt->fn.virDomainRestoreFlags(libvirt->connection, path, xml, VIR_DOMAIN_SAVE_RUNNING) < 0 ? failed(libvirt, "restore from", path, err) : 0;
+}
+
+int libvirt_define(struct libvirt *libvirt, const char *xml, struct err *err)
+{
+	virDomainPtr domain = libvirt->fn.virDomainDefineXML(libvirt->connection, xml);
+
+	if (!domain)
+		return failed(libvirt, "definition", "of the domain", err);
+	libvirt->fn.virDomainFree(domain);
+	return 0;
 }

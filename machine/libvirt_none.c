@@ -36,3 +36,80 @@ int libvirt_volume_path(struct libvirt *libvirt, const char *pool, const char *v
 	(void)libvirt, (void)pool, (void)volume, (void)path;
 	return missing(err);
 }
+
+/* None of these is reached: there is no connection. */
+int libvirt_open_writable(const char *uri, struct libvirt **out, struct err *err) { return libvirt_open(uri, out, err); }
+
+int libvirt_guest_find(struct libvirt *libvirt, const char *domain, struct libvirt_guest **out, struct err *err)
+{
+	(void)libvirt, (void)domain, (void)out;
+	return missing(err);
+}
+
+void libvirt_guest_free(struct libvirt_guest *guest) { (void)guest; }
+
+const char *libvirt_guest_name(const struct libvirt_guest *guest)
+{
+	(void)guest;
+	return "";
+}
+
+int libvirt_guest_state(struct libvirt_guest *guest, struct libvirt_guest_state *out, struct err *err)
+{
+	(void)guest, (void)out;
+	return missing(err);
+}
+
+int libvirt_guest_xml(struct libvirt_guest *guest, bool inactive, char **xml, struct err *err)
+{
+	(void)guest, (void)inactive, (void)xml;
+	return missing(err);
+}
+
+int libvirt_guest_suspend(struct libvirt_guest *guest, struct err *err)
+{
+	(void)guest;
+	return missing(err);
+}
+
+int libvirt_guest_resume(struct libvirt_guest *guest, struct err *err)
+{
+	(void)guest;
+	return missing(err);
+}
+
+int libvirt_guest_destroy(struct libvirt_guest *guest, struct err *err)
+{
+	(void)guest;
+	return missing(err);
+}
+
+int libvirt_guest_overlay(struct libvirt_guest *guest, const char *xml, struct err *err)
+{
+	(void)guest, (void)xml;
+	return missing(err);
+}
+
+int libvirt_guest_merge(struct libvirt_guest *guest, const char *disk, struct err *err)
+{
+	(void)guest, (void)disk;
+	return missing(err);
+}
+
+int libvirt_guest_command(struct libvirt_guest *guest, const char *command, int fd, char **answer, struct err *err)
+{
+	(void)guest, (void)command, (void)fd, (void)answer;
+	return missing(err);
+}
+
+int libvirt_restore(struct libvirt *libvirt, const char *path, const char *xml, struct err *err)
+{
+	(void)libvirt, (void)path, (void)xml;
+	return missing(err);
+}
+
+int libvirt_define(struct libvirt *libvirt, const char *xml, struct err *err)
+{
+	(void)libvirt, (void)xml;
+	return missing(err);
+}

@@ -18,6 +18,7 @@ struct library {
 	__typeof__(xmlFreeDoc) *free_doc;
 	__typeof__(xmlDocGetRootElement) *root_element;
 	__typeof__(xmlGetLastError) *last_error;
+	__typeof__(xmlResetLastError) *reset_error;
 };
 
 /* Never unloaded: it has state of its own. */
@@ -31,8 +32,9 @@ static int load(struct library *out, struct err *err)
 			.free_doc = (__typeof__(xmlFreeDoc) *)dlsym(handle, "xmlFreeDoc"),
 			.root_element = (__typeof__(xmlDocGetRootElement) *)dlsym(handle, "xmlDocGetRootElement"),
 			.last_error = (__typeof__(xmlGetLastError) *)dlsym(handle, "xmlGetLastError"),
+			.reset_error = (__typeof__(xmlResetLastError) *)dlsym(handle, "xmlResetLastError"),
 		};
-	if (handle && out->read_memory && out->free_doc && out->root_element && out->last_error)
+	if (handle && out->read_memory && out->free_doc && out->root_element && out->last_error && out->reset_error)
 		return 0;
 	err_set(err, ERR_HOST, ENOSYS, "libxml2: %s", handle ? "is too old" : "is not installed");
 	return err_hint(err, "domain XML needs it: `apt-get install libxml2`, or write a guest.cfg");
@@ -155,6 +157,7 @@ int xml_parse(const char *what, const char *data, size_t length, struct xml_node
 		return rc;
 	if (length > XML_MAX_BYTES)
 		return err_set(err, ERR_USAGE, EFBIG, "%s: longer than %u bytes", what, XML_MAX_BYTES);
+	xml.reset_error();
 	xmlDoc *doc = xml.read_memory(data, (int)length, NULL, NULL, XML_PARSE_NONET | XML_PARSE_NOERROR | XML_PARSE_NOWARNING);
 	if (!doc)
 		return tell_error(&xml, what, err);

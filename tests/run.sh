@@ -11,7 +11,7 @@
 #
 # --quick: the release build and its units only. Exit status: 0 if everything passed; what was skipped is said.
 # VMCP_TEST_ROUNDS and VMCP_TEST_DEBIAN_ROUNDS set the rounds of the long tests (100 and 20), VMCP_TEST_DEBIAN_CHECKPOINTS the live checkpoints under
-# fio (5; 50 is the whole acceptance test), DISK_TEST_SCALE how much of the random tests of
+# fio (5; 50 is the whole acceptance test), VMCP_TEST_LIBVIRT_ROUNDS those with QEMU's domains (3; 10 is the whole acceptance test), DISK_TEST_SCALE how much of the random tests of
 # disks the release build goes through (0.3; 1 is all of docs/cowdisk.md).
 
 set -euo pipefail
@@ -79,6 +79,12 @@ together() {
     done
     rm -rf "$out"
 }
+libvirt_test() {
+    case $1 in
+        checkpoint) python3 tests/vm/libvirt_checkpoint_test.py ;;
+        domains) "${near_kvm[@]}" python3 tests/vm/libvirt_test.py ;;
+    esac
+}
 show_result() { cat "$1" && [ -e "$1.passed" ]; }
 
 step "packages"
@@ -102,7 +108,7 @@ part "whole VMs: verify, diff, dump" "${near_kvm[@]}" python3 tests/vm/verify_te
 part "whole VMs: exports and imports" "${near_kvm[@]}" python3 tests/vm/export_test.py
 part "whole VMs: golden stores" "${near_kvm[@]}" python3 tests/vm/golden_test.py
 part "whole VMs: chains of disk layers" "${near_kvm[@]}" python3 tests/vm/disk_layers_test.py
-part "whole VMs: libvirt's domains, networks and volumes" "${near_kvm[@]}" python3 tests/vm/libvirt_test.py
+together "libvirt_test checkpoint" "libvirt_test domains"
 part "whole VMs: bad input and faults" "${near_kvm[@]}" python3 tests/vm/bad_input_test.py
 part "whole VMs under ASan+UBSan" env VMCP_BIN="$PWD/build/debug/cli/vmcp" VMCP_TEST_ROUNDS=10 \
     "${near_kvm[@]}" python3 tests/vm/tiny_test.py revert gone captured raw second powers json cancel

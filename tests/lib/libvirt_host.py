@@ -16,7 +16,7 @@ from vmcp_test import Skip, check
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
 FOLDERS = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
 
-# Without a user libvirt-qemu (Debian's libvirt-daemon-system makes it) QEMU runs as root here.
+# QEMU runs as root here.
 QEMU_CONF = """user = "root"
 group = "root"
 dynamic_ownership = 0
@@ -60,6 +60,18 @@ def enter():
         if not os.path.isdir(folder):
             os.makedirs(folder)  # an empty folder is all that stays on the host
         run("mount", "-t", "tmpfs", "none", folder)
+    add_user("/etc/passwd", "libvirt-qemu:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin\n")
+    add_user("/etc/group", "libvirt-qemu:x:64055:\n")
+
+
+def add_user(path, line):
+    """libvirtd does not start without that user; Debian's libvirt-daemon-system makes it, which brings much else."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    if not text.startswith("libvirt-qemu:") and "\nlibvirt-qemu:" not in text:
+        with open(f"/run/{os.path.basename(path)}", "w", encoding="utf-8") as file:
+            file.write(text + line)
+        run("mount", "--bind", file.name, path)
 
 
 class Daemon:
@@ -93,9 +105,10 @@ class Daemon:
         self.log.close()
 
     def close(self):
-        """Domains too: they outlive the daemon."""
-        for name in virsh("list", "--name", status=None).split():
+        """Domains and their definitions too: they outlive the daemon."""
+        for name in virsh("list", "--all", "--name", status=None).split():
             virsh("destroy", name, status=None)
+            virsh("undefine", name, status=None)
         self.stop()
 
 

@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Checkpoints of domains that QEMU runs below a real libvirtd, with the tiny guest: it boots under QEMU's TCG too."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+import vmcp_test  # noqa: E402
+from libvirt_host import Daemon, need, run, virsh  # noqa: E402
+from libvirt_test import disk_xml, domain_console, domain_xml, one_error  # noqa: E402
+from vmcp_test import check, check_equal  # noqa: E402
+
+URI = "qemu:///system"
+ROUNDS = int(os.environ.get("VMCP_TEST_LIBVIRT_ROUNDS", "3"))
+BUSY = "set=16M rate=2000 disk=1 disk_blocks=1024 qd=8 report=0"
+
+
+class Domain:
+    """A domain `web` with two disks, running, its guest at work on the first."""
+
+    def __init__(self, env):
+        self.env = env
+        self.images = [env.image("first.qcow2", "32M"), env.image("second.qcow2", "32M")]
+        self.daemon = Daemon(env.dir)
+        seed = env.image("seed.qcow2", "1M")
+        xml = domain_xml(env, "web", disk_xml(self.images[0]) + disk_xml(self.images[1], "vdb") +
+                         disk_xml(seed, "vdc").replace("<target", "<readonly/><target"), "<controller type='usb' model='none'/>", BUSY, 64)
+        virsh("define", env.write("web.xml", xml.replace("type='kvm'", "type='qemu'")))
+        virsh("start", "web", "--paused")
+        self.attach()
+        virsh("resume", "web")
+        self.guest.ready()
+
+    def attach(self):
+        self.guest = domain_console(self.env, "web")
+
+    def check(self):
+        return self.guest.check(timeout=180)
+
+    def disks(self, *more):
+        tree = ElementTree.fromstring(virsh("dumpxml", "web", *more))
+        return [disk.find("source").get("file") for disk in tree.findall("devices/disk") if disk.find("readonly") is None]
+
+    def backing(self, path):
+        return run("qemu-img", "info", "-U", "--backing-chain", path).stdout
+
+    def consistent(self):
+        """libvirt's view, live and for the next start, is the files that QEMU has open."""
+        live = self.disks()
+        check_equal(self.disks("--inactive"), live, "disks of the next start")
+        with open("/run/libvirt/qemu/web.pid", encoding="utf-8") as file:
+            pid = int(file.read())
+        opened = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+        for path in live:
+            check(path in opened, f"QEMU does not have {path} open: {opened}")
+        listed = [line.split()[1] for line in virsh("domblklist", "web").strip().split("\n") if line.split()[0] in ("vda", "vdb")]
+        check_equal(listed, live, "domblklist")
+        check_equal(virsh("domstate", "web").strip(), "running", "the domain's state")
+        return live
+
+    def close(self):
+        self.daemon.close()
+
+
+def with_domain(function):
+    def test(env):
+        need("libvirtd", "virsh", "qemu-img", "qemu-system-x86_64")
+        domain = Domain(env)
+        try:
+            function(env, domain)
+        finally:
+            domain.close()
+    test.__name__, test.__doc__ = function.__name__, function.__doc__
+    return test
+
+
+def take(env, *more, **how):
+    return env.vmcp_json("--quiet", "checkpoint", "--live", "--connect", URI, "web", *more, **how)
+
+
+@with_domain
+def test_rounds(env, domain):
+    """Checkpoint, damage, revert; the disks as libvirt, QEMU and the files have them; then the store's own commands."""
+    taken, pauses = [], []
+    for number in range(ROUNDS):
+        one = take(env)
+        taken.append(one["id"])
+        pauses.append(one["pause_ns"])
+        check_equal((one["vm"], one["live"], one["durability"], one["vmm"]), ("web", True, "durable", "qemu"), "what was taken")
+        check_equal(one["parent"], taken[-2] if number else None, "parent")
+        check_equal([disk["name"] for disk in one["disks"]], ["vda", "vdb"], "disks")
+        domain.check()
+        back = taken[-1] if number % 3 else taken[number // 2]
+        result = env.vmcp_json("--quiet", "revert", "--connect", URI, back)
+        check_equal((result["vm"], result["checkpoint"], result["mode"]), ("web", back, "started"), "revert")
+        if back != taken[-1]:
+            taken.append(back)  # where it stands now: the next one's parent
+        domain.attach()
+        domain.check()
+        domain.guest.epoch(number + 1)
+        for path in domain.consistent():
+            run("qemu-img", "check", "-U", path)
+    pauses.sort()
+    print(f"  pauses: median {pauses[len(pauses) // 2] / 1e6:.1f} ms, longest {pauses[-1] / 1e6:.1f} ms", flush=True)
+    ids = list(dict.fromkeys(taken))
+    check_equal(sorted(one["id"] for one in env.vmcp_json("log")["checkpoints"]), sorted(ids), "log")
+    check_equal(env.vmcp_json("show", ids[0])["vmm"], "qemu", "show")
+    check(all(one["ok"] for one in env.vmcp_json("verify", *ids)["checkpoints"]), "verify")
+
+    one_error(env.vmcp("run", "--from", ids[0], status=4), "only QEMU")
+    one_error(env.vmcp("revert", ids[0], status=4), "only QEMU")
+
+    # Through a file into another store, from which the domain goes on.
+    env.vmcp("--quiet", "export", ids[1], env.path("file"))
+    env.vmcp("rm", ids[1])
+    check(all(one["ok"] for one in env.vmcp_json("verify")["checkpoints"]), "verify after rm")
+    other = env.path("other")
+    env.vmcp("--quiet", "import", env.path("file"), store=other)
+    virsh("destroy", "web")
+    env.vmcp("--quiet", "revert", "--connect", URI, ids[1], store=other)
+    domain.attach()
+    domain.check()
+
+
+def refused(env, domain):
+    """What is refused changes nothing."""
+    before = virsh("dumpxml", "web"), sorted(os.listdir(env.dir))
+
+    one_error(env.vmcp("checkpoint", "--live", "--connect", URI, "nosuch", status=3), "nosuch")
+    one_error(env.vmcp("checkpoint", "--connect", URI, "web", status=2), "--live")
+    one_error(env.vmcp("checkpoint", "--live", "--connect", URI, status=2), "domain")
+    one_error(env.vmcp("checkpoint", "--live", "--connect", "test:///default", "test", status=6), "none of QEMU")
+    one_error(env.vmcp("checkpoint", "--live", "--connect", URI, "web", status=1, store="/dev/shm/vmcp-other-fs"), "vda")
+    subprocess.run(["rm", "-rf", "/dev/shm/vmcp-other-fs"], check=True)
+    one_error(env.vmcp("revert", "--connect", URI, "nosuch", status=3), "nosuch")
+    virsh("suspend", "web")
+    one_error(env.vmcp("checkpoint", "--live", "--connect", URI, "web", status=4), "paused")
+    virsh("resume", "web")
+    check_equal((virsh("dumpxml", "web"), [name for name in sorted(os.listdir(env.dir)) if name != "store"]), before, "the domain and its files")
+    domain.check()
+
+
+@with_domain
+def test_failures(env, domain):
+    """Refused, or failed at a fault point: the domain runs on with the disks that it had."""
+    refused(env, domain)
+    for point in (302, 100, 355, 356, 357):
+        result = env.vmcp("--quiet", "checkpoint", "--live", "--connect", URI, "web", status=None, env={"VMCP_FAULT": f"{point}:1:eio"})
+        check_equal(result.status, 1, f"{point}: {result}")
+        check_equal(domain.consistent(), domain.images, f"{point}: disks")
+        domain.check()
+        check_equal([name for name in os.listdir(env.dir) if ".vmcp-" in name], [], f"{point}: overlays")
+        check_equal(env.vmcp_json("log")["checkpoints"], [], f"{point}: checkpoints")
+    first = take(env)["id"]
+    # The domain is ended already: it says so, and the next try brings it back.
+    result = env.vmcp("--quiet", "revert", "--connect", URI, first, status=1, env={"VMCP_FAULT": "358:1:eio"})
+    check("the domain is off" in result.err, str(result))
+    env.vmcp("--quiet", "revert", "--connect", URI, first)
+    domain.attach()
+    domain.check()
+    domain.consistent()
+    virsh("destroy", "web")
+    one_error(env.vmcp("checkpoint", "--live", "--connect", URI, "web", status=4), "off")
+
+
+def start_with(env, fault):
+    """A checkpoint that has come to a fault point, and sleeps there."""
+    process = subprocess.Popen([env.vmcp_bin, "--store", env.store, "--quiet", "checkpoint", "--live", "--connect", URI, "web"], stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, VMCP_FAULT=fault))
+    process.stderr.readline()  # said as the sleep begins
+    return process
+
+
+@with_domain
+def test_deaths(env, domain):
+    """vmcp is killed, or libvirtd is, in mid-checkpoint: the domain runs on, and the next checkpoint succeeds."""
+    for point in (355, 357):
+        result = env.vmcp("--quiet", "checkpoint", "--live", "--connect", URI, "web", status=None, env={"VMCP_FAULT": f"{point}:1:kill"})
+        check_equal(result.status, -signal.SIGKILL, f"{point}: {result}")
+        if point == 355:  # in the pause: libvirt's user lets it run
+            virsh("resume", "web")
+        deadline = time.monotonic() + 60
+        while "unlimited" not in virsh("domjobinfo", "web") and virsh("domstate", "web").strip() != "running" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        domain.check()
+        domain.consistent()
+    disks = domain.disks()
+    process = start_with(env, "356:1:sleep=2000")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    check(process.returncode == 1 and b"cancelled" in err, f"not cancelled: {process.returncode} {out} {err}")
+    check_equal(domain.consistent(), disks, "disks after a cancel")
+    domain.check()
+    taken = take(env)["id"]
+    process = start_with(env, "356:1:sleep=3000")
+    domain.daemon.stop(signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    domain.daemon.start()
+    check(process.returncode == 0, f"all that is left to do needs no libvirt: {process.returncode} {out} {err}")
+    domain.check()
+    # In the pause: it cannot let the guest run any more, and says how.
+    process = start_with(env, "355:1:sleep=2000")
+    domain.daemon.stop(signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    check(process.returncode == 1 and b"virsh resume web" in err, f"not told: {process.returncode} {out} {err}")
+    domain.daemon.start()
+    virsh("resume", "web")
+    domain.check()
+    domain.consistent()
+    last = take(env)["id"]
+    check(all(one["ok"] for one in env.vmcp_json("verify")["checkpoints"]), "verify")
+    for one in (taken, last):
+        env.vmcp("--quiet", "revert", "--connect", URI, one)
+        domain.attach()
+        domain.check()
+        domain.consistent()
+
+
+if __name__ == "__main__":
+    vmcp_test.main(__name__)
