@@ -1,5 +1,6 @@
 /* disk: info, check, export, resize. */
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
@@ -8,6 +9,7 @@
 #include <sys/stat.h>
 
 #include "base/buf.h"
+#include "base/file.h"
 #include "base/size.h"
 #include "cli/cli.h"
 #include "cowdisk/check.h"
@@ -283,8 +285,23 @@ static void on_interrupt(int signal)
 
 static void show_progress(void *opaque, uint64_t done, uint64_t total) { cli_progress_update(opaque, "copying", done, total); }
 
+#define MAX_PASSWORD_BYTES 4096
+
+/* The password in a file, without the end of its line. */
+static int read_password(const char *path, struct buf *out, struct err *err)
+{
+	int rc = file_read_all(AT_FDCWD, path, MAX_PASSWORD_BYTES, out, err);
+
+	if (rc)
+		return err_prefix(err, "--key-file");
+	if (out->length && out->data[out->length - 1] == '\n')
+		out->length--;
+	return buf_append(out, "", 1, err);
+}
+
 static int run_export(struct cli *cli, const struct source *source, struct err *err)
 {
+	CLEANUP_BUF struct buf password = BUF_INIT;
 	const char *format = cli_value(cli, "format");
 	struct cli_progress progress = cli_progress_begin(cli, "disk");
 	struct cow_export e = {.source = source->path,
@@ -300,6 +317,13 @@ static int run_export(struct cli *cli, const struct source *source, struct err *
 	}
 	if (format && !strcmp(format, "raw"))
 		e.format = COW_FORMAT_RAW;
+	if (cli_value(cli, "key-file")) {
+		int rc = read_password(cli_value(cli, "key-file"), &password, err);
+
+		if (rc)
+			return rc;
+		e.password = (const char *)password.data;
+	}
 	signal(SIGINT, on_interrupt);
 	signal(SIGTERM, on_interrupt);
 	int rc = cow_export(&e, err);
@@ -371,18 +395,20 @@ static const struct cli_option disk_options[] = {
 	{"repair", 0, NULL, "check: make the reference counts right; what a table leads to is never lost"},
 	{"second-opinion", 0, NULL, "check: let libqcow read it too, and compare"},
 	{"format", 0, "FORMAT", "export: qcow2 (default) or raw"},
+	{"key-file", 0, "FILE", "export: the password of an image of old that is encrypted"},
 	{0},
 };
 
 const struct cli_command cli_disk = {
 	.name = "disk",
-	.synopsis = "info SRC | check [--repair] [--second-opinion] SRC | export SRC FILE [--format FORMAT] | resize "
-		    "SRC SIZE",
+	.synopsis = "info SRC | check [--repair] [--second-opinion] SRC | export SRC FILE [--format FORMAT] "
+		    "[--key-file FILE] | resize SRC SIZE",
 	.summary = "look at, check, write out or enlarge a disk image",
 	.help = "SRC is an image file, VM:DISK (its present state; the VM must not run) or CKPT:DISK.\n\n"
 		"  vmcp disk info root.qcow2              the file and its backing chain\n"
 		"  vmcp disk check web:root               each file of the chain; exit status 5 if one is damaged\n"
 		"  vmcp disk export web~2:root old.qcow2  one file without a backing file\n"
+		"  vmcp disk export old.qcow root.qcow2   an image of qcow version 1, or encrypted with AES\n"
 		"  vmcp disk resize web:root 40G          disks only grow",
 	.options = disk_options,
 	.min_arguments = 1,

@@ -12,6 +12,7 @@
 #include "base/file.h"
 #include "cowdisk/check.h"
 #include "cowdisk/copy_internal.h"
+#include "cowdisk/legacy_internal.h"
 #include "cowdisk/request_internal.h"
 
 struct file_id {
@@ -432,7 +433,12 @@ int cow_export(const struct cow_export *e, struct err *err)
 {
 	struct cow_io *io;
 	struct cow_disk *from;
-	int rc = cow_io_create(NULL, &io, err);
+	struct legacy legacy;
+	int rc = legacy_recognise(e->source, &legacy, err);
+	if (rc == 1)
+		return legacy_export(e, &legacy, err);
+	if (rc == 0)
+		rc = cow_io_create(NULL, &io, err);
 	if (rc < 0)
 		return rc;
 	rc = cow_open(io, e->source, COW_OPEN_READONLY, &from, err);

@@ -60,12 +60,18 @@ struct cow_export {
 	const char *path;   /* must not exist; a failed export leaves nothing there */
 	enum cow_format format;
 	uint32_t cluster_bytes; /* qcow2; 0: 65536 */
+	const char *password;	/* of a source that is encrypted; else NULL */
 	uint64_t bytes_per_second;
 	const volatile bool *cancel;
 	cow_progress_fn *progress;
 	void *opaque;
 };
-/* Writes a chain as one file without a backing file: sparse, durable on return. Any thread but one that serves a ring. */
+/*
+ * Writes a chain as one file without a backing file: sparse, durable on return. Any thread but one that serves a ring.
+ *
+ * The source may also be an image that is not run: qcow of version 1, or one of versions 1 and 2 that is encrypted with AES, without a backing
+ * file. That format cannot tell a wrong password: what comes out is noise then. They are read in a child process; bytes_per_second does not count.
+ */
 int cow_export(const struct cow_export *e, struct err *err);
 
 #endif

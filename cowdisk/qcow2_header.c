@@ -9,7 +9,7 @@
 #include "base/file.h"
 #include "cowdisk/image_internal.h"
 
-#define CONVERT_HINT "convert it first: qemu-img convert -O qcow2 SRC DST"
+#define CONVERT_HINT "write it out anew first: vmcp disk export SRC DST, or qemu-img convert -O qcow2 SRC DST"
 
 static int damaged(struct err *err, const char *what)
 {

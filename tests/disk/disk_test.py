@@ -509,6 +509,60 @@ def test_second_opinion():
     check("compared 983040 skipped 65536 " in tool("opinion", "zero.qcow2").stdout, "zero clusters are compared")
 
 
+def test_images_of_old():
+    """qcow of version 1, and AES: written out by libqcow, and what it cannot read refused; damaged ones are an error at worst."""
+    def export(source, *words, status=0):
+        if os.path.exists("out.raw"):
+            os.unlink("out.raw")
+        return vmcp("disk", "export", source, "out.raw", "--format", "raw", *words, status=status)
+
+    tool("pattern", "a.raw", 3 * MIB, SEED)
+    with open("a.raw", "r+b") as file:
+        file.seek(MIB)
+        file.write(bytes(MIB))
+    with open("key", "w", encoding="ascii") as file:
+        file.write("open sesame\n")
+    with open("secret", "w", encoding="ascii") as file:
+        file.write("open sesame")
+    secret = ("--object", "secret,id=key,file=secret")
+    aes = "encrypt.format=aes,encrypt.key-secret=key"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow", "a.raw", "plain.qcow")
+    first = export("plain.qcow", status=None)
+    if "without libqcow" in first.stderr:
+        raise Skip("built without libqcow")
+    run("qemu-img", "convert", *secret, "-f", "raw", "-O", "qcow", "-o", aes, "a.raw", "aes.qcow")
+    run("qemu-img", "convert", *secret, "-f", "raw", "-O", "qcow2", "-o", "compat=0.10," + aes, "a.raw", "aes2.qcow2")
+    run("qemu-img", "convert", *secret, "-f", "raw", "-O", "qcow2", "-o", "compat=1.1," + aes, "a.raw", "aes3.qcow2")
+    run("qemu-img", "create", "-f", "qcow", "-b", "a.raw", "-F", "raw", "over.qcow")
+    for name in ("plain.qcow", "aes.qcow", "aes2.qcow2"):
+        words = ("--key-file", "key") if name.startswith("aes") else ()
+        export(name, *words)
+        check(filecmp.cmp("out.raw", "a.raw", shallow=False), f"{name} came out otherwise")
+        vmcp("disk", "export", name, f"new-{name}.qcow2", *words)
+        same_content(f"new-{name}.qcow2", "a.raw")
+        qemu_check(f"new-{name}.qcow2")
+    for name, words, text in (("aes.qcow", (), "it is encrypted"), ("aes3.qcow2", ("--key-file", "key"), "version 3"), ("over.qcow", (), "backing file"),
+                              ("plain.qcow", ("--key-file", "gone"), "--key-file")):
+        check(text in export(name, *words, status=1 if text != "--key-file" else None).stderr, f"{name}: {text}")
+        check(not os.path.exists("out.raw"), f"{name} left something behind")
+    check("qcow image of version 1" in vmcp("disk", "info", "plain.qcow", status=1).stderr, "info")
+    rng = random.Random(f"old {SEED}")
+    with open("plain.qcow", "rb") as file:
+        whole = file.read()
+    for n in range(max(4, int(60 * SCALE))):
+        damaged = bytearray(whole)
+        if n % 4 == 0:
+            del damaged[rng.randrange(len(damaged)):]
+        else:
+            for _ in range(rng.randrange(1, 8)):
+                damaged[rng.choice([rng.randrange(48), rng.randrange(len(damaged))])] = rng.randrange(256)
+        with open("bad.qcow", "wb") as file:
+            file.write(damaged)
+        done = export("bad.qcow", status=None)
+        check(done.returncode in (0, 1, 5), f"{n}: exit {done.returncode}: {done.stderr}")
+        check(done.returncode == 0 or not os.path.exists("out.raw"), f"{n}: something is left behind")
+
+
 def test_resize():
     for n in range(int(48 * SCALE)):
         rng = random.Random(f"resize {SEED} {n}")
@@ -985,7 +1039,7 @@ GROUPS = {
     "stress": [test_stress, test_stress_large],
     "initial": [test_stress_initial],
     "merge": [test_merge, test_merge_rules, test_export],
-    "repair": [test_repair, test_second_opinion, test_resize, test_cli],
+    "repair": [test_repair, test_second_opinion, test_images_of_old, test_resize, test_cli],
     "sim": [test_crash_sim],
     "crash": [test_kill, test_kill_random],
     "errors": [test_errors, test_full],
