@@ -1,5 +1,5 @@
 /*
- * Another implementation reads the same image: libqcow, which shares no code with ours. The only file that uses it.
+ * Another implementation reads the same image: libqcow, which shares no code with ours. 
  *
  * libqcow 20201213 reads some images wrongly and says that all is well, so it is asked only what it knows:
  *   - zero clusters of version 3 come back as other data: where our map meets one nothing is compared;
