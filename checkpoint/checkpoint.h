@@ -194,8 +194,8 @@ struct ckpt_disk_merge {
 };
 /*
  * Merges layers below the machine's disks that no checkpoint names any more, as far as that pays, and turns the disks to what was merged. Layers that
- * nothing stands on then are left to store_gc. For a background thread: works beside checkpoints and reverts; *stop turning true ends it with
- * -ECANCELED. -EBUSY: somebody else merges in this store.
+ * nothing stands on then are left to store_gc: it returns after some merges, and is called again until it makes none. For a background thread: works
+ * beside checkpoints and reverts; *stop turning true ends it with -ECANCELED. -EBUSY: somebody else merges in this store.
  */
 int ckpt_merge_disks(struct ckpt_engine *engine, const _Atomic bool *stop, struct ckpt_disk_merge *done, struct err *err);
 

@@ -112,7 +112,8 @@ int ckpt_merge_disks(struct ckpt_engine *engine, const _Atomic bool *stop, struc
 	if (r != 0)
 		return r;
 	scheduling_leave_vcpus(engine->vm, &before, NULL);
-	while (r == 0 && any && !atomic_load(stop)) {
+	/* Not for ever where layers come as fast as they are merged: the caller has to remove what that leaves. */
+	while (r == 0 && any && done->layers < HURRY_LAYERS && !atomic_load(stop)) {
 		any = false;
 		r = merge_some(engine, merging, stop, done, &any, err);
 	}

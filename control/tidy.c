@@ -8,13 +8,16 @@
 #include <time.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/priority.h"
 #include "control/server.h"
 
-/* All headers are read for it, so not more often. */
-#define SWEEP_NS 30000000000ull
+/* All headers are read for it, so not more often; but where merges leave many files behind, as often as that takes a small part of the time. */
+#define SWEEP_NS    30000000000ull
+#define SWEEP_MANY  64u
+#define SWEEP_SHARE 20u
 /* While somebody else merges. */
 #define BUSY_NS 2000000000ull
 /* Between two looks, however often it is woken. */
@@ -34,7 +37,7 @@ struct tidy {
 	char problem[sizeof(((struct err *)0)->message)];
 	/* owner: the thread */
 	bool sweep_due;
-	uint64_t swept_ns;
+	uint64_t swept_ns, sweep_took_ns, superfluous; /* files that merges have left since the last sweep */
 };
 
 struct tidy *tidy_create(struct control_target *target)
@@ -74,8 +77,8 @@ static void wait_until(struct tidy *t, uint64_t at_ns, bool rest)
 	}
 }
 
-/* A machine that ends, or is replaced as the guest resets, takes its merge with it: the rest is done the next time. */
-static int merge(struct tidy *t, struct err *err)
+/* A machine that ends, or is replaced as the guest resets, takes its merge with it: the rest is done the next time. *any: there may be more. */
+static int merge(struct tidy *t, bool *any, struct err *err)
 {
 	struct control_target *target = t->target;
 	struct ckpt_disk_merge done = {0};
@@ -85,7 +88,9 @@ static int merge(struct tidy *t, struct err *err)
 	if (target->machine && !atomic_load(&target->ending))
 		rc = ckpt_merge_disks(machine_engine(target->machine), &target->ending, &done, err);
 	pthread_rwlock_unlock(&target->machine_lock);
-	t->sweep_due |= done.runs > 0;
+	*any = done.runs > 0;
+	t->sweep_due |= *any;
+	t->superfluous += done.layers - done.runs;
 	pthread_mutex_lock(&t->lock);
 	t->merged.runs += done.runs;
 	t->merged.layers += done.layers;
@@ -98,14 +103,22 @@ static int merge(struct tidy *t, struct err *err)
 static int sweep(struct tidy *t, struct err *err)
 {
 	struct store_gc_result result;
+	uint64_t began = clock_now_ns();
 	int rc = store_gc(t->target->store, &result, err);
 
 	t->sweep_due = false;
+	t->superfluous = 0;
 	t->swept_ns = clock_now_ns();
+	t->sweep_took_ns = t->swept_ns - began;
 	pthread_mutex_lock(&t->lock);
 	t->swept_layers += result.disk_layers;
 	pthread_mutex_unlock(&t->lock);
 	return rc;
+}
+
+static uint64_t next_sweep(const struct tidy *t)
+{
+	return t->swept_ns + (t->superfluous < SWEEP_MANY ? SWEEP_NS : min_u64(SWEEP_SHARE * t->sweep_took_ns, SWEEP_NS));
 }
 
 static void note(struct tidy *t, const struct err *err)
@@ -123,17 +136,20 @@ static uint64_t work(struct tidy *t)
 {
 	struct err err = ERR_INIT;
 	uint64_t now = clock_now_ns(), again = 0;
-	int rc = merge(t, &err);
+	bool any = false;
+	int rc = merge(t, &any, &err);
 
 	if (rc == -EBUSY || rc == -ECANCELED) {
 		err = ERR_INIT;
 		again = rc == -EBUSY ? now + BUSY_NS : 0;
 		rc = 0;
 	}
-	if (!rc && t->sweep_due && !t->stop && now >= t->swept_ns + SWEEP_NS)
+	if (!rc && t->sweep_due && !t->stop && clock_now_ns() >= next_sweep(t))
 		rc = sweep(t, &err);
 	if (t->sweep_due && !again)
-		again = t->swept_ns + SWEEP_NS;
+		again = next_sweep(t);
+	if (!rc && any)
+		again = now;
 	note(t, rc ? &err : &ERR_INIT);
 	return again;
 }

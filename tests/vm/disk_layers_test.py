@@ -72,7 +72,9 @@ def test_chain_stays_bounded_under_keep(env):
     disk = env.image("disk.qcow2")
     config = env.tiny_config(memory="64M", cmdline=WRITER, disks=[("data", disk)], extra=f"[checkpoint]\nevery = 50ms\nkeep = {KEEP}\n")
     guest = env.spawn_tiny("run", config)
-    stats = wait_for(env, "merges", "tiny", lambda s: s["periodic"]["removed"] >= 150 and s["disk_layers"]["merges"] >= 3, 300)
+    # What merges leave is removed by the VM itself, soon.
+    stats = wait_for(env, "merges", "tiny", lambda s: s["periodic"]["removed"] >= 150 and s["disk_layers"]["merges"] >= 3
+                     and s["disk_layers"]["removed_layers"] >= 100, 300)
     check_equal((stats["periodic"]["failed"], stats["periodic"]["problem"], stats["disk_layers"]["problem"]), (0, None, None), "problems")
     # Those that are kept, those that wait to be removed (40 at most, and what was taken since), and what is not worth merging yet.
     wait_for(env, "removals", "tiny", lambda s: s["periodic"]["removed"] >= stats["periodic"]["removed"] + 20)
@@ -86,12 +88,14 @@ def test_chain_stays_bounded_under_keep(env):
     image_check(disk)
     left = listed(env)
     before, present = contents(env, left), content(env, disk)
+    # How much there is to merge depends on where the VM's own merges were when it was killed: what counts is what is left.
     result = env.vmcp_json("gc")
-    check(result["merged_layers"] >= 2, f"gc merged nothing: {result}")
     check_equal(contents(env, left), before, "disks after gc")
     check_equal(content(env, disk), present, "the present disk after gc")
     # One file for each checkpoint, and below the oldest what is not worth more copying.
-    check(len(layer_files(env)) <= len(left) + 8, f"{len(layer_files(env))} disk layers for {len(left)} checkpoints")
+    files = layer_files(env)
+    check(len(files) <= len(left) + 8, f"{len(files)} disk layers for {len(left)} checkpoints: {result}")
+    check_equal(env.vmcp_json("gc")["disk_layers"], 0, "layers that a second gc removes")
     for one in left:
         image_check(os.path.join(env.store, "layers", layer_of(env, one)))
     for one in (left[0], left[len(left) // 2], left[-1]):
