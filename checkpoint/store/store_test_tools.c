@@ -161,8 +161,6 @@ static int fill_draft(struct store_draft *draft, const struct store_test_plan *p
 	rc = file_pwrite_full(mem, page, sizeof(page), 7 * PAGE_BYTES, err);
 	if (!rc)
 		rc = file_pwrite_full(sums, "checksum", 8, 7 * 8, err);
-	fsync(mem);
-	fsync(sums);
 	close(mem);
 	close(sums);
 	if (!rc && plan->disk) {
