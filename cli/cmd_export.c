@@ -9,6 +9,7 @@
 
 #include "base/buf.h"
 #include "base/clock.h"
+#include "base/file.h"
 #include "base/size.h"
 #include "checkpoint/store/transfer.h"
 #include "cli/cli.h"
@@ -27,6 +28,8 @@ static void on_interrupt(int signal)
 struct display {
 	struct cli_progress progress;
 	uint64_t shown_ns;
+	struct buf key_text;
+	struct transfer_key key;
 };
 
 static void show(void *opaque, uint64_t done, uint64_t total)
@@ -38,6 +41,36 @@ static void show(void *opaque, uint64_t done, uint64_t total)
 		return;
 	display->shown_ns = now;
 	cli_progress_update(&display->progress, "copying", done, total);
+}
+
+#define MAX_KEY_BYTES 4096
+
+/* All that is in the file but the end of its last line, which an editor may have put there. */
+static int read_key(const char *path, struct display *display, struct err *err)
+{
+	int rc = file_read_all(AT_FDCWD, path, MAX_KEY_BYTES, &display->key_text, err);
+
+	if (rc)
+		return err_prefix(err, "--key-file");
+	size_t bytes = display->key_text.length;
+	if (bytes && display->key_text.data[bytes - 1] == '\n')
+		bytes--;
+	if (bytes && display->key_text.data[bytes - 1] == '\r')
+		bytes--;
+	if (bytes == 0) {
+		err_set(err, ERR_USAGE, EINVAL, "--key-file: %s is empty", path);
+		return err_hint(err, "it holds a passphrase, or random bytes: head -c 32 /dev/urandom | base64 >FILE");
+	}
+	display->key = (struct transfer_key){.data = display->key_text.data, .bytes = bytes};
+	return 0;
+}
+
+static void end(struct display *display)
+{
+	cli_progress_end(&display->progress);
+	if (display->key_text.data)
+		explicit_bzero(display->key_text.data, display->key_text.length);
+	buf_free(&display->key_text);
 }
 
 static int begin(struct cli *cli, struct display *display, struct transfer_options *options, struct err *err)
@@ -54,7 +87,11 @@ static int begin(struct cli *cli, struct display *display, struct transfer_optio
 	signal(SIGINT, on_interrupt);
 	signal(SIGTERM, on_interrupt);
 	signal(SIGPIPE, SIG_IGN);
-	return 0;
+	const char *key_file = cli_value(cli, "key-file");
+	int rc = key_file ? read_key(key_file, display, err) : 0;
+	if (!rc && key_file)
+		options->key = &display->key;
+	return rc;
 }
 
 /* --- export --- */
@@ -103,8 +140,10 @@ static int run_export(struct cli *cli, struct err *err)
 
 	if (!rc)
 		rc = cli_open_store(cli, &store, err);
-	if (rc)
+	if (rc) {
+		end(&display);
 		return rc;
+	}
 	rc = store_resolve(store, cli->arguments[0], id, err);
 	if (!rc && since)
 		rc = store_resolve(store, since, since_id, err);
@@ -112,7 +151,7 @@ static int run_export(struct cli *cli, struct err *err)
 		rc = err_set(err, ERR_USAGE, EINVAL, "--since: it is checkpoint %.8s itself", id);
 	if (!rc)
 		rc = export_to(cli, store, id, since ? since_id : NULL, &options, &result, err);
-	cli_progress_end(&display.progress);
+	end(&display);
 	store_close(store);
 	if (!rc && strcmp(cli->arguments[1], "-") != 0)
 		print_export(cli, cli->arguments[1], &result);
@@ -122,16 +161,21 @@ static int run_export(struct cli *cli, struct err *err)
 static const struct cli_option export_options[] = {
 	{"since", 0, "CKPT", "only what differs from this checkpoint, which the other side must have"},
 	{"resume", 0, NULL, "keep FILE.part when interrupted, and go on with one that is there"},
+	{"key-file", 0, "FILE", "encrypt it with the key or passphrase in FILE"},
 	{"max-rate", 0, "SIZE", "at most so many bytes a second, such as 10M"},
 	{0},
 };
 
 const struct cli_command cli_export = {
 	.name = "export",
-	.synopsis = "CKPT FILE|- [--since CKPT] [--resume] [--max-rate SIZE]",
+	.synopsis = "CKPT FILE|- [--since CKPT] [--resume] [--key-file FILE] [--max-rate SIZE]",
 	.summary = "write a checkpoint to one file, or to a pipe",
 	.help = "The file holds memory, devices, and all disks as the checkpoint sees them, bases included; read-only disks as their files are\n"
-		"now. It is compressed and checksummed; `zstd -t FILE` can check it, too. It is not encrypted.\n\n"
+		"now. It is compressed and checksummed; `zstd -t FILE` can check it, too. With --key-file\n"
+		"it is encrypted (AES-256-GCM; the key by scrypt from what is in FILE), disks included, and only who has the key can read or change it. The\n"
+		"store itself is not encrypted: keep it on an encrypted disk.\n\n"
+		"    head -c 32 /dev/urandom | base64 >web.key\n"
+		"    vmcp export web web.vmcp --key-file web.key\n"
 		"    vmcp export web web.vmcp\n"
 		"    vmcp export web - | ssh other vmcp import -\n"
 		"    vmcp export web --since web~1 - | ssh other vmcp import -",
@@ -164,7 +208,7 @@ static int run_import(struct cli *cli, struct err *err)
 	struct transfer_options options;
 	struct transfer_result result;
 	struct store *store = NULL;
-	struct display display;
+	struct display display = {0};
 	int rc = !pipe && file < 0 ? err_sys(err, errno, "%s", path) : begin(cli, &display, &options, err);
 
 	if (!rc && pipe && isatty(STDIN_FILENO)) {
@@ -173,10 +217,12 @@ static int run_import(struct cli *cli, struct err *err)
 	}
 	if (!rc && !check)
 		rc = store_open(cli->store_path, true, &store, err);
-	if (rc)
+	if (rc) {
+		end(&display);
 		return rc;
+	}
 	rc = transfer_import(store, pipe ? STDIN_FILENO : file, pipe ? "stdin" : path, cli_value(cli, "name"), &options, &result, err);
-	cli_progress_end(&display.progress);
+	end(&display);
 	if (store)
 		store_close(store);
 	if (!rc)
@@ -187,13 +233,14 @@ static int run_import(struct cli *cli, struct err *err)
 static const struct cli_option import_options[] = {
 	{"name", 0, "NAME", "name of the VM here (default: its own)"},
 	{"check", 0, NULL, "read and check it, and change nothing"},
+	{"key-file", 0, "FILE", "it is encrypted, with the key or passphrase in FILE"},
 	{"max-rate", 0, "SIZE", "at most so many bytes a second, such as 10M"},
 	{0},
 };
 
 const struct cli_command cli_import = {
 	.name = "import",
-	.synopsis = "FILE|- [--name NAME] [--check] [--max-rate SIZE]",
+	.synopsis = "FILE|- [--name NAME] [--check] [--key-file FILE] [--max-rate SIZE]",
 	.summary = "take in what `vmcp export` wrote",
 	.help = "All of it is checked before anything is kept. The checkpoint keeps its id, tag and message; its disks are in this store. Where its\n"
 		"parent is here too, what they share is stored once. Prints the id.\n\n"

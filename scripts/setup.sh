@@ -17,7 +17,7 @@ set -euo pipefail
 
 readonly BUILD=(gcc libc6-dev make cmake ninja-build pkg-config
     libcbor-dev libjansson-dev libinih-dev liburing-dev libsqlite3-dev libxxhash-dev libzstd-dev
-    libslirp-dev zlib1g-dev libext2fs-dev libxml2-dev libvirt-dev)
+    libslirp-dev libssl-dev zlib1g-dev libext2fs-dev libxml2-dev libvirt-dev)
 # What tests/with-kvm uses to make and run its machine.
 readonly NESTED=(qemu-system-x86 busybox-static cpio e2fsprogs xz-utils)
 # What examples/debian-guest/build.sh uses.

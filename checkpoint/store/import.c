@@ -65,6 +65,21 @@ static int read_chunk(struct import *im, struct transfer_pipe *pipe, bool *last,
 	return rc;
 }
 
+/* Where an encrypted stream begins, the one in it does; with a key no other is taken: it could be anybody's. */
+static int open_seal(struct import *im, uint8_t start[TRANSFER_START_BYTES], struct err *err)
+{
+	const struct transfer_key *key = im->options->key;
+
+	if (transfer_is_sealed(start)) {
+		int rc = transfer_seal_open(&im->in, start, key, err);
+		return rc ? rc : read_whole(im, start, TRANSFER_START_BYTES, err);
+	}
+	if (!key)
+		return 0;
+	err_set(err, ERR_USAGE, EINVAL, "it is not encrypted");
+	return err_hint(err, "leave out --key-file, if this is the file that you mean");
+}
+
 static int produce(struct transfer_pipe *pipe, void *opaque, struct err *err)
 {
 	uint8_t start[TRANSFER_START_BYTES];
@@ -74,6 +89,8 @@ static int produce(struct transfer_pipe *pipe, void *opaque, struct err *err)
 	int rc = transfer_read(&im->in, start, sizeof(start), &got, err);
 
 	memset(start + got, 0, sizeof(start) - got);
+	if (!rc)
+		rc = open_seal(im, start, err);
 	if (!rc)
 		rc = transfer_check_start(start, err);
 	while (!rc && !last)
@@ -196,6 +213,7 @@ int transfer_import(struct store *store, int fd, const char *what, const char *v
 	if (!rc && im->draft)
 		rc = commit(im, err);
 	result->stream_bytes = im->in.bytes;
+	transfer_seal_free(&im->in);
 	close_import(im);
 	return rc ? err_prefix(err, "%s", what) : 0;
 }

@@ -39,8 +39,17 @@ struct transfer_config {
 /* Now and then, from any thread, one at a time. Bytes of memory and disks as the guest sees them. */
 typedef void transfer_progress_fn(void *opaque, uint64_t done_bytes, uint64_t total_bytes);
 
+/* What a user keeps secret: a passphrase, or random bytes. */
+struct transfer_key {
+	const void *data;
+	size_t bytes; /* at least 1 */
+	unsigned log_n; /* of scrypt, when encrypting: 0: as it should be; tests take less */
+};
+
 struct transfer_options {
 	const struct transfer_config *config;
+	/* Export: encrypt the stream (AES-256-GCM; the key by scrypt). Import: it must be encrypted, with this key. NULL: it is not. */
+	const struct transfer_key *key;
 	uint64_t max_rate;	     /* of the stream, bytes a second; 0: as fast as it goes */
 	const volatile bool *cancel; /* turning true ends it with -ECANCELED; NULL: never */
 	transfer_progress_fn *progress; /* NULL: none */
@@ -68,7 +77,7 @@ int transfer_export(struct store *store, const char *id, const char *since, int 
 /*
  * The same to a file, which must not exist (-EEXIST, ERR_STATE) and comes into being whole and durable: PATH.part, synced, renamed. An error or
  * cancel removes PATH.part, unless `resume`: then it stays, and what an earlier attempt for the same checkpoint left there is gone on with, as
- * far as its chunks are whole.
+ * far as its chunks are whole; not with a key: ERR_USAGE.
  */
 int transfer_export_file(struct store *store, const char *id, const char *since, const char *path, bool resume,
 			 const struct transfer_options *options, struct transfer_result *result, struct err *err);
@@ -78,7 +87,7 @@ int transfer_export_file(struct store *store, const char *id, const char *since,
  * of its parent, where that is here. Commits only when all was read and checked: before that a failure, or a death of this process, leaves nothing.
  * vm: the name to keep it under, NULL: its own. `what` names the stream in errors. store NULL: only checks the stream. Everything in it is
  * untrusted: ERR_DAMAGED; -ENOENT, ERR_NOT_FOUND: it needs a checkpoint that is not here; -EEXIST, ERR_STATE: another VM, or another
- * checkpoint, has that name or id. A tag that is taken is left out (result->tag "").
+ * checkpoint, has that name or id; -EKEYREJECTED: it was encrypted with another key. A tag that is taken is left out (result->tag "").
  */
 int transfer_import(struct store *store, int fd, const char *what, const char *vm, const struct transfer_options *options,
 		    struct transfer_result *result, struct err *err);

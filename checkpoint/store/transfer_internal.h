@@ -151,10 +151,25 @@ struct transfer_io {
 	const char *what;
 	const volatile bool *cancel;
 	uint64_t max_rate, started_ns, bytes;
+	struct transfer_seal *seal; /* NULL: as it is; else what is written and read goes through it */
 };
 bool transfer_is_cancelled(const volatile bool *cancel, struct err *err);
 int transfer_write(struct transfer_io *io, const void *data, size_t length, struct err *err);
 /* *got: less than length only at the end. */
 int transfer_read(struct transfer_io *io, void *data, size_t length, size_t *got, struct err *err);
+int transfer_write_raw(struct transfer_io *io, const void *data, size_t length, struct err *err);
+int transfer_read_raw(struct transfer_io *io, void *data, size_t length, size_t *got, struct err *err);
+
+/* transfer_seal.c: encryption, between the stream and the file or pipe. */
+bool transfer_is_sealed(const uint8_t start[TRANSFER_START_BYTES]);
+/* Writes the start, and what is written from then on is encrypted; the last bytes only with the end, which does nothing without a seal. */
+int transfer_seal_begin(struct transfer_io *io, const struct transfer_key *key, struct err *err);
+int transfer_seal_end(struct transfer_io *io, struct err *err);
+/* The first bytes are read already. key NULL: ERR_USAGE. A wrong key: -EKEYREJECTED, ERR_FAILED. */
+int transfer_seal_open(struct transfer_io *io, const uint8_t begun[TRANSFER_START_BYTES], const struct transfer_key *key, struct err *err);
+int transfer_seal_write(struct transfer_io *io, const void *data, size_t length, struct err *err);
+int transfer_seal_read(struct transfer_io *io, void *data, size_t length, size_t *got, struct err *err);
+/* Whatever became of the above. */
+void transfer_seal_free(struct transfer_io *io);
 
 #endif

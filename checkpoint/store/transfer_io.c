@@ -45,7 +45,7 @@ static int keep_rate(const struct transfer_io *io, struct err *err)
 	return 0;
 }
 
-int transfer_write(struct transfer_io *io, const void *data, size_t length, struct err *err)
+int transfer_write_raw(struct transfer_io *io, const void *data, size_t length, struct err *err)
 {
 	int rc = keep_rate(io, err);
 
@@ -64,7 +64,7 @@ int transfer_write(struct transfer_io *io, const void *data, size_t length, stru
 	return rc;
 }
 
-int transfer_read(struct transfer_io *io, void *data, size_t length, size_t *got, struct err *err)
+int transfer_read_raw(struct transfer_io *io, void *data, size_t length, size_t *got, struct err *err)
 {
 	int rc = keep_rate(io, err);
 
@@ -82,4 +82,14 @@ int transfer_read(struct transfer_io *io, void *data, size_t length, size_t *got
 		io->bytes += n > 0 ? (uint64_t)n : 0;
 	}
 	return rc;
+}
+
+int transfer_write(struct transfer_io *io, const void *data, size_t length, struct err *err)
+{
+	return io->seal ? transfer_seal_write(io, data, length, err) : transfer_write_raw(io, data, length, err);
+}
+
+int transfer_read(struct transfer_io *io, void *data, size_t length, size_t *got, struct err *err)
+{
+	return io->seal ? transfer_seal_read(io, data, length, got, err) : transfer_read_raw(io, data, length, got, err);
 }

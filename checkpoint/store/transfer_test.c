@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/fault.h"
 #include "checkpoint/store/store_test.h"
@@ -324,4 +325,109 @@ Test(transfer, frames_that_lie)
 			memcpy(header + TRANSFER_HEADER_BYTES, "\x50\x2a\x4d\x18", 4); /* a skippable frame */
 		expect_damaged(&s, "a frame that lies");
 	}
+}
+
+/* --- encryption: pieces --- */
+
+#define PIECE (256u << 10)
+static const struct transfer_key secret = {"a passphrase", 12, .log_n = 4};
+
+static uint8_t byte_of(size_t at) { return (uint8_t)(at * 31 + at / 251); }
+
+/* A file of so many bytes, written in odd lengths. */
+static int make_sealed(size_t bytes)
+{
+	static uint8_t data[70001];
+	struct err err = ERR_INIT;
+	int fd = test_stream_open("", 0);
+	struct transfer_io io = {.fd = fd, .what = "sealed"};
+
+	cr_assert_eq(transfer_seal_begin(&io, &secret, &err), 0, "%s", err.message);
+	for (size_t at = 0, n; at < bytes; at += n) {
+		n = min_u64(bytes - at, sizeof(data));
+		for (size_t i = 0; i < n; i++)
+			data[i] = byte_of(at + i);
+		cr_assert_eq(transfer_write(&io, data, n, &err), 0, "%s", err.message);
+	}
+	cr_assert_eq(transfer_seal_end(&io, &err), 0, "%s", err.message);
+	transfer_seal_free(&io);
+	cr_assert_eq(lseek(fd, 0, SEEK_SET), 0);
+	return fd;
+}
+
+/* Reads to the end, in other lengths. Returns what reading returned; *got: how much was right before that. */
+static int read_sealed(int fd, const struct transfer_key *key, size_t *got, struct err *err)
+{
+	static uint8_t data[99991];
+	uint8_t start[TRANSFER_START_BYTES];
+	struct transfer_io io = {.fd = fd, .what = "sealed"};
+	size_t n;
+
+	*got = 0;
+	*err = ERR_INIT;
+	cr_assert_eq(transfer_read(&io, start, sizeof(start), &n, err), 0);
+	cr_assert(n == sizeof(start) && transfer_is_sealed(start));
+	int rc = transfer_seal_open(&io, start, key, err);
+	do {
+		n = 0;
+		if (!rc)
+			rc = transfer_read(&io, data, sizeof(data), &n, err);
+		for (size_t i = 0; i < n; i++)
+			cr_assert_eq(data[i], byte_of(*got + i));
+		*got += n;
+	} while (!rc && n == sizeof(data));
+	transfer_seal_free(&io);
+	close(fd);
+	return rc;
+}
+
+Test(transfer, encrypted_pieces_of_all_lengths)
+{
+	static const size_t lengths[] = {0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE};
+
+	for (size_t i = 0; i < ARRAY_LENGTH(lengths); i++) {
+		struct err err = ERR_INIT;
+		size_t got;
+
+		cr_expect_eq(read_sealed(make_sealed(lengths[i]), &secret, &got, &err), 0, "%zu bytes: %s", lengths[i], err.message);
+		cr_expect_eq(got, lengths[i]);
+	}
+}
+
+Test(transfer, encrypted_pieces_that_are_not_as_they_were_written)
+{
+	/* Start 56, then pieces of 20 and their text: two full ones and 100 bytes. */
+	static const off_t ends[] = {56, 56 + 20 + PIECE, 56 + 2 * (20 + PIECE), 56 + 2 * (20 + PIECE) + 119};
+	static const off_t places[] = {57, 59, 60, 100, 56 + 20 + PIECE - 1, 56 + 20 + PIECE + 3, 56 + 2 * (20 + PIECE) + 3, 56 + 2 * (20 + PIECE) + 50};
+	struct err err;
+	size_t got;
+
+	for (size_t i = 0; i < ARRAY_LENGTH(ends); i++) {
+		int fd = make_sealed(2 * PIECE + 100);
+		cr_assert_eq(ftruncate(fd, ends[i]), 0);
+		cr_expect_eq(read_sealed(fd, &secret, &got, &err), -ENODATA, "cut off at %lld", (long long)ends[i]);
+	}
+	for (size_t i = 0; i < ARRAY_LENGTH(places); i++) {
+		int fd = make_sealed(2 * PIECE + 100);
+		uint8_t byte;
+		cr_assert_eq(pread(fd, &byte, 1, places[i]), 1);
+		byte ^= 0x40;
+		cr_assert_eq(pwrite(fd, &byte, 1, places[i]), 1);
+		int rc = read_sealed(fd, &secret, &got, &err);
+		cr_expect(rc == -EBADMSG || rc == -ENODATA, "changed at %lld: %d", (long long)places[i], rc);
+		cr_expect_eq(err.class, ERR_DAMAGED);
+	}
+}
+
+Test(transfer, a_wrong_key_is_told_as_such)
+{
+	static const struct transfer_key wrong = {"a passphrasf", 12, .log_n = 4};
+	struct err err = ERR_INIT;
+	size_t got;
+
+	cr_expect_eq(read_sealed(make_sealed(10), &wrong, &got, &err), -EKEYREJECTED);
+	cr_expect_eq(err.class, ERR_FAILED);
+	cr_expect_eq(got, 0);
+	cr_expect_eq(read_sealed(make_sealed(10), NULL, &got, &err), -EINVAL);
+	cr_expect_eq(err.class, ERR_USAGE);
 }

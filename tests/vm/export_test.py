@@ -421,5 +421,57 @@ def test_interrupted_exports(env):
     whole(env, env.path("other"), [], [])
 
 
+def test_encrypted(env):
+    """Who has the key gets what was exported; nobody else reads or changes a byte of it. Errors are one line each, and leave nothing."""
+    rng = random.Random(5)
+    one, plain = small_export(env)
+    key, wrong, empty = env.write("key", "a passphrase\n"), env.write("wrong", "another passphrase\n"), env.write("empty", "\n")
+    bare = env.write("bare", "a passphrase")
+    sealed, other = env.path("sealed.vmcp"), env.path("other")
+    env.vmcp("export", one, sealed, "--key-file", key)
+    with open(sealed, "rb") as file:
+        good = file.read()
+    for text in (b"vmcp-export", plain[60:100], b"\x28\xb5\x2f\xfd"):
+        check(text in plain and text not in good[56:], f"in the encrypted file: {text}")
+    check(len(plain) < len(good) < len(plain) + 100 + 30 * (len(plain) // 262144 + 1), f"{len(plain)} bytes became {len(good)}")
+
+    def refused(path, *words, status=5, says=""):
+        done = env.vmcp("import", path, *words, status=status, store=other)
+        lines = [line for line in done.err.splitlines() if not line.startswith("vmcp: import:")]
+        check(says in lines[0] and len(lines) <= 2 and not done.out, f"what is said: {done}")
+        whole(env, other, [], [])
+
+    check_equal(env.vmcp("import", "--check", sealed, "--key-file", bare, store=other).out.strip(), one, "what a check prints")
+    refused(sealed, "--key-file", wrong, status=1, says="the key does not fit")
+    refused(sealed, status=2, says="it is encrypted")
+    refused(env.path("good.vmcp"), "--key-file", key, status=2, says="it is not encrypted")
+    refused(sealed, "--key-file", empty, status=2, says="is empty")
+    refused(sealed, "--key-file", env.path("nothere"), status=3, says="nothere")
+    pieces = [56]
+    while pieces[-1] < len(good):
+        pieces.append(pieces[-1] + 20 + (int.from_bytes(good[pieces[-1]:pieces[-1] + 4], "little") & 0x7fffffff))
+    check_equal(pieces[-1], len(good), "the end of the last piece")
+    bad = [good[:n] for n in (20, 50, 58, pieces[-2], len(good) - 1)] + [good + b"x", good[:pieces[-2]] + good[pieces[-2]:] * 2]
+    if len(pieces) > 3:
+        bad.append(good[:56] + good[pieces[1]:pieces[2]] + good[56:pieces[1]] + good[pieces[2]:])
+        bad.append(good[:56] + good[pieces[1]:])
+    for where in (57, 59, 60, len(good) - 1, *(rng.randrange(56, len(good)) for _ in range(6))):
+        bad.append(good[:where] + bytes([good[where] ^ 1 << rng.randrange(8)]) + good[where + 1:])
+    for data in bad:
+        with open(env.path("bad.vmcp"), "wb") as file:
+            file.write(data)
+        refused(env.path("bad.vmcp"), "--key-file", key)
+    check_equal(env.vmcp("export", one, env.path("again.vmcp"), "--resume", "--key-file", key, status=2).out, "", "--resume")
+    # Through a pipe, and there it goes on.
+    shutil.rmtree(other)
+    out = subprocess.Popen([env.vmcp_bin, "--store", env.store, "export", one, "-", "--key-file", key], stdout=subprocess.PIPE)
+    subprocess.run([env.vmcp_bin, "--store", other, "import", "-", "--key-file", bare], stdin=out.stdout, check=True, stdout=subprocess.DEVNULL)
+    check_equal(out.wait(20), 0, "exit of the export")
+    whole(env, other, [one], ["tiny"])
+    check_equal(memory_sum(other, one), memory_sum(env.store, one), "memory")
+    start_there(env, other, "--from", one).check()
+    env.vmcp("kill", "tiny", store=other)
+
+
 if __name__ == "__main__":
     vmcp_test.main(__name__)

@@ -1,0 +1,75 @@
+#include "checkpoint/store/seal_crypto.h"
+
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <openssl/evp.h>
+#include <openssl/rand.h>
+
+struct seal_crypto {
+	EVP_CIPHER_CTX *context;
+	uint8_t key[SEAL_KEY_BYTES];
+};
+
+struct seal_crypto *seal_crypto_new(void)
+{
+	struct seal_crypto *crypto = calloc(1, sizeof(*crypto));
+
+	if (crypto && !(crypto->context = EVP_CIPHER_CTX_new())) {
+		free(crypto);
+		return NULL;
+	}
+	return crypto;
+}
+
+void seal_crypto_free(struct seal_crypto *crypto)
+{
+	if (!crypto)
+		return;
+	EVP_CIPHER_CTX_free(crypto->context);
+	explicit_bzero(crypto->key, sizeof(crypto->key));
+	free(crypto);
+}
+
+bool seal_random(void *data, size_t bytes) { return RAND_bytes(data, (int)bytes) == 1; }
+
+bool seal_derive(struct seal_crypto *crypto, const void *secret, size_t secret_bytes, const void *salt,
+		 size_t salt_bytes, unsigned log_n, unsigned r, unsigned p)
+{
+	uint64_t memory = 128ull * r * ((1ull << log_n) + p) + (1u << 20);
+
+	return EVP_PBE_scrypt(secret, secret_bytes, salt, salt_bytes, 1ull << log_n, r, p, memory, crypto->key,
+			      SEAL_KEY_BYTES) == 1;
+}
+
+/* All but the end. */
+static bool begin(struct seal_crypto *crypto, const struct seal_message *m, bool encrypt)
+{
+	int n;
+
+	return m->bytes <= INT_MAX && m->extra_bytes <= INT_MAX &&
+	       EVP_CipherInit_ex(crypto->context, EVP_aes_256_gcm(), NULL, crypto->key, m->nonce, encrypt) == 1 &&
+	       (!m->extra_bytes || EVP_CipherUpdate(crypto->context, NULL, &n, m->extra, (int)m->extra_bytes) == 1) &&
+	       (!m->bytes || EVP_CipherUpdate(crypto->context, m->out, &n, m->in, (int)m->bytes) == 1);
+}
+
+bool seal_encrypt(struct seal_crypto *crypto, const struct seal_message *m)
+{
+	uint8_t rest[16];
+	int n;
+
+	return begin(crypto, m, true) && EVP_CipherFinal_ex(crypto->context, rest, &n) == 1 &&
+	       EVP_CIPHER_CTX_ctrl(crypto->context, EVP_CTRL_GCM_GET_TAG, SEAL_TAG_BYTES, m->tag) == 1;
+}
+
+int seal_decrypt(struct seal_crypto *crypto, const struct seal_message *m)
+{
+	uint8_t rest[16];
+	int n;
+
+	if (!begin(crypto, m, false) ||
+	    EVP_CIPHER_CTX_ctrl(crypto->context, EVP_CTRL_GCM_SET_TAG, SEAL_TAG_BYTES, m->tag) != 1)
+		return -1;
+	return EVP_CipherFinal_ex(crypto->context, rest, &n) == 1;
+}

@@ -1,0 +1,278 @@
+/*
+ * Encrypted exports: the stream of an export in pieces, each encrypted and authenticated with AES-256-GCM. docs/format.md, "Encrypted exports".
+ *
+ * The key comes from the user's by scrypt and a random salt, so it is that of this one file. The nonce of a piece is its number and whether it is the last one: pieces
+ * cannot be changed, left out, put in another order or cut off at the end. Nothing of a piece is used before its tag was checked.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "checkpoint/store/seal_crypto.h"
+#include "checkpoint/store/transfer_internal.h"
+
+#define SEAL_VERSION 1
+#define SALT_BYTES   16u
+#define FIELDS_BYTES 40u /* of the start, before its tag */
+#define LENGTH_BYTES 4u
+#define PIECE_BYTES  (256u << 10)
+#define LAST_PIECE   0x80000000u
+#define CHECK_NUMBER UINT64_MAX /* no piece has it: the tag of the start */
+/* 64 MiB of memory and a fifth of a second. What a file may ask for is bounded: nobody has vouched for it yet. */
+#define SCRYPT_LOG_N 16
+#define SCRYPT_R     8
+#define SCRYPT_P     1
+#define MOST_LOG_N   20
+#define MOST_R	     8
+#define MOST_P	     4
+
+static const char start_text[12] = "vmcp-sealed\n";
+
+struct transfer_seal {
+	struct seal_crypto *crypto;
+	uint64_t number;	 /* of the next piece */
+	uint8_t *plain, *sealed; /* PIECE_BYTES; the same with length and tag */
+	size_t used, at;	 /* bytes in `plain`, and reading: how many of them are taken */
+	bool ended;
+};
+
+bool transfer_is_sealed(const uint8_t start[TRANSFER_START_BYTES])
+{
+	return memcmp(start, start_text, sizeof(start_text)) == 0;
+}
+
+static int failed(struct err *err) { return err_set(err, ERR_FAILED, EIO, "encryption: libcrypto failed"); }
+
+static struct seal_message message_of(uint64_t number, bool last, uint8_t *tag)
+{
+	struct seal_message m = {.tag = tag};
+
+	put_le64(m.nonce, number);
+	m.nonce[SEAL_NONCE_BYTES - 1] = last;
+	return m;
+}
+
+/* The tag of the start says nothing but that the key is the one, and the start what it was. */
+static struct seal_message start_message(uint8_t start[FIELDS_BYTES + SEAL_TAG_BYTES])
+{
+	struct seal_message m = message_of(CHECK_NUMBER, false, start + FIELDS_BYTES);
+
+	m.extra = start;
+	m.extra_bytes = FIELDS_BYTES;
+	return m;
+}
+
+/* In s->sealed: its length, its text, its tag. */
+static struct seal_message piece_message(const struct transfer_seal *s, size_t bytes, bool last)
+{
+	struct seal_message m = message_of(s->number, last, s->sealed + LENGTH_BYTES + bytes);
+
+	m.extra = s->sealed;
+	m.extra_bytes = LENGTH_BYTES;
+	m.bytes = bytes;
+	return m;
+}
+
+static int make_seal(struct transfer_seal **out, struct err *err)
+{
+	struct transfer_seal *s = xcalloc(1, sizeof(*s));
+
+	s->crypto = seal_crypto_new();
+	s->plain = malloc(PIECE_BYTES);
+	s->sealed = malloc(LENGTH_BYTES + PIECE_BYTES + SEAL_TAG_BYTES);
+	*out = s;
+	return s->crypto && s->plain && s->sealed ? 0 : err_sys(err, ENOMEM, "encryption");
+}
+
+void transfer_seal_free(struct transfer_io *io)
+{
+	struct transfer_seal *s = io->seal;
+
+	if (!s)
+		return;
+	seal_crypto_free(s->crypto);
+	if (s->plain)
+		explicit_bzero(s->plain, PIECE_BYTES);
+	free(s->plain);
+	free(s->sealed);
+	free(s);
+	io->seal = NULL;
+}
+
+static int derive_key(struct transfer_seal *s, const struct transfer_key *key, const uint8_t fields[FIELDS_BYTES],
+		      struct err *err)
+{
+	unsigned log_n = fields[32], r = fields[33], p = fields[34];
+
+	if (log_n < 1 || log_n > MOST_LOG_N || r < 1 || r > MOST_R || p < 1 || p > MOST_P || fields[35])
+		return err_set(err, ERR_DAMAGED, EINVAL, "damaged: how its key is made from yours");
+	return seal_derive(s->crypto, key->data, key->bytes, fields + 16, SALT_BYTES, log_n, r, p) ? 0 : failed(err);
+}
+
+/* --- writing --- */
+
+int transfer_seal_begin(struct transfer_io *io, const struct transfer_key *key, struct err *err)
+{
+	uint8_t start[FIELDS_BYTES + SEAL_TAG_BYTES] = {0};
+	const struct seal_message message = start_message(start);
+	struct transfer_seal *s;
+	int rc = make_seal(&s, err);
+
+	io->seal = NULL;
+	memcpy(start, start_text, sizeof(start_text));
+	put_le32(start + 12, SEAL_VERSION);
+	if (!rc && !seal_random(start + 16, SALT_BYTES))
+		rc = failed(err);
+	start[32] = key->log_n ? (uint8_t)key->log_n : SCRYPT_LOG_N;
+	start[33] = SCRYPT_R;
+	start[34] = SCRYPT_P;
+	put_le32(start + 36, PIECE_BYTES);
+	if (!rc)
+		rc = derive_key(s, key, start, err);
+	if (!rc && !seal_encrypt(s->crypto, &message))
+		rc = failed(err);
+	if (!rc)
+		rc = transfer_write_raw(io, start, sizeof(start), err);
+	io->seal = s;
+	return rc;
+}
+
+static int write_piece(struct transfer_io *io, bool last, struct err *err)
+{
+	struct transfer_seal *s = io->seal;
+	struct seal_message message = piece_message(s, s->used, last);
+
+	message.in = s->plain;
+	message.out = s->sealed + LENGTH_BYTES;
+	put_le32(s->sealed, (uint32_t)s->used | (last ? LAST_PIECE : 0));
+	if (!seal_encrypt(s->crypto, &message))
+		return failed(err);
+	int rc = transfer_write_raw(io, s->sealed, LENGTH_BYTES + s->used + SEAL_TAG_BYTES, err);
+	s->number++;
+	s->used = 0;
+	return rc;
+}
+
+/* Only a full piece that more follows is written: the last one is known as such. */
+int transfer_seal_write(struct transfer_io *io, const void *data, size_t length, struct err *err)
+{
+	struct transfer_seal *s = io->seal;
+	const uint8_t *from = data;
+	int rc = 0;
+
+	while (!rc && length > 0) {
+		if (s->used == PIECE_BYTES)
+			rc = write_piece(io, false, err);
+		size_t n = min_u64(length, PIECE_BYTES - s->used);
+		memcpy(s->plain + s->used, from, n);
+		s->used += n;
+		from += n;
+		length -= n;
+	}
+	return rc;
+}
+
+int transfer_seal_end(struct transfer_io *io, struct err *err) { return io->seal ? write_piece(io, true, err) : 0; }
+
+/* --- reading --- */
+
+static int read_whole(struct transfer_io *io, void *data, size_t length, struct err *err)
+{
+	size_t got;
+	int rc = transfer_read_raw(io, data, length, &got, err);
+
+	return rc || got == length ? rc
+				   : err_set(err, ERR_DAMAGED, ENODATA, "it ends too early, after %llu bytes",
+					     (unsigned long long)io->bytes);
+}
+
+int transfer_seal_open(struct transfer_io *io, const uint8_t begun[TRANSFER_START_BYTES],
+		       const struct transfer_key *key, struct err *err)
+{
+	uint8_t start[FIELDS_BYTES + SEAL_TAG_BYTES];
+	struct transfer_seal *s = NULL;
+
+	if (!key) {
+		err_set(err, ERR_USAGE, EINVAL, "it is encrypted");
+		return err_hint(err, "name the file with its key: --key-file FILE");
+	}
+	memcpy(start, begun, TRANSFER_START_BYTES);
+	if (get_le32(start + 12) > SEAL_VERSION) {
+		err_set(err, ERR_FAILED, ENOTSUP, "version %u of the encryption is newer than this vmcp knows (%d)",
+			get_le32(start + 12), SEAL_VERSION);
+		return err_hint(err, "use the newer vmcp that wrote it");
+	}
+	int rc = read_whole(io, start + TRANSFER_START_BYTES, sizeof(start) - TRANSFER_START_BYTES, err);
+	if (!rc && (get_le32(start + 12) != SEAL_VERSION || get_le32(start + 36) != PIECE_BYTES))
+		rc = err_set(err, ERR_DAMAGED, EINVAL, "damaged: the start of the encryption");
+	if (!rc)
+		rc = make_seal(&s, err);
+	io->seal = s;
+	if (!rc)
+		rc = derive_key(s, key, start, err);
+	if (rc)
+		return rc;
+	const struct seal_message message = start_message(start);
+	int good = seal_decrypt(s->crypto, &message);
+	if (good == 0) {
+		err_set(err, ERR_FAILED, EKEYREJECTED, "the key does not fit");
+		return err_hint(err, "name the key that it was exported with; if this is the one, the file is damaged "
+				     "at its beginning");
+	}
+	return good < 0 ? failed(err) : 0;
+}
+
+static int read_piece(struct transfer_io *io, struct err *err)
+{
+	struct transfer_seal *s = io->seal;
+	uint8_t more;
+	size_t got;
+	int rc = read_whole(io, s->sealed, LENGTH_BYTES, err);
+	uint32_t length = rc ? 0 : get_le32(s->sealed);
+	bool last = length & LAST_PIECE;
+
+	length &= ~LAST_PIECE;
+	if (!rc && (length > PIECE_BYTES || (!last && length != PIECE_BYTES)))
+		rc = err_set(err, ERR_DAMAGED, EBADMSG, "damaged: the length of encrypted piece %llu",
+			     (unsigned long long)s->number);
+	if (!rc)
+		rc = read_whole(io, s->sealed + LENGTH_BYTES, length + SEAL_TAG_BYTES, err);
+	if (rc)
+		return rc;
+	struct seal_message message = piece_message(s, length, last);
+	message.in = s->sealed + LENGTH_BYTES;
+	message.out = s->plain;
+	int good = seal_decrypt(s->crypto, &message);
+	if (good < 0)
+		return failed(err);
+	if (good == 0)
+		return err_set(err, ERR_DAMAGED, EBADMSG, "damaged: encrypted piece %llu was changed",
+			       (unsigned long long)s->number);
+	s->number++;
+	s->used = length;
+	s->at = 0;
+	s->ended = last;
+	if (last)
+		rc = transfer_read_raw(io, &more, 1, &got, err);
+	return !rc && last && got ? err_set(err, ERR_DAMAGED, EBADMSG, "damaged: something follows its end") : rc;
+}
+
+int transfer_seal_read(struct transfer_io *io, void *data, size_t length, size_t *got, struct err *err)
+{
+	struct transfer_seal *s = io->seal;
+	int rc = 0;
+
+	*got = 0;
+	while (*got < length) {
+		if (s->at == s->used) {
+			rc = s->ended ? 0 : read_piece(io, err);
+			if (rc || s->at == s->used)
+				return rc;
+		}
+		size_t n = min_u64(length - *got, s->used - s->at);
+		memcpy((uint8_t *)data + *got, s->plain + s->at, n);
+		s->at += n;
+		*got += n;
+	}
+	return 0;
+}
