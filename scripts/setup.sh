@@ -22,7 +22,7 @@ readonly BUILD=(gcc libc6-dev make cmake ninja-build pkg-config
 readonly NESTED=(qemu-system-x86 busybox-static cpio e2fsprogs xz-utils)
 # What examples/debian-guest/build.sh uses.
 readonly GUEST=(mmdebstrap debian-archive-keyring e2fsprogs qemu-utils)
-readonly TEST=("${BUILD[@]}" "${NESTED[@]}" "${GUEST[@]}" libcriterion-dev libqcow-dev acpica-tools gdb iproute2 zstd python3
+readonly TEST=("${BUILD[@]}" "${NESTED[@]}" "${GUEST[@]}" libcriterion-dev libqcow-dev acpica-tools xfsprogs btrfs-progs gdb iproute2 zstd python3
     libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-doc libxml2-utils)
 readonly DEMO=("${NESTED[@]}" "${GUEST[@]}" python3)
 readonly BENCH=(qemu-system-x86 qemu-utils python3)
