@@ -342,13 +342,32 @@ static int run_revert(struct cli *cli, struct err *err)
 
 /* --- tag --- */
 
-static int run_tag(struct cli *cli, struct err *err)
+static int delete_tag(struct cli *cli, struct err *err)
 {
-	char id[STORE_ID_BYTES];
 	struct store *store;
 	int rc = cli_open_store(cli, &store, err);
 
 	if (rc)
+		return rc;
+	rc = store_untag(store, cli->arguments[0], err);
+	store_close(store);
+	if (!rc && cli->json)
+		cli_print_json(json_pack("{s:s}", "deleted", cli->arguments[0]));
+	return rc;
+}
+
+static int run_tag(struct cli *cli, struct err *err)
+{
+	char id[STORE_ID_BYTES];
+	struct store *store;
+	bool delete = cli_given(cli, "delete");
+
+	if (cli->argument_count != (delete ? 1 : 2)) {
+		err_set(err, ERR_USAGE, EINVAL, delete ? "tag --delete: it takes one name" : "tag: it takes a checkpoint and a name");
+		return err_hint(err, "vmcp tag CKPT NAME, or vmcp tag --delete NAME");
+	}
+	int rc = delete ? delete_tag(cli, err) : cli_open_store(cli, &store, err);
+	if (rc || delete)
 		return rc;
 	rc = store_resolve(store, cli->arguments[0], id, err);
 	if (!rc)
@@ -423,10 +442,14 @@ const struct cli_command cli_revert = {
 	.max_arguments = 1,
 	.run = run_revert,
 };
+static const struct cli_option tag_options[] = {
+	{"delete", 0, NULL, "take the name away instead; the checkpoint stays"},
+	{0},
+};
 const struct cli_command cli_tag = {.name = "tag",
-				    .synopsis = "CKPT NAME",
+				    .synopsis = "CKPT NAME | --delete NAME",
 				    .summary = "give a checkpoint a name",
-				    .options = none,
-				    .min_arguments = 2,
+				    .options = tag_options,
+				    .min_arguments = 1,
 				    .max_arguments = 2,
 				    .run = run_tag};

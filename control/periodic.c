@@ -25,7 +25,8 @@
 
 struct periodic {
 	struct control_target *target; /* immutable, like the next three */
-	uint64_t every_ns, keep;
+	uint64_t every_ns;
+	struct store_keep keep;
 	bool runs;
 	pthread_t taker, keeper;
 	_Atomic bool stop; /* set once; read without the lock while work is under way */
@@ -55,16 +56,16 @@ int periodic_override(struct machine_config *config, const char *every, const ch
 	return 0;
 }
 
-struct periodic *periodic_create(struct control_target *target, uint64_t every_ns, uint64_t keep)
+struct periodic *periodic_create(struct control_target *target, const struct machine_config *config)
 {
 	pthread_condattr_t monotonic;
 
-	if (every_ns == 0)
+	if (config->every_ns == 0)
 		return NULL;
 	struct periodic *p = xcalloc(1, sizeof(*p));
 	p->target = target;
-	p->every_ns = every_ns;
-	p->keep = keep;
+	p->every_ns = config->every_ns;
+	p->keep = (struct store_keep){config->keep, config->keep_hourly, config->keep_daily};
 	pthread_mutex_init(&p->lock, NULL);
 	pthread_condattr_init(&monotonic);
 	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -207,7 +208,7 @@ static int remove_surplus(struct periodic *p, struct err *err)
 	struct store_freed freed = {0};
 	char(*ids)[STORE_ID_BYTES];
 	size_t count;
-	int rc = store_surplus(store, p->target->name, p->keep, MOST_REMOVALS, &ids, &count, err);
+	int rc = store_surplus(store, p->target->name, &p->keep, MOST_REMOVALS, &ids, &count, err);
 
 	if (rc)
 		return rc;
@@ -314,8 +315,8 @@ json_t *periodic_to_json(struct periodic *p)
 	pthread_mutex_lock(&p->lock);
 	const char *problem = p->problem[0] ? p->problem : p->house_problem;
 	json_t *result = json_pack(
-		"{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o}", "every_ns", (json_int_t)p->every_ns, "keep",
-		(json_int_t)p->keep, "taken", (json_int_t)p->taken, "skipped", (json_int_t)p->skipped, "failed", (json_int_t)p->failed,
+		"{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o}", "every_ns", (json_int_t)p->every_ns, "keep",
+		(json_int_t)p->keep.newest, "keep_hourly", (json_int_t)p->keep.hourly, "keep_daily", (json_int_t)p->keep.daily, "taken", (json_int_t)p->taken, "skipped", (json_int_t)p->skipped, "failed", (json_int_t)p->failed,
 		"cancelled", (json_int_t)p->cancelled, "removed", (json_int_t)p->removed, "removed_bytes", (json_int_t)p->removed_bytes,
 		"consolidations", (json_int_t)p->consolidations, "merged_layers", (json_int_t)p->merged_layers, "copied_pages",
 		(json_int_t)p->copied_pages, "last_checkpoint", p->last[0] ? json_string(p->last) : json_null(), "problem",

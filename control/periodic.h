@@ -21,8 +21,8 @@ struct periodic;
 /* Puts --every and --keep, where not NULL, into the configuration. ERR_USAGE, naming the option. */
 int periodic_override(struct machine_config *config, const char *every, const char *keep, struct err *err);
 
-/* every_ns 0: NULL, which all functions allow. No thread runs yet. The target stays the caller's, and in place. */
-struct periodic *periodic_create(struct control_target *target, uint64_t every_ns, uint64_t keep);
+/* No periodic checkpoints are configured: NULL, which all functions allow. No thread runs yet. The target stays the caller's, and in place. */
+struct periodic *periodic_create(struct control_target *target, const struct machine_config *config);
 int periodic_begin(struct periodic *periodic, struct err *err);
 /* Begins nothing new. What is under way goes on. */
 void periodic_end(struct periodic *periodic);

@@ -362,7 +362,7 @@ static int start(struct process *process, struct err *err)
 		rc = write_record(process, err);
 	if (!rc)
 		process->periodic = process->target.periodic =
-			periodic_create(&process->target, process->config.every_ns, process->config.keep);
+			periodic_create(&process->target, &process->config);
 	if (!rc)
 		process->tidy = process->target.tidy = tidy_create(&process->target);
 	if (!rc)

@@ -621,6 +621,10 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
 
 		duration_format(every, config->every_ns);
 		rc = config_append(out, err, "\n[checkpoint]\nevery = %s\nkeep = %llu\n", every, (unsigned long long)config->keep);
+		if (!rc && config->keep_hourly)
+			rc = config_append(out, err, "keep_hourly = %llu\n", (unsigned long long)config->keep_hourly);
+		if (!rc && config->keep_daily)
+			rc = config_append(out, err, "keep_daily = %llu\n", (unsigned long long)config->keep_daily);
 	}
 	return rc;
 }

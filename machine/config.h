@@ -62,6 +62,7 @@ struct machine_config {
 	char *libvirt;	    /* URI of the libvirt that networks and volumes are of; "": its default */
 	uint64_t every_ns; /* periodic live checkpoints; 0: none */
 	uint64_t keep;	   /* how many of these stay */
+	uint64_t keep_hourly, keep_daily; /* and the newest one of each of so many hours and days */
 	unsigned disk_count;
 	struct config_disk disks[CONFIG_MAX_DISKS];
 	unsigned net_count;

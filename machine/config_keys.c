@@ -351,6 +351,27 @@ static int set_keep(struct config_reading *r, void *object, const char *key, con
 	return err_hint(r->err, CONFIG_KEEP_HINT);
 }
 
+static int set_keep_each(struct config_reading *r, uint64_t *keep, const char *key, const char *value)
+{
+	if (!strcmp(value, "0"))
+		*keep = 0;
+	else if (!config_parse_keep(value, keep)) {
+		config_fail(r, key, "'%s' is no number of checkpoints", value);
+		return err_hint(r->err, CONFIG_KEEP_HINT "; 0 means none");
+	}
+	return 0;
+}
+
+static int set_keep_hourly(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	return set_keep_each(r, &((struct machine_config *)object)->keep_hourly, key, value);
+}
+
+static int set_keep_daily(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	return set_keep_each(r, &((struct machine_config *)object)->keep_daily, key, value);
+}
+
 static const struct config_key vm_keys[] = {
 	{.name = "name", .set = set_name},	     {.name = "memory", .set = set_memory},
 	{.name = "cpus", .set = set_cpus},	     {.name = "kernel", .set = set_kernel},
@@ -368,6 +389,8 @@ static const struct config_key disk_keys[] = {
 static const struct config_key checkpoint_keys[] = {
 	{.name = "every", .set = set_every},
 	{.name = "keep", .set = set_keep},
+	{.name = "keep_hourly", .set = set_keep_hourly},
+	{.name = "keep_daily", .set = set_keep_daily},
 };
 
 const struct config_key *config_keys(enum config_section section, size_t *count)

@@ -101,7 +101,9 @@ Test(config, every_key)
 				 "bridge = br0\n"
 				 "[checkpoint]\n"
 				 "every = 0\n"
-				 "keep = 20\n",
+				 "keep = 20\n"
+				 "keep_hourly = 24\n"
+				 "keep_daily = 0\n",
 				 &config, &err),
 		     0, "%s", err.message);
 	cr_assert_str_eq(config.name, "web-1");
@@ -117,6 +119,8 @@ Test(config, every_key)
 	cr_assert(config.rng);
 	cr_assert(config.balloon);
 	cr_assert_eq(config.memory_backing, MEM_BACKING_THP);
+	cr_assert_eq(config.keep_hourly, 24);
+	cr_assert_eq(config.keep_daily, 0);
 	cr_assert_eq(config.disk_count, 3);
 	cr_assert_str_eq(config.disks[0].name, "root");
 	snprintf(path, sizeof(path), "%s/a.qcow2", work);
@@ -343,6 +347,8 @@ static const struct wrong wrongs[] = {
 	{VM "[checkpoint]\nevery = soon\n", 4, "'soon'", "30s"},
 	{VM "[checkpoint]\nevery = 30d\n", 4, "'30d'", "30s"},
 	{VM "[checkpoint]\nkeep = 0\n", 4, "'0'", "from 1"},
+	{VM "[checkpoint]\nkeep_hourly = x\n", 4, "'x'", "0 means none"},
+	{VM "[checkpoint]\nkeep_daily = 1000001\n", 4, "'1000001'", "from 1"},
 	{VM "[checkpoint]\nkeep = -1\n", 4, "'-1'", "from 1"},
 	{VM "[checkpoint]\nkeep = all\n", 4, "'all'", "from 1"},
 	{VM "[checkpoint]\nevry = 0\n", 4, "unknown key", "'every'"},

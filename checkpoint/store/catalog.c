@@ -534,6 +534,31 @@ int store_tag(struct store *store, const char *id, const char *tag, struct err *
 	return rc;
 }
 
+int store_untag(struct store *store, const char *tag, struct err *err)
+{
+	sqlite3_stmt *s;
+	int rc = store_check_name("tag", tag, err), changed = 0;
+
+	if (rc)
+		return rc;
+	pthread_mutex_lock(&store->lock);
+	rc = catalog_run_locked(store, "PRAGMA synchronous = FULL", err);
+	if (!rc)
+		rc = catalog_prepare_locked(store, "DELETE FROM tags WHERE tag = ?", &s, err);
+	if (!rc) {
+		sqlite3_bind_text(s, 1, tag, -1, SQLITE_STATIC);
+		rc = catalog_step_locked(store, s, err);
+		changed = rc ? 0 : sqlite3_changes(store->db);
+		sqlite3_finalize(s);
+	}
+	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
+	pthread_mutex_unlock(&store->lock);
+	if (rc || changed)
+		return rc;
+	err_set(err, ERR_NOT_FOUND, ENOENT, "tag '%s': there is none", tag);
+	return err_hint(err, "`vmcp log` shows them all");
+}
+
 int store_count_tags(struct store *store, const char *id, uint64_t *count, char first[STORE_NAME_BYTES], struct err *err)
 {
 	sqlite3_stmt *s;

@@ -12,10 +12,15 @@ static const char surplus[] =
 	" AND NOT EXISTS (SELECT 1 FROM checkpoints k WHERE k.parent = c.id AND k.vm <> c.vm)"
 	" AND (SELECT COUNT(*) FROM checkpoints k WHERE k.parent = c.id) <= 1"
 	" AND seq NOT IN (SELECT seq FROM checkpoints WHERE vm = ?1 AND periodic ORDER BY created_wall_ns DESC, seq DESC LIMIT ?2)"
+	/* The newest of each hour, and of each day, of UTC: the bare column beside MAX is that of its row. */
+	" AND seq NOT IN (SELECT seq FROM (SELECT seq, MAX(created_wall_ns) FROM checkpoints WHERE vm = ?1 AND periodic"
+	" GROUP BY created_wall_ns / 3600000000000 ORDER BY 2 DESC LIMIT ?4))"
+	" AND seq NOT IN (SELECT seq FROM (SELECT seq, MAX(created_wall_ns) FROM checkpoints WHERE vm = ?1 AND periodic"
+	" GROUP BY created_wall_ns / 86400000000000 ORDER BY 2 DESC LIMIT ?5))"
 	" ORDER BY created_wall_ns, seq LIMIT ?3";
 
-int store_surplus(struct store *store, const char *vm, uint64_t keep, size_t most, char (**ids)[STORE_ID_BYTES], size_t *count,
-		  struct err *err)
+int store_surplus(struct store *store, const char *vm, const struct store_keep *keep, size_t most, char (**ids)[STORE_ID_BYTES],
+		  size_t *count, struct err *err)
 {
 	sqlite3_stmt *s;
 
@@ -25,8 +30,10 @@ int store_surplus(struct store *store, const char *vm, uint64_t keep, size_t mos
 	int rc = catalog_prepare_locked(store, surplus, &s, err);
 	if (!rc) {
 		sqlite3_bind_text(s, 1, vm, -1, SQLITE_STATIC);
-		sqlite3_bind_int64(s, 2, (sqlite3_int64)keep);
+		sqlite3_bind_int64(s, 2, (sqlite3_int64)keep->newest);
 		sqlite3_bind_int64(s, 3, (sqlite3_int64)most);
+		sqlite3_bind_int64(s, 4, (sqlite3_int64)keep->hourly);
+		sqlite3_bind_int64(s, 5, (sqlite3_int64)keep->daily);
 		while (*count < most && (rc = catalog_step_locked(store, s, err)) == 1)
 			catalog_text(s, 0, (*ids)[(*count)++], STORE_ID_BYTES);
 		sqlite3_finalize(s);

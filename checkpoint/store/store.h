@@ -214,12 +214,16 @@ int store_checkpoint_remove(struct store *store, const char *id, bool tagged, st
 /* Several, which costs hardly more than one. Those that are in use, have a tag, or are gone stay as they are, and are no failure. */
 int store_checkpoints_remove(struct store *store, const char (*ids)[STORE_ID_BYTES], size_t count, struct store_freed *freed,
 			     struct err *err);
+/* Of periodic checkpoints these stay: the newest ones, and the newest one of each of so many hours, and days, of UTC that have any. */
+struct store_keep {
+	uint64_t newest, hourly, daily;
+};
 /*
- * The checkpoints of a VM that `keep` lets go: periodic ones beyond its newest `keep` periodic ones that have no tag, at which no VM
+ * The checkpoints of a VM that `keep` lets go: periodic ones beyond those that it keeps which have no tag, at which no VM
  * stands, and from which no more than one checkpoint, of the same VM, comes. Oldest first, at most `most`. *ids is malloc'ed.
  */
-int store_surplus(struct store *store, const char *vm, uint64_t keep, size_t most, char (**ids)[STORE_ID_BYTES], size_t *count,
-		  struct err *err);
+int store_surplus(struct store *store, const char *vm, const struct store_keep *keep, size_t most, char (**ids)[STORE_ID_BYTES],
+		  size_t *count, struct err *err);
 
 struct store_gc_result {
 	uint64_t memory_layers, disk_layers, bytes; /* removed */
@@ -293,6 +297,8 @@ int store_mergeable(struct store *store, const char *vm, const char (*layers)[ST
 /* --- naming --- */
 int store_tag(struct store *store, const char *id, const char *tag,
 	      struct err *err); /* moves nothing: -EEXIST if the tag names another */
+/* Takes the tag away; the checkpoint stays. -ENOENT, ERR_NOT_FOUND: there is no such tag. */
+int store_untag(struct store *store, const char *tag, struct err *err);
 /* How many tags a checkpoint has, and the first of them ("" if none). */
 int store_count_tags(struct store *store, const char *id, uint64_t *count, char first[STORE_NAME_BYTES], struct err *err);
 

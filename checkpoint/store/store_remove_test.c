@@ -608,7 +608,7 @@ Test(store_remove, a_spare_layer_dies_with_its_maker)
 static size_t surplus(uint64_t keep, char (**ids)[STORE_ID_BYTES])
 {
 	size_t count;
-	cr_assert_eq(store_surplus(store_test_store, "web", keep, 100, ids, &count, NULL), 0);
+	cr_assert_eq(store_surplus(store_test_store, "web", &(struct store_keep){.newest = keep}, 100, ids, &count, NULL), 0);
 	return count;
 }
 
@@ -654,6 +654,54 @@ Test(store_remove, keep_lets_go_what_is_old_periodic_and_nothing_else)
 	cr_expect(!may[1], "the user's checkpoint 3 names it");
 	cr_assert_eq(store_mergeable(store_test_store, "other", (const char (*)[STORE_ID_BYTES])layers, 3, may, NULL), 0);
 	cr_expect(!may[0], "of another VM");
+}
+
+Test(store_remove, keep_leaves_one_of_each_hour_and_day)
+{
+	/* Minutes since the beginning of a day of UTC: three on one day, two of them in one hour; five on the next, three of them in one hour; one on the third. */
+	static const uint64_t minutes[] = {10, 20, 70, 1440, 1500, 1510, 1559, 1560, 2900};
+	const uint64_t day = 20000ull * 86400 * 1000000000;
+	char ids[9][STORE_ID_BYTES], (*gone)[STORE_ID_BYTES];
+	static const struct {
+		struct store_keep keep;
+		unsigned left; /* a bit for each */
+	} cases[] = {
+		{{1, 0, 0}, 0x100}, {{1, 1, 0}, 0x100}, {{1, 3, 0}, 0x1c0}, {{1, 4, 0}, 0x1c8}, {{1, 100, 0}, 0x1ce},
+		{{1, 0, 2}, 0x180}, {{1, 0, 100}, 0x184}, {{2, 2, 3}, 0x184}, {{3, 0, 3}, 0x1c4}, {{9, 0, 0}, 0x1ff},
+	};
+
+	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	for (unsigned i = 0; i < 9; i++)
+		store_test_must_take(&(struct store_test_plan){.parent = i ? ids[i - 1] : NULL, .periodic = true,
+							       .created_wall_ns = day + minutes[i] * 60000000000}, ids[i]);
+	for (size_t k = 0; k < ARRAY_LENGTH(cases); k++) {
+		unsigned left = 0x1ff;
+		size_t count;
+		cr_assert_eq(store_surplus(store_test_store, "web", &cases[k].keep, 100, &gone, &count, NULL), 0);
+		for (size_t i = 0; i < count; i++)
+			for (unsigned n = 0; n < 9; n++)
+				left &= strcmp(gone[i], ids[n]) ? ~0u : ~(1u << n);
+		cr_expect_eq(left, cases[k].left, "case %zu: left %x, not %x", k, left, cases[k].left);
+		free(gone);
+	}
+}
+
+Test(store_remove, a_tag_is_taken_away)
+{
+	char one[STORE_ID_BYTES], id[STORE_ID_BYTES], other[STORE_ID_BYTES];
+	struct err err = ERR_INIT;
+
+	store_test_must_take(&(struct store_test_plan){.tag = "good"}, one);
+	store_test_must_take(&(struct store_test_plan){.parent = one}, other);
+	cr_assert_eq(store_untag(store_test_store, "good", NULL), 0);
+	cr_expect_eq(store_resolve(store_test_store, "good", id, &(struct err){0}), -ENOENT);
+	cr_expect_eq(store_untag(store_test_store, "good", &err), -ENOENT);
+	cr_expect_eq(store_untag(store_test_store, "no/tag", &(struct err){0}), -EINVAL);
+	cr_assert_eq(store_tag(store_test_store, other, "good", NULL), 0, "the name is free again");
+	cr_assert_eq(store_resolve(store_test_store, "good", id, NULL), 0);
+	cr_expect_str_eq(id, other);
+	open_again();
+	cr_assert_eq(store_resolve(store_test_store, one, id, NULL), 0, "the checkpoint stays");
 }
 
 struct window {

@@ -27,6 +27,7 @@ unsigned store_test_count_in(const char *folder, const char *suffix);
 struct store_test_plan {
 	const char *vm, *parent, *tag; /* NULL: "web", none, none */
 	bool disk, live, periodic;
+	uint64_t created_wall_ns; /* 0: now */
 	struct store *store; /* set by store_test_take */
 };
 int store_test_take(struct store *in, const struct store_test_plan *plan, char id[STORE_ID_BYTES], struct err *err);

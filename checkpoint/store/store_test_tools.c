@@ -199,7 +199,7 @@ int store_test_take(struct store *in, const struct store_test_plan *plan, char i
 	snprintf(c.vm_uuid, sizeof(c.vm_uuid), VM_UUID);
 	snprintf(c.parent, sizeof(c.parent), "%s", plan->parent ? plan->parent : "");
 	snprintf(c.tag, sizeof(c.tag), "%s", plan->tag ? plan->tag : "");
-	c.created_wall_ns = clock_wall_ns();
+	c.created_wall_ns = plan->created_wall_ns ? plan->created_wall_ns : clock_wall_ns();
 	c.message = xstrdup("a message");
 	c.config_text = xstrdup("[vm]\nname = web\n");
 	rc = fill_draft(draft, plan, &c, err);
