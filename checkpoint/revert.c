@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/buf.h"
@@ -99,6 +100,19 @@ static int check(struct revert *rv, const char *id, struct err *err)
 
 /* --- disks --- */
 
+/* What a start checks of a seal: the file is there as far as it was. Its checksum would take as long as the disk is large. */
+static int check_length(const char *path, const struct store_disk_layer *layer, struct err *err)
+{
+	struct stat st;
+	if (stat(path, &st) != 0)
+		return err_sys(err, errno, "disk %s: %s", layer->disk, path);
+	if ((uint64_t)st.st_size >= layer->file_bytes || !S_ISREG(st.st_mode))
+		return 0;
+	err_set(err, ERR_DAMAGED, EBADMSG, "disk %s: %s is cut off: it has %llu bytes, and had %llu when it was sealed", layer->disk, path,
+		(unsigned long long)st.st_size, (unsigned long long)layer->file_bytes);
+	return err_hint(err, "`vmcp verify` says which checkpoints need it, and which are whole");
+}
+
 int revert_make_overlay(const char *temp_path, const char *layer_path, const struct store_disk_layer *layer, struct err *err)
 {
 	struct cow_create create = {
@@ -106,6 +120,9 @@ int revert_make_overlay(const char *temp_path, const char *layer_path, const str
 		.backing = layer_path,
 		.backing_format = strcmp(layer->format, "raw") == 0 ? COW_FORMAT_RAW : COW_FORMAT_QCOW2,
 	};
+	int r = check_length(layer_path, layer, err);
+	if (r != 0)
+		return r;
 	unlink(temp_path); /* of a process that died here */
 	return cow_create(temp_path, &create, err);
 }

@@ -108,6 +108,23 @@ def test_verify_names_damage_and_sharers(env):
     check_equal({one for one in ids if errors[one]}, set(ids[2:]), "who stands on the missing disk layer")
     os.rename(os.path.join(layers, "away"), os.path.join(layers, image + ".qcow2"))
 
+    # Cut off: found when a VM goes back to it, or starts from it, before anything is touched.
+    last = env.vmcp_json("show", ids[3])["disks"][0]["layer"]
+    path = os.path.join(layers, last + ".qcow2")
+    with open(path, "rb") as file:
+        whole = file.read()
+    guest.set("disk 0")  # it reads that layer
+    time.sleep(0.2)
+    os.truncate(path, len(whole) - 512)
+    for words in (["revert", ids[3]], ["run", "--from", ids[3], "--name", "other", "--detach"]):
+        refused = env.vmcp(*words, status=5)
+        check("is cut off" in refused.err and last in refused.err, f"a start from a layer that is cut off: {refused}")
+    with open(path, "r+b") as file:
+        file.write(whole)
+    guest.set("disk 1")
+    guest.check()
+    check_equal(verify(env)[0], {one: [] for one in ids}, "mended again")
+
     # Its checkpoint is removed: others stand on the layer, and it is still checked.
     env.vmcp("rm", ids[2])
     check_equal(verify(env)[1]["unrecorded"], [], "files without a checksum")
