@@ -181,6 +181,7 @@ int ckpt_check(struct ckpt_engine *engine, struct err *err);
 
 struct ckpt_consolidation {
 	uint64_t layers, pages; /* merged, copied; 0: nothing was worth it */
+	uint64_t shared_pages;	/* of those copied: the filesystem has them once for both layers */
 };
 /*
  * Copies what is still needed of old memory layers into a new one, if that pays (consolidate.h); the next checkpoint's index names it. For a

@@ -2,9 +2,11 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "base/bitmap.h"
@@ -22,6 +24,8 @@
 #define LITTLE_PAGES   1024u
 #define CHUNK_PAGES    PAGE_SUMS_MAX_READ
 #define WRITEBACK_BYTES (4u << 20)
+/* Shorter runs are written: as pieces of their own they would cost more than that. */
+#define SHARE_PAGES 16u
 
 /* --- what is worth it --- */
 
@@ -111,6 +115,8 @@ struct merge {
 	uint64_t *saved, *sums; /* bitmap, by page */
 	uint8_t *chunk;
 	uint64_t copied, unflushed;
+	uint64_t shared; /* of those copied, by the filesystem */
+	bool no_sharing; /* it cannot */
 	struct priority_room room;
 };
 
@@ -233,14 +239,15 @@ static void spoil(struct merge *m, uint32_t number, const struct err *why)
 	       STORE_ID_BYTES);
 }
 
-/* Reads and checks a run of one layer's pages. -EBADMSG: the layer is damaged. */
-static int read_run(struct merge *m, uint32_t number, uint64_t first, uint64_t count, struct err *err)
+/* Reads and checks a run of one layer's pages. *place: where in the layer they begin. -EBADMSG: the layer is damaged. */
+static int read_run(struct merge *m, uint32_t number, uint64_t first, uint64_t count, uint64_t *place, struct err *err)
 {
 	struct source *source = &m->sources[number - 1];
 	struct page_entry entries[CHUNK_PAGES];
 	int r = page_sums_read(&source->sums, first, count, entries, err);
 	if (r == 0)
 		r = file_pread_full(source->fd, m->chunk, count * PAGE_BYTES, entries[0].place * PAGE_BYTES, err);
+	*place = entries[0].place;
 	if (r == -ENODATA || r == -EINVAL)
 		return -EBADMSG;
 	for (uint64_t i = 0; i < count && r == 0; i++) {
@@ -253,14 +260,27 @@ static int read_run(struct merge *m, uint32_t number, uint64_t first, uint64_t c
 	return r;
 }
 
-static int write_run(struct merge *m, uint64_t first, uint64_t count, struct err *err)
+/* A filesystem with reflinks gives the new layer the old one's blocks: nothing is written, and no space taken while both are there. */
+static bool share_run(struct merge *m, int from, uint64_t place, uint64_t count)
 {
-	int r = file_pwrite_full(m->fd, m->chunk, count * PAGE_BYTES, m->copied * PAGE_BYTES, err);
+	const struct file_clone_range range = {
+		.src_fd = from, .src_offset = place * PAGE_BYTES, .src_length = count * PAGE_BYTES, .dest_offset = m->copied * PAGE_BYTES};
+	if (m->no_sharing || count < SHARE_PAGES)
+		return false;
+	m->no_sharing = ioctl(m->fd, FICLONERANGE, &range) != 0;
+	m->shared += m->no_sharing ? 0 : count;
+	return !m->no_sharing;
+}
+
+static int write_run(struct merge *m, int from, uint64_t place, uint64_t first, uint64_t count, struct err *err)
+{
+	bool shared = share_run(m, from, place, count);
+	int r = shared ? 0 : file_pwrite_full(m->fd, m->chunk, count * PAGE_BYTES, m->copied * PAGE_BYTES, err);
 	if (r != 0)
 		return r;
 	bitmap_fill(m->saved, first, count);
 	m->copied += count;
-	m->unflushed += count * PAGE_BYTES;
+	m->unflushed += shared ? 0 : count * PAGE_BYTES;
 	/* A little at a time, so that a checkpoint's sync does not find all of it still to be written. */
 	if (m->unflushed >= WRITEBACK_BYTES) {
 		sync_file_range(m->fd, 0, 0, SYNC_FILE_RANGE_WRITE);
@@ -291,17 +311,18 @@ static int copy_extent(struct merge *m, const struct index_extent *e, struct err
 	int r = 0;
 	while (done < e->count && !m->sources[e->layer - 1].spoilt) {
 		uint64_t first = e->first + done, count = min_u64(CHUNK_PAGES, e->count - done);
+		uint64_t place = 0;
 		struct err why = ERR_INIT;
 		if (atomic_load_explicit(m->stop, memory_order_relaxed))
 			return err_set(err, ERR_FAILED, ECANCELED, "the machine is ending");
-		r = read_run(m, e->layer, first, count, &why);
+		r = read_run(m, e->layer, first, count, &place, &why);
 		if (r == -EBADMSG) {
 			spoil(m, e->layer, &why);
 			r = 0;
 			break;
 		}
 		if (r == 0)
-			r = write_run(m, first, count, &why);
+			r = write_run(m, m->sources[e->layer - 1].fd, place, first, count, &why);
 		if (r != 0) {
 			if (err)
 				*err = why;
@@ -364,6 +385,7 @@ static int merge(struct merge *m, struct ckpt_consolidation *done, struct err *e
 		return r;
 	done->layers = chosen;
 	done->pages = m->copied;
+	done->shared_pages = m->shared;
 	log_debug("%u memory layers consolidated: %llu pages", chosen, (unsigned long long)m->copied);
 	pthread_mutex_lock(&m->engine->lock);
 	m->engine->consolidated = m->made;

@@ -36,7 +36,7 @@ struct periodic {
 	bool work;	  /* for the keeper */
 	uint64_t waiting; /* to be removed: what the keeper found, and what was taken since */
 	uint64_t taken, skipped, failed, cancelled, removed, removed_bytes;
-	uint64_t consolidations, merged_layers, copied_pages;
+	uint64_t consolidations, merged_layers, copied_pages, shared_pages;
 	char last[STORE_ID_BYTES];
 	char problem[512], house_problem[512]; /* the present ones, "" if all is well */
 };
@@ -238,6 +238,7 @@ static int consolidate(struct periodic *p, struct err *err)
 	p->consolidations += done.layers > 0;
 	p->merged_layers += done.layers;
 	p->copied_pages += done.pages;
+	p->shared_pages += done.shared_pages;
 	pthread_mutex_unlock(&p->lock);
 	return rc == -ECANCELED ? 0 : rc;
 }
@@ -315,11 +316,11 @@ json_t *periodic_to_json(struct periodic *p)
 	pthread_mutex_lock(&p->lock);
 	const char *problem = p->problem[0] ? p->problem : p->house_problem;
 	json_t *result = json_pack(
-		"{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o}", "every_ns", (json_int_t)p->every_ns, "keep",
+		"{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o}", "every_ns", (json_int_t)p->every_ns, "keep",
 		(json_int_t)p->keep.newest, "keep_hourly", (json_int_t)p->keep.hourly, "keep_daily", (json_int_t)p->keep.daily, "taken", (json_int_t)p->taken, "skipped", (json_int_t)p->skipped, "failed", (json_int_t)p->failed,
 		"cancelled", (json_int_t)p->cancelled, "removed", (json_int_t)p->removed, "removed_bytes", (json_int_t)p->removed_bytes,
 		"consolidations", (json_int_t)p->consolidations, "merged_layers", (json_int_t)p->merged_layers, "copied_pages",
-		(json_int_t)p->copied_pages, "last_checkpoint", p->last[0] ? json_string(p->last) : json_null(), "problem",
+		(json_int_t)p->copied_pages, "shared_pages", (json_int_t)p->shared_pages, "last_checkpoint", p->last[0] ? json_string(p->last) : json_null(), "problem",
 		problem[0] ? json_string(problem) : json_null());
 	pthread_mutex_unlock(&p->lock);
 	return result;

@@ -108,6 +108,7 @@ part "whole VMs: verify, diff, dump" "${near_kvm[@]}" python3 tests/vm/verify_te
 part "whole VMs: exports and imports" "${near_kvm[@]}" python3 tests/vm/export_test.py
 part "whole VMs: golden stores" "${near_kvm[@]}" python3 tests/vm/golden_test.py
 part "whole VMs: chains of disk layers" "${near_kvm[@]}" python3 tests/vm/disk_layers_test.py
+part "whole VMs: ext4, XFS and btrfs" "${near_kvm[@]}" python3 tests/vm/filesystems_test.py
 together "libvirt_test checkpoint" "libvirt_test domains"
 part "whole VMs: bad input and faults" "${near_kvm[@]}" python3 tests/vm/bad_input_test.py
 part "whole VMs under ASan+UBSan" env VMCP_BIN="$PWD/build/debug/cli/vmcp" VMCP_TEST_ROUNDS=10 \

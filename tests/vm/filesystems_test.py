@@ -144,6 +144,27 @@ def fill(env, place, one, disk):
     image_check(disk)
 
 
+def consolidate(env, reflinks):
+    """Memory layers that are merged share blocks with the old ones where the filesystem can; the content is the same either way."""
+    config = env.tiny_config(name="often", memory="64M", cmdline="set=16M rate=4000 mode=seq report=0")
+    guest = env.spawn_tiny("run", config, "--every", "50ms", "--keep", "3")
+    deadline = time.monotonic() + 60
+    while True:
+        stats = env.vmcp_json("stats", "often")["periodic"]
+        if stats["consolidations"] >= 2:
+            break
+        check(time.monotonic() < deadline, f"no consolidation: {stats}")
+        time.sleep(0.1)
+    check_equal(stats["shared_pages"] > 0, reflinks, f"whether pages are shared: {stats}")
+    guest.check()
+    env.vmcp("kill", "often")
+    env.vmcp("verify")
+    newest = [one["id"] for one in env.vmcp_json("log", "often")["checkpoints"]][-1]
+    env.vmcp_json("run", "--from", newest, "--every", "0", "--detach")
+    env.attach_tiny("often").check()
+    env.vmcp("kill", "often")
+
+
 def test_here(env):
     work(env, Here(env))
 
@@ -151,16 +172,19 @@ def test_here(env):
 def test_ext4(env):
     with Mounted(env, "ext4", "-F", "-m", "0") as place:
         work(env, place)
+        consolidate(env, False)
 
 
 def test_xfs(env):
     with Mounted(env, "xfs", "-f") as place:
         work(env, place)
+        consolidate(env, True)
 
 
 def test_btrfs(env):
     with Mounted(env, "btrfs", "-f") as place:
         work(env, place)
+        consolidate(env, True)
 
 
 if __name__ == "__main__":
