@@ -204,13 +204,17 @@ int ckpt_merge_disks(struct ckpt_engine *engine, const _Atomic bool *stop, struc
 void ckpt_memory_stats(struct ckpt_engine *engine, struct memcow_stats *out);
 
 /* How long guests waited, over all live checkpoints since the engine was made. */
+#define CKPT_LATENCY_FIRST_POWER 14 /* 16 us */
+#define CKPT_LATENCY_BUCKETS	  21 /* to 17 s */
 struct ckpt_latency {
-	uint64_t count, p50_ns, p99_ns, p999_ns, max_ns;
+	uint64_t count, sum_ns, p50_ns, p99_ns, p999_ns, max_ns;
+	uint64_t below[CKPT_LATENCY_BUCKETS]; /* how many took less than 2^(CKPT_LATENCY_FIRST_POWER + i) ns */
 };
 struct ckpt_history {
 	struct ckpt_latency pauses;
 	struct ckpt_latency cow_faults; /* seen by the fault thread until released */
 	uint64_t throttled, throttled_ns; /* of them, those that waited for a buffer, and how long in all */
+	uint64_t written_pages_per_s;	  /* different pages that the guest wrote, as measured for the last checkpoints; 0: not yet */
 };
 void ckpt_history(struct ckpt_engine *engine, struct ckpt_history *out);
 

@@ -406,13 +406,18 @@ int ckpt_check(struct ckpt_engine *engine, struct err *err)
 
 static struct ckpt_latency latency(const struct histogram *h)
 {
-	return (struct ckpt_latency){
+	struct ckpt_latency out = {
 		.count = h->count,
+		.sum_ns = h->sum,
 		.p50_ns = histogram_percentile(h, 500),
 		.p99_ns = histogram_percentile(h, 990),
 		.p999_ns = histogram_percentile(h, 999),
 		.max_ns = h->max,
 	};
+
+	for (unsigned i = 0; i < CKPT_LATENCY_BUCKETS; i++)
+		out.below[i] = histogram_count_below(h, CKPT_LATENCY_FIRST_POWER + i);
+	return out;
 }
 
 void ckpt_history(struct ckpt_engine *engine, struct ckpt_history *out)
@@ -421,6 +426,7 @@ void ckpt_history(struct ckpt_engine *engine, struct ckpt_history *out)
 	*out = (struct ckpt_history){.pauses = latency(&engine->pauses)};
 	memcow_get_history(engine->memcow, &faults, &out->throttled, &out->throttled_ns);
 	out->cow_faults = latency(faults);
+	out->written_pages_per_s = engine->written_rate;
 }
 
 void ckpt_memory_stats(struct ckpt_engine *engine, struct memcow_stats *out) { memcow_get_stats(engine->memcow, out); }

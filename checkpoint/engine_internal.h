@@ -52,6 +52,7 @@ struct ckpt_engine {
 	struct loader *loader;	      /* of a VM that was started from a checkpoint, else NULL */
 	struct tracker *tracker;      /* its base, if it has one, is the position */
 	struct planner_costs costs;   /* measured so far */
+	_Atomic uint64_t written_rate; /* costs.written_pages_per_s, for any thread to read */
 	bool staged_last;	      /* so what copying costs is known */
 	struct histogram pauses;      /* of live checkpoints; read by any thread */
 	struct revert_cache *reverts; /* NULL before the first revert in place */

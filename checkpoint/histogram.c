@@ -24,6 +24,7 @@ void histogram_reset(struct histogram *h)
 {
 	atomic_store_explicit(&h->count, 0, memory_order_relaxed);
 	atomic_store_explicit(&h->max, 0, memory_order_relaxed);
+	atomic_store_explicit(&h->sum, 0, memory_order_relaxed);
 	for (unsigned i = 0; i < HISTOGRAM_BUCKETS; i++)
 		atomic_store_explicit(&h->buckets[i], 0, memory_order_relaxed);
 }
@@ -32,6 +33,7 @@ void histogram_record(struct histogram *h, uint64_t value)
 {
 	atomic_fetch_add_explicit(&h->buckets[bucket_of(value)], 1, memory_order_relaxed);
 	atomic_fetch_add_explicit(&h->count, 1, memory_order_relaxed);
+	atomic_fetch_add_explicit(&h->sum, value, memory_order_relaxed);
 	uint64_t max = atomic_load_explicit(&h->max, memory_order_relaxed);
 	while (value > max &&
 	       !atomic_compare_exchange_weak_explicit(&h->max, &max, value, memory_order_relaxed, memory_order_relaxed))
@@ -50,4 +52,14 @@ uint64_t histogram_percentile(const struct histogram *h, unsigned permille)
 			return bucket_last(i) < max ? bucket_last(i) : max;
 	}
 	return max;
+}
+
+uint64_t histogram_count_below(const struct histogram *h, unsigned power)
+{
+	unsigned end = power < 64 ? bucket_of((uint64_t)1 << power) : HISTOGRAM_BUCKETS;
+	uint64_t count = 0;
+
+	for (unsigned i = 0; i < end; i++)
+		count += atomic_load_explicit(&h->buckets[i], memory_order_relaxed);
+	return count;
 }

@@ -12,7 +12,7 @@
 #define HISTOGRAM_BUCKETS  ((64 - HISTOGRAM_SUB_BITS + 1) << HISTOGRAM_SUB_BITS)
 
 struct histogram {
-	_Atomic uint64_t count, max;
+	_Atomic uint64_t count, max, sum;
 	_Atomic uint32_t buckets[HISTOGRAM_BUCKETS];
 };
 
@@ -21,5 +21,7 @@ void histogram_record(struct histogram *h, uint64_t value);
 /* The value below or at which `permille` thousandths of the records lie: upper end of its bucket, never above the
  * maximum. 0 if empty. */
 uint64_t histogram_percentile(const struct histogram *h, unsigned permille);
+/* How many records are below 2^power. */
+uint64_t histogram_count_below(const struct histogram *h, unsigned power);
 
 #endif

@@ -51,3 +51,18 @@ Test(histogram, extremes_have_a_bucket)
 	cr_assert_eq(histogram_percentile(&h, 500), 0);
 	cr_assert_eq(histogram_percentile(&h, 1000), UINT64_MAX);
 }
+
+Test(histogram, counts_below_powers_of_two)
+{
+	histogram_reset(&h);
+	histogram_record(&h, 0);
+	histogram_record(&h, 1023);
+	histogram_record(&h, 1024);
+	histogram_record(&h, UINT64_MAX / 2);
+	cr_assert_eq(histogram_count_below(&h, 0), 1);
+	cr_assert_eq(histogram_count_below(&h, 10), 2);
+	cr_assert_eq(histogram_count_below(&h, 11), 3);
+	cr_assert_eq(histogram_count_below(&h, 62), 3);
+	cr_assert_eq(histogram_count_below(&h, 64), 4);
+	cr_assert_eq(h.sum, 1023 + 1024 + UINT64_MAX / 2);
+}

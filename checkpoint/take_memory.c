@@ -106,6 +106,12 @@ static bool staging_falls_behind(const struct take *take, uint64_t count, uint64
 	return left > (double)take->plan.most_left_pages;
 }
 
+static void note_written(struct ckpt_engine *engine, uint64_t pages, uint64_t took_ns)
+{
+	planner_note_rate(&engine->costs.written_pages_per_s, (double)pages * 1e9 / (double)took_ns);
+	engine->written_rate = (uint64_t)engine->costs.written_pages_per_s;
+}
+
 /* Several passes, each over what was written during the one before it, until little is. */
 static int stage_rest(struct take *take, struct err *err)
 {
@@ -122,7 +128,7 @@ static int stage_rest(struct take *take, struct err *err)
 			break;
 		uint64_t at_ns = tracker_timing(engine->tracker).at_ns;
 		if (pass == 1 && at_ns - since_ns <= RATE_MAX_NS) /* a pass of more than a few pages */
-			planner_note_rate(&engine->costs.written_pages_per_s, (double)count * 1e9 / (double)(at_ns - since_ns));
+			note_written(engine, count, at_ns - since_ns);
 		since_ns = at_ns;
 		/* Not stopped only after all passes: each of them takes longer than protecting what is left. */
 		if (staging_falls_behind(take, count, before, pass))
@@ -256,7 +262,7 @@ static void note_rate(struct take *take)
 	uint64_t count, at_ns = tracker_timing(engine->tracker).at_ns;
 	uint64_t took_ns = clock_now_ns() - at_ns;
 	if (took_ns >= RATE_MIN_NS && took_ns <= RATE_MAX_NS && tracker_peek(engine->tracker, &count, NULL) == 0)
-		planner_note_rate(&engine->costs.written_pages_per_s, (double)count * 1e9 / (double)took_ns);
+		note_written(engine, count, took_ns);
 }
 
 int take_stage_memory(struct take *take, struct err *err)

@@ -241,8 +241,36 @@ static void turn_ends(struct cow_turn *turn)
 	virtio_unlock(blk->vdev);
 }
 
+static void count_request(struct virtio_blk_stats *stats, const struct blk_request *r, uint8_t status)
+{
+	if (status != BLK_S_OK) {
+		stats->errors++;
+		return;
+	}
+	switch (r->type) {
+	case BLK_IN:
+		stats->reads++;
+		stats->read_bytes += r->bytes;
+		break;
+	case BLK_OUT:
+	case BLK_WRITE_ZEROES:
+		stats->writes++;
+		stats->written_bytes += r->bytes;
+		break;
+	case BLK_FLUSH:
+		stats->flushes++;
+		break;
+	case BLK_DISCARD:
+		stats->discards++;
+		break;
+	default:
+		break;
+	}
+}
+
 static void finish(struct blk_request *r, uint8_t status)
 {
+	count_request(&r->blk->stats, r, status);
 	/* The kernel wrote behind KVM's back, perhaps after the pages were saved: they are dirty since now. */
 	if (r->type == BLK_IN)
 		virtq_mark_dirty(virtio_queue(r->blk->vdev, r->queue), &r->chain, 0, r->data_bytes);
@@ -537,6 +565,13 @@ void virtio_blk_destroy(struct virtio_blk *blk)
 	buf_free(&blk->log);
 	free(blk->restored);
 	free(blk);
+}
+
+void virtio_blk_get_stats(struct virtio_blk *blk, struct virtio_blk_stats *out)
+{
+	virtio_lock(blk->vdev);
+	*out = blk->stats;
+	virtio_unlock(blk->vdev);
 }
 
 unsigned virtio_blk_inflight(struct virtio_blk *blk)

@@ -40,5 +40,11 @@ void virtio_blk_destroy(struct virtio_blk *blk);
 struct component virtio_blk_component(struct virtio_blk *blk, uint32_t instance);
 /* Requests in flight now. Any thread. */
 unsigned virtio_blk_inflight(struct virtio_blk *blk);
+/* What the guest was answered since the device was made: requests done, and those that failed. Any thread. */
+struct virtio_blk_stats {
+	uint64_t reads, read_bytes, writes, written_bytes; /* writes: of zeroes too */
+	uint64_t flushes, discards, errors;
+};
+void virtio_blk_get_stats(struct virtio_blk *blk, struct virtio_blk_stats *out);
 
 #endif

@@ -71,6 +71,7 @@ struct virtio_blk {
 	struct blk_queue queues[VIRTIO_MAX_QUEUES];
 	struct blk_request *first, *last; /* in flight, in order of submission */
 	unsigned errors;		  /* for the log */
+	struct virtio_blk_stats stats;
 	unsigned unpublished;		  /* queues, by bit: the turn of the ring will publish */
 	struct cow_turn turn;
 

@@ -570,6 +570,15 @@ bool machine_net_stats(struct machine *machine, unsigned index, struct machine_n
 	return true;
 }
 
+bool machine_disk_stats(struct machine *machine, unsigned index, const char **name, struct virtio_blk_stats *out)
+{
+	if (index >= machine->disk_count)
+		return false;
+	*name = machine->disks[index].config->name;
+	virtio_blk_get_stats(machine->disks[index].device, out);
+	return true;
+}
+
 struct ckpt_engine *machine_engine(struct machine *machine) { return machine->engine; }
 
 struct vm *machine_vm(struct machine *machine) { return machine->vm; }

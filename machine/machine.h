@@ -15,6 +15,7 @@
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/store/store.h"
 #include "devices/virtio_balloon.h"
+#include "devices/virtio_blk.h"
 #include "devices/virtio_net.h"
 #include "machine/config.h"
 #include "machine/console.h"
@@ -55,6 +56,8 @@ int machine_revert(struct machine *machine, const char *id, struct ckpt_revert_r
 int machine_set_balloon(struct machine *machine, uint64_t bytes, struct err *err);
 /* False without a balloon. */
 bool machine_balloon_stats(struct machine *machine, struct virtio_balloon_stats *out);
+/* Of disk `index`; false if there is none. The name is the machine's. */
+bool machine_disk_stats(struct machine *machine, unsigned index, const char **name, struct virtio_blk_stats *out);
 /* Of network card `index`; false if there is none. Names are the machine's. */
 struct machine_net_stats {
 	const char *name, *mode, *interface; /* interface: of the host, "" of mode user */
