@@ -17,6 +17,19 @@ struct control_client {
 	char name[STORE_NAME_BYTES];
 };
 
+char *control_default_store(void)
+{
+	const char *given = getenv("VMCP_STORE"), *state = getenv("XDG_STATE_HOME"), *home = getenv("HOME");
+
+	if (given && *given)
+		return xstrdup(given);
+	if (geteuid() == 0)
+		return xstrdup("/var/lib/vmcp");
+	if (state && *state)
+		return xasprintf("%s/vmcp", state);
+	return xasprintf("%s/.local/state/vmcp", home ? home : "");
+}
+
 /* Names the folder by descriptor, as a socket's path may have 107 bytes only and a store may lie deep. */
 static int connect_socket(int dir, struct err *err)
 {

@@ -9,6 +9,9 @@
 
 struct control_client;
 
+/* The store that is meant where none is named: $VMCP_STORE, else /var/lib/vmcp for root, else vmcp in $XDG_STATE_HOME or ~/.local/state. malloc. */
+char *control_default_store(void);
+
 /* Connects to the process that runs VM `name`. It does not run: ERR_STATE (known) or ERR_NOT_FOUND, with a hint. */
 int control_connect(struct store *store, const char *name, struct control_client **out, struct err *err);
 void control_close(struct control_client *client);

@@ -11,10 +11,13 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/log.h"
+#include "control/events.h"
 #include "control/periodic.h"
 #include "control/protocol.h"
 #include "control/server.h"
 #include "control/tidy.h"
+
+#define MAX_EVENT_WAIT_NS (3600 * 1000000000ull)
 
 /* --- parameters and results --- */
 
@@ -130,6 +133,8 @@ static int change_state(struct control_exchange *x, int (*change)(struct machine
 	if (!rc)
 		rc = store_vm_set_state(target->store, target->name, state, err);
 	pthread_mutex_unlock(&target->record_lock);
+	if (!rc)
+		events_post(target->events, strcmp(state, "running") ? state : "resumed", NULL);
 	*result = rc ? NULL : json_object();
 	return rc;
 }
@@ -273,9 +278,10 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 		rc = err_set(err, ERR_FAILED, ETIMEDOUT, "%s: the checkpoint was not done in time, and was cancelled", x->target->name);
 		err_hint(err, "the VM runs on; give it more time, or see what it waits for: `vmcp checkpoint` shows it");
 	}
-	if (!rc)
+	if (!rc) {
 		*result = result_to_json(x->target->name, &request, &taken);
-	else
+		events_post(x->target->events, "checkpoint", json_pack("{s:s, s:O, s:b}", "checkpoint", taken.id, "durability", json_object_get(*result, "durability"), "periodic", false));
+	} else
 		tidy_wake(x->target->tidy); /* it may have left disk layers */
 	return rc;
 }
@@ -346,6 +352,7 @@ static int revert(struct control_exchange *x, const json_t *params, json_t **res
 	*result = json_pack("{s:s, s:s, s:s, s:I, s:I, s:o}", "vm", x->target->name, "checkpoint", reverted.id, "mode",
 			    "in-place", "restored_pages", number(reverted.restored_pages), "revert_ns",
 			    number(reverted.revert_ns), "parts", parts);
+	events_post(x->target->events, "reverted", json_pack("{s:s}", "checkpoint", reverted.id));
 	return 0;
 }
 
@@ -383,8 +390,38 @@ static json_t *nets_to_json(struct machine *machine)
 
 static json_t *latency_to_json(const struct ckpt_latency *l)
 {
-	return json_pack("{s:I, s:I, s:I, s:I, s:I}", "count", number(l->count), "p50_ns", number(l->p50_ns), "p99_ns",
-			 number(l->p99_ns), "p999_ns", number(l->p999_ns), "max_ns", number(l->max_ns));
+	json_t *below = json_array();
+
+	for (unsigned i = 0; i < CKPT_LATENCY_BUCKETS; i++)
+		json_array_append_new(below, json_pack("[I, I]", number(1ull << (CKPT_LATENCY_FIRST_POWER + i)), number(l->below[i])));
+	return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:o}", "count", number(l->count), "p50_ns", number(l->p50_ns), "p99_ns",
+			 number(l->p99_ns), "p999_ns", number(l->p999_ns), "max_ns", number(l->max_ns), "sum_ns", number(l->sum_ns), "below", below);
+}
+
+static json_t *disks_to_json(struct machine *machine)
+{
+	json_t *list = json_array();
+	struct virtio_blk_stats d;
+	const char *name;
+
+	for (unsigned i = 0; machine_disk_stats(machine, i, &name, &d); i++)
+		json_array_append_new(list, json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "name", name, "reads", number(d.reads), "read_bytes",
+						      number(d.read_bytes), "writes", number(d.writes), "written_bytes",
+						      number(d.written_bytes), "flushes", number(d.flushes), "discards",
+						      number(d.discards), "errors", number(d.errors)));
+	return list;
+}
+
+/* The checkpoint or revert that is under way, or null. */
+static json_t *operation_to_json(struct machine *machine)
+{
+	struct ckpt_progress now;
+
+	ckpt_progress(machine_engine(machine), &now);
+	if (!now.active)
+		return json_null();
+	return json_pack("{s:s, s:b, s:s, s:I, s:I}", "id", now.id, "revert", now.reverts, "phase", now.phase ? now.phase : "", "done_pages",
+			 number(now.done_pages), "total_pages", number(now.total_pages));
 }
 
 static int stats(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
@@ -408,6 +445,9 @@ static int stats(struct control_exchange *x, const json_t *params, json_t **resu
 			    tidy_to_json(x->target->tidy));
 	add_balloon(*result, x->target->machine);
 	json_object_set_new(*result, "nets", nets_to_json(x->target->machine));
+	json_object_set_new(*result, "disks", disks_to_json(x->target->machine));
+	json_object_set_new(*result, "written_pages_per_s", json_integer(number(history.written_pages_per_s)));
+	json_object_set_new(*result, "operation", operation_to_json(x->target->machine));
 	return 0;
 }
 
@@ -464,24 +504,40 @@ static int console_attach_method(struct control_exchange *x, const json_t *param
 	return rc;
 }
 
+/* Outside of the machine's lock, as it waits: the machine may go meanwhile. */
+static int vm_events(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	uint64_t after = UINT64_MAX, timeout_ns;
+	int rc = get_count(params, "timeout_ns", &timeout_ns, err);
+
+	if (!rc && json_object_get(params, "after"))
+		rc = get_count(params, "after", &after, err);
+	if (!rc && timeout_ns > MAX_EVENT_WAIT_NS)
+		rc = err_set(err, ERR_USAGE, EINVAL, "control message: `timeout_ns` is above an hour");
+	*result = rc ? NULL : events_wait(x->target->events, after, timeout_ns);
+	return rc;
+}
+
 static const struct method {
 	const char *name;
 	int (*run)(struct control_exchange *x, const json_t *params, json_t **result, struct err *err);
 	bool without_machine; /* works while there is none: the guest resets, or the process ends */
+	bool unlocked;	      /* and does not look at it */
 } methods[] = {
-	{"vm.info", vm_info, false},
-	{"vm.pause", vm_pause, false},
-	{"vm.resume", vm_resume_method, false},
-	{"vm.power-button", vm_power_button, false},
-	{"vm.kill", vm_kill, true},
-	{"vm.stats", stats, false},
-	{"vm.balloon", vm_balloon, false},
-	{"vm.tidy", vm_tidy, true},
-	{"vm.revert", revert, false},
-	{"checkpoint.take", checkpoint_take, false},
-	{"checkpoint.cancel", checkpoint_cancel, false},
-	{"checkpoint.pending", checkpoint_pending, false},
-	{"console.attach", console_attach_method, true},
+	{"vm.info", vm_info, false, false},
+	{"vm.pause", vm_pause, false, false},
+	{"vm.resume", vm_resume_method, false, false},
+	{"vm.power-button", vm_power_button, false, false},
+	{"vm.kill", vm_kill, true, false},
+	{"vm.stats", stats, false, false},
+	{"vm.balloon", vm_balloon, false, false},
+	{"vm.tidy", vm_tidy, true, false},
+	{"vm.revert", revert, false, false},
+	{"vm.events", vm_events, true, true},
+	{"checkpoint.take", checkpoint_take, false, false},
+	{"checkpoint.cancel", checkpoint_cancel, false, false},
+	{"checkpoint.pending", checkpoint_pending, false, false},
+	{"console.attach", console_attach_method, true, false},
 };
 
 int control_dispatch(struct control_exchange *x, const char *method, const json_t *params, json_t **result,
@@ -490,6 +546,8 @@ int control_dispatch(struct control_exchange *x, const char *method, const json_
 	for (size_t i = 0; i < ARRAY_LENGTH(methods); i++) {
 		if (strcmp(methods[i].name, method))
 			continue;
+		if (methods[i].unlocked)
+			return methods[i].run(x, params, result, err);
 		pthread_rwlock_rdlock(&x->target->machine_lock);
 		bool usable = x->target->machine && !atomic_load(&x->target->ending);
 		int rc = usable || methods[i].without_machine

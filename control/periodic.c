@@ -13,6 +13,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/priority.h"
+#include "control/events.h"
 #include "control/server.h"
 #include "control/tidy.h"
 #include "machine/config.h"
@@ -144,6 +145,8 @@ static void take_one(struct periodic *p)
 		memcpy(p->last, result.id, sizeof(p->last));
 		p->work = true;
 		pthread_cond_broadcast(&p->changed);
+		events_post(p->target->events, "checkpoint",
+			    json_pack("{s:s, s:s, s:b}", "checkpoint", result.id, "durability", "durable", "periodic", true));
 	} else if (rc == -EBUSY) {
 		p->skipped++; /* a user's operation goes ahead */
 	} else if (rc == -ECANCELED) {

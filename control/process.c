@@ -9,13 +9,16 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
-#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "base/buf.h"
 #include "base/clock.h"
+#include "base/file.h"
 #include "base/log.h"
+#include "base/terminal.h"
+#include "control/console_log.h"
+#include "control/events.h"
 #include "control/periodic.h"
 #include "control/server.h"
 #include "control/tidy.h"
@@ -24,6 +27,7 @@
 #define ESCAPE_BYTE 0x1d /* Ctrl-] */
 
 #define END_POLL_NS 10000000
+#define LAST_BYTES  4096 /* of the console, kept of a VM that crashed */
 
 /* Why a guest stopped is asked of its machine: by the time the main thread comes to it, a revert may have undone it. */
 enum event { EVENT_NONE, EVENT_STOPPED, EVENT_KILL };
@@ -38,13 +42,13 @@ struct process {
 	char from[STORE_ID_BYTES]; /* "" when booting */
 	struct store_pin *from_pin; /* until the machine's engine and the VM's record hold it */
 	struct console *console;
+	struct console_log *console_log; /* of a detached VM */
 	struct control_server *server;
 	struct periodic *periodic;
 	struct tidy *tidy;
 	struct control_target target;
 	pthread_t signal_thread;
-	bool signal_thread_runs, terminal_raw;
-	struct termios terminal;
+	bool signal_thread_runs;
 	/* what the main thread waits for */
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
@@ -89,26 +93,7 @@ static bool is_killed(struct process *process)
 	return is;
 }
 
-/* --- the terminal and signals --- */
-
-static void restore_terminal(struct process *process)
-{
-	if (process->terminal_raw)
-		tcsetattr(STDIN_FILENO, TCSADRAIN, &process->terminal);
-	process->terminal_raw = false;
-}
-
-static void set_terminal_raw(struct process *process)
-{
-	struct termios raw;
-
-	if (!isatty(STDIN_FILENO) || tcgetattr(STDIN_FILENO, &process->terminal))
-		return;
-	raw = process->terminal;
-	cfmakeraw(&raw);
-	raw.c_oflag = process->terminal.c_oflag; /* what vmcp itself says still gets its carriage returns */
-	process->terminal_raw = tcsetattr(STDIN_FILENO, TCSADRAIN, &raw) == 0;
-}
+/* --- signals --- */
 
 /* SIGTERM, SIGINT and SIGHUP end the VM as `kill` does: disks are written back and closed, the record is kept right. */
 static void exit_signals(sigset_t *set)
@@ -263,23 +248,27 @@ static int attach_terminal(struct process *process, struct err *err)
 
 	if (process->options->detach || process->config.console != CONFIG_CONSOLE_STDIO)
 		return 0;
-	set_terminal_raw(process);
-	if (process->terminal_raw)
+	if (terminal_set_raw(STDIN_FILENO, true)) /* what vmcp itself says still gets its carriage returns */
 		watcher.escape = ESCAPE_BYTE;
 	return console_attach(process->console, &watcher, err);
 }
 
-/* A detached VM's console goes to vms/NAME/console.log; the file of the run before is kept as console.log.1. */
+/* A detached VM's console goes to vms/NAME/console.log. */
 static int attach_console_log(struct process *process, struct err *err)
 {
+	int fd;
+
+	unlinkat(process->dir, "console.last", 0);
 	if (!process->options->detach)
 		return 0;
-	renameat(process->dir, "console.log", process->dir, "console.log.1");
-	int fd = openat(process->dir, "console.log", O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-	if (fd < 0)
-		return err_sys(err, errno, "console.log");
+	int rc = console_log_open(process->dir, CONSOLE_LOG_BYTES, &process->console_log, &fd, err);
+	if (rc)
+		return rc;
 	struct console_watcher watcher = {.in_fd = -1, .out_fd = fd, .owned = true, .escape = -1};
-	return console_attach(process->console, &watcher, err);
+	rc = console_attach(process->console, &watcher, err);
+	if (rc)
+		close(fd);
+	return rc;
 }
 
 static int build_machine(struct process *process, const char *from, struct err *err)
@@ -366,6 +355,8 @@ static int start(struct process *process, struct err *err)
 	if (!rc)
 		process->tidy = process->target.tidy = tidy_create(&process->target);
 	if (!rc)
+		process->target.events = events_create();
+	if (!rc)
 		rc = control_server_start(process->dir, &process->target, &process->server, err);
 	if (!rc)
 		rc = attach_terminal(process, err);
@@ -401,6 +392,8 @@ static int reset(struct process *process, struct err *err)
 		rc = store_vm_set_position(process->store, process->config.name, "", err);
 	if (!rc)
 		rc = build_machine(process, NULL, err);
+	if (!rc)
+		events_post(process->target.events, "reset", NULL);
 	return rc ? rc : machine_resume(process->target.machine, err);
 }
 
@@ -442,19 +435,38 @@ static int live(struct process *process, struct err *err)
 	return 0;
 }
 
+/* What whoever finds it crashed wants to know: why, what the guest said last, and the way back. */
+static void note_crash(struct process *process, struct err *err)
+{
+	char said[LAST_BYTES], at[STORE_ID_BYTES] = "";
+	size_t length = console_tail(process->console, said, sizeof(said));
+
+	if (process->target.machine)
+		ckpt_position(machine_engine(process->target.machine), at);
+	file_write_atomic(process->dir, "console.last", said, length, 0600, NULL);
+	if (at[0])
+		err_hint(err, "`vmcp revert %.12s --vm %s` takes it back to its last checkpoint; `vmcp ps` shows what it said last", at,
+			 process->config.name);
+}
+
 static int end(struct process *process, int rc, struct err *err)
 {
 	struct err closing = ERR_INIT;
 
+	if (rc && process->record.name[0])
+		note_crash(process, err);
 	periodic_end(process->periodic);
 	tidy_end(process->tidy);
 	/* First, as a method that waits for a checkpoint would hold up the server's end. */
 	int closed = drop_machine(process, &closing);
+	events_end(process->target.events);
 	control_server_stop(process->server);
 	periodic_destroy(process->periodic);
 	tidy_destroy(process->tidy);
+	events_destroy(process->target.events);
 	console_destroy(process->console);
-	restore_terminal(process);
+	console_log_close(process->console_log);
+	terminal_restore();
 	if (process->signal_thread_runs) {
 		pthread_cancel(process->signal_thread);
 		pthread_join(process->signal_thread, NULL);
@@ -466,16 +478,17 @@ static int end(struct process *process, int rc, struct err *err)
 	}
 	if (process->record.name[0])
 		store_vm_set_state(process->store, process->record.name, rc ? "crashed" : "stopped", NULL);
+	if (process->record.name[0] && rc && err)
+		store_vm_set_note(process->store, process->record.name, err->message, NULL);
 	return rc;
 }
 
-static int prepare(struct process *process, struct err *err)
+/* The machine's configuration, from wherever it comes, with what the command line changes of it. */
+static int configure(struct process *process, struct err *err)
 {
 	const struct process_options *options = process->options;
-	int rc = store_open(options->store_path, true, &process->store, err);
+	int rc = find_config(process, err);
 
-	if (!rc)
-		rc = find_config(process, err);
 	if (!rc && options->memory_backing)
 		rc = config_choose_backing(&process->config, options->memory_backing, err);
 	if (!rc && options->net)
@@ -485,8 +498,15 @@ static int prepare(struct process *process, struct err *err)
 		if (!rc)
 			snprintf(process->config.name, sizeof(process->config.name), "%s", options->name);
 	}
+	return rc ? rc : periodic_override(&process->config, options->every, options->keep, err);
+}
+
+static int prepare(struct process *process, struct err *err)
+{
+	int rc = store_open(process->options->store_path, true, &process->store, err);
+
 	if (!rc)
-		rc = periodic_override(&process->config, options->every, options->keep, err);
+		rc = configure(process, err);
 	if (!rc)
 		rc = store_vm_lock(process->store, process->config.name, &process->name_lock, err);
 	if (rc)
@@ -543,6 +563,51 @@ static int run_here(const struct process_options *options, running_fn *running, 
 			rc = live(&process, err);
 		}
 		rc = end(&process, rc, err);
+	}
+	process_free(&process);
+	return rc;
+}
+
+/* --- what would run --- */
+
+static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
+
+static json_t *config_to_json(const struct machine_config *config)
+{
+	json_t *disks = json_array(), *nets = json_array();
+
+	for (unsigned i = 0; i < config->disk_count; i++) {
+		const struct config_disk *disk = &config->disks[i];
+
+		json_array_append_new(disks, json_pack("{s:s, s:o, s:o, s:b}", "name", disk->name, "path", text_or_null(disk->path), "base",
+						       text_or_null(disk->base), "readonly", disk->readonly));
+	}
+	for (unsigned i = 0; i < config->net_count; i++)
+		json_array_append_new(nets, json_pack("{s:s, s:s}", "name", config->nets[i].name, "mode", config_net_mode_name(config->nets[i].mode)));
+	return json_pack("{s:s, s:I, s:i, s:s, s:s, s:o, s:o, s:s, s:b, s:b, s:o, s:o, s:I, s:I}", "vm", config->name, "memory_bytes",
+			 (json_int_t)config->memory_bytes, "cpus", (int)config->cpus, "cpu_model", config->cpu_model, "memory_backing",
+			 config_backing_name(config->memory_backing), "kernel", text_or_null(config->kernel), "initrd",
+			 text_or_null(config->initrd), "cmdline", config->cmdline, "rng", config->rng, "balloon", config->balloon, "disks",
+			 disks, "nets", nets, "every_ns", (json_int_t)config->every_ns, "keep", (json_int_t)config->keep);
+}
+
+int process_plan(const struct process_options *options, json_t **plan, struct err *err)
+{
+	CLEANUP_BUF struct buf text = BUF_INIT;
+	struct process process;
+
+	process_init(&process, options);
+	int rc = options->from ? store_open(options->store_path, false, &process.store, err) : 0;
+	if (!rc)
+		rc = configure(&process, err);
+	if (!rc)
+		rc = config_to_text(&process.config, &text, err);
+	if (!rc)
+		rc = buf_append(&text, NULL, 1, err);
+	if (!rc) {
+		*plan = config_to_json(&process.config);
+		json_object_set_new(*plan, "from", text_or_null(process.from));
+		json_object_set_new(*plan, "config", json_string((const char *)text.data));
 	}
 	process_free(&process);
 	return rc;
@@ -612,6 +677,8 @@ static int child_main(struct child *child)
 	report.rc = run_here(child->options, child_running, child, &report.result, &report.error);
 	if (report.rc && child->report_fd < 0)
 		log_error("%s", report.error.message);
+	if (report.rc && child->report_fd < 0 && report.error.hint[0])
+		log_error("hint: %s", report.error.hint);
 	send_report(&child->report_fd, &report);
 	return report.rc ? 1 : 0;
 }

@@ -10,6 +10,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include <jansson.h>
+
 #include "base/err.h"
 #include "checkpoint/store/store.h"
 
@@ -41,5 +43,9 @@ struct process_result {
  * Must be called before the program has other threads.
  */
 int process_run(const struct process_options *options, struct process_result *result, struct err *err);
+
+/* The machine that process_run would build, with all that can be found wrong without starting it: *plan (a new reference) has its settings as a document,
+ * and under "config" as the text of a guest.cfg. Changes nothing. */
+int process_plan(const struct process_options *options, json_t **plan, struct err *err);
 
 #endif

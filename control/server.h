@@ -25,6 +25,7 @@ struct control_target {
 		record_lock; /* within machine_lock: pause or resume together with its entry in the VM's record */
 	struct periodic *periodic; /* NULL without periodic checkpoints; immutable while the server runs */
 	struct tidy *tidy;	   /* immutable while the server runs; NULL in tests */
+	struct events *events;	   /* the same */
 	/* Ends the process: in any thread, must not block. */
 	void (*kill)(void *opaque);
 	void *opaque;
