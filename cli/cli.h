@@ -1,5 +1,9 @@
 /*
- * The vmcp program: one table of commands, each with its table of options. Parsing, help and errors are made from these tables.
+ * The vmcp program: one table of commands, each with its table of options. Parsing, `vmcp help`, its JSON, the man pages and the completions of the
+ * shells are all made from these tables, and nothing else: what is not in a table is not there. tests/cli/manual_test.py holds them against each other.
+ *
+ * To add an option: one line in the command's table, its name in the `synopsis`, what its value may be in `words`, cli_value() or cli_given() where it acts.
+ * To add a command: a line in commands.def, a cmd_NAME.c (or a neighbour's) that defines `const struct cli_command cli_NAME`, its file in CMakeLists.txt.
  */
 #ifndef VMCP_CLI_CLI_H
 #define VMCP_CLI_CLI_H
@@ -12,7 +16,7 @@
 #include "base/err.h"
 #include "checkpoint/store/store.h"
 
-#define CLI_MAX_OPTIONS	  12
+#define CLI_MAX_OPTIONS	  16
 #define CLI_MAX_ARGUMENTS 64
 
 /* An option beyond the ones that every command takes. */
@@ -21,7 +25,14 @@ struct cli_option {
 	char letter;	      /* short name, 0 for none */
 	const char *argument; /* its name in the help, NULL for a switch */
 	const char *help;
+	const char *words; /* what its value may be: see below; NULL: anything */
 };
+
+/*
+ * `words` of a value or argument, for completion: alternatives with | between them, each a word that is meant literally, or one of
+ *     @vm @running @ckpt @disk @file @dir @command @any    names of VMs, of those that run, of checkpoints (tags, ids, VMs), VM:DISK and CKPT:DISK, ...
+ * Of a command's arguments: one such for each, with a space between; the last one holds for all that follow.
+ */
 
 struct cli {
 	bool json, quiet;
@@ -38,14 +49,21 @@ struct cli_command {
 	const char *name;
 	const char *synopsis; /* behind the name */
 	const char *summary;  /* one line */
-	const char *help;     /* more, with examples */
+	/* More, with examples: lines begin without a space, save those that stand as they are. "Example:" or "Examples:" alone begins the last part. */
+	const char *help;
+	const char *words; /* of the arguments, see above; NULL: anything */
 	const struct cli_option *options;
 	int min_arguments, max_arguments;
+	bool hidden; /* for vmcp's own scripts, not for people */
 	/* 0, or -errno with err set. A command that has printed an answer but fails all the same leaves err->message empty and sets err->class. */
 	int (*run)(struct cli *cli, struct err *err);
 };
 
-extern const struct cli_command *const cli_commands[]; /* NULL at the end */
+extern const struct cli_command *const cli_commands[]; /* NULL at the end; in groups as commands.def has them */
+extern const struct cli_option cli_global_options[]; /* that every command takes */
+/* NULL: there is none. */
+const struct cli_command *cli_find_command(const char *name);
+int cli_unknown_command(const char *name, struct err *err);
 /* Value of the option, NULL if it was not given. The name must be in the command's table. */
 const char *cli_value(const struct cli *cli, const char *name);
 bool cli_given(const struct cli *cli, const char *name);
@@ -55,6 +73,9 @@ int cli_open_store(const struct cli *cli, struct store **out, struct err *err);
 int cli_choose_vm(struct store *store, const char *name, char out[STORE_NAME_BYTES], struct err *err);
 /* Both, for a command whose first argument may name a VM. On failure nothing is open. */
 int cli_open_vm(const struct cli *cli, struct store **out, char name[STORE_NAME_BYTES], struct err *err);
+/* Calls one method of the process of the VM that the first argument names, or the only one that runs, whose name is put into `name`. `params` is stolen;
+ * `result` may be NULL. */
+int cli_call_vm(struct cli *cli, const char *method, json_t *params, char name[STORE_NAME_BYTES], json_t **result, struct err *err);
 /* For a command that opens many layers: as many descriptors as this process may have. */
 void cli_allow_many_files(void);
 /* Names of VMs and checkpoints differ: a whole number of seconds such as "30" or "30s" for --timeout. */
@@ -62,6 +83,7 @@ int cli_parse_seconds(const char *option, const char *text, unsigned *out, struc
 
 /* output.c */
 void cli_print_json(json_t *document); /* steals it */
+bool cli_colour(int fd); /* may be used there: a terminal, and NO_COLOR does not say otherwise */
 void cli_print_error(const struct cli *cli, const struct err *err);
 void cli_format_size(char out[16], uint64_t bytes);
 void cli_format_age(char out[16], uint64_t ns);
@@ -72,17 +94,22 @@ struct cli_progress {
 	const char *what; /* is under way: "checkpoint" */
 	bool terminal, drawn, waits;
 	char phase[32];
+	uint64_t phase_ns, first_bytes; /* when the phase began, and with what done */
 };
 struct cli_progress cli_progress_begin(const struct cli *cli, const char *what);
-void cli_progress_update(struct cli_progress *progress, const char *phase, uint64_t done, uint64_t total); /* any unit; total 0: not known */
+void cli_progress_update(struct cli_progress *progress, const char *phase, uint64_t done_bytes, uint64_t total_bytes); /* total 0: not known */
 void cli_progress_show(void *progress, const json_t *params); /* a control_progress_fn */
 void cli_progress_end(struct cli_progress *progress);
 
-/* the commands, by file */
-extern const struct cli_command cli_run, cli_ps, cli_console, cli_pause, cli_resume, cli_stop, cli_kill, cli_stats, cli_balloon;
-extern const struct cli_command cli_checkpoint, cli_cancel, cli_revert, cli_tag;
-extern const struct cli_command cli_rm, cli_gc, cli_verify, cli_diff, cli_dump;
-extern const struct cli_command cli_export, cli_import;
-extern const struct cli_command cli_config, cli_disk, cli_log, cli_show, cli_doctor, cli_version, cli_help;
+/* help.c */
+void cli_print_help(void);
+void cli_print_command_help(const struct cli_command *command);
+
+/* the commands */
+#define GROUP(title)
+#define COMMAND(name) extern const struct cli_command cli_##name;
+#include "cli/commands.def"
+#undef COMMAND
+#undef GROUP
 
 #endif

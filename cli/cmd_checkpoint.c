@@ -383,18 +383,20 @@ static const struct cli_option checkpoint_options[] = {
 	{"live", 0, NULL, "the VM keeps running while the checkpoint is generated"},
 	{"full", 0, NULL, "save all memory again, not only what was written since the parent"},
 	{"instant", 0, "WHEN",
-	 "now (default): the checkpoint shows the VM as it is now; settled: as it is at the end of the save, with less cost to it meanwhile"},
+	 "now (default): the checkpoint shows the VM as it is now; settled: as it is at the end of the save, with less cost to it meanwhile",
+	 "now|settled"},
 	{"max-rate", 0, "SIZE", "write memory with at most so many bytes a second, such as 100M"},
 	{"message", 'm', "TEXT", "a note that `vmcp log` shows"},
 	{"tag", 't', "NAME", "a name for it"},
 	{"wait", 0, "WHAT",
-	 "captured: return when the VM runs again; written: when all is handed to the filesystem; durable (default): when it is on stable storage"},
+	 "captured: return when the VM runs again; written: when all is handed to the filesystem; durable (default): when it is on stable storage",
+	 "captured|written|durable"},
 	{"timeout", 0, "SECONDS", "cancel it if what is waited for has not come by then"},
 	{0},
 };
 static const struct cli_option revert_options[] = {
 	{"connect", 0, "URI", "the checkpoint is of a domain: this libvirt starts it"},
-	{"vm", 0, "VM", "the VM to take there, where it is another than the one that the checkpoint was taken of"},
+	{"vm", 0, "VM", "the VM to take there, where it is another than the one that the checkpoint was taken of", "@vm"},
 	{0},
 };
 static const struct cli_option none[] = {{0}};
@@ -413,6 +415,7 @@ const struct cli_command cli_checkpoint = {
 		"    vmcp checkpoint --live --wait captured\n"
 		"    vmcp checkpoint --live --connect qemu:///system web",
 	.options = checkpoint_options,
+	.words = "@running",
 	.max_arguments = 1,
 	.run = run_checkpoint,
 };
@@ -423,6 +426,7 @@ const struct cli_command cli_cancel = {.name = "cancel",
 					       "it waited for\n"
 					       "a request to a disk that does not answer, it says for which.",
 				       .options = none,
+				       .words = "@running",
 				       .max_arguments = 1,
 				       .run = run_cancel};
 const struct cli_command cli_revert = {
@@ -439,6 +443,7 @@ const struct cli_command cli_revert = {
 		"    vmcp revert --connect qemu:///system web~1",
 	.options = revert_options,
 	.min_arguments = 1,
+	.words = "@ckpt",
 	.max_arguments = 1,
 	.run = run_revert,
 };
@@ -451,5 +456,6 @@ const struct cli_command cli_tag = {.name = "tag",
 				    .summary = "give a checkpoint a name",
 				    .options = tag_options,
 				    .min_arguments = 1,
+				    .words = "@ckpt @any",
 				    .max_arguments = 2,
 				    .run = run_tag};

@@ -1,42 +1,17 @@
 #include <errno.h>
 #include <poll.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <termios.h>
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "base/terminal.h"
 #include "cli/cli.h"
 #include "control/client.h"
 
 #define ESCAPE_BYTE	 0x1d /* Ctrl-] */
 #define SCROLLBACK_BYTES 8192
-
-/* What the terminal was, for end_by_signal alone: a handler gets no context. */
-static struct termios terminal_before;
-
-/* kill and a terminal that hangs up leave the terminal as it was too. */
-static void end_by_signal(int number)
-{
-	tcsetattr(STDIN_FILENO, TCSANOW, &terminal_before);
-	raise(number); /* SA_RESETHAND: takes effect when this returns */
-}
-
-static void set_raw(const struct termios *before)
-{
-	struct sigaction action = {.sa_handler = end_by_signal, .sa_flags = (int)SA_RESETHAND};
-	struct termios raw = *before;
-
-	terminal_before = *before;
-	sigaction(SIGTERM, &action, NULL);
-	sigaction(SIGHUP, &action, NULL);
-	sigaction(SIGINT, &action, NULL);
-	sigaction(SIGQUIT, &action, NULL);
-	cfmakeraw(&raw);
-	tcsetattr(STDIN_FILENO, TCSADRAIN, &raw);
-}
 
 static int write_all(int fd, const void *data, size_t length)
 {
@@ -89,16 +64,13 @@ static bool move_bytes(int fd, bool terminal)
 
 static void attached(struct cli *cli, const char *name, int fd, const struct buf *early)
 {
-	struct termios before;
-	bool terminal = isatty(STDIN_FILENO) && tcgetattr(STDIN_FILENO, &before) == 0;
+	bool terminal = isatty(STDIN_FILENO);
 
 	if (terminal && !cli->quiet)
-		fprintf(stderr, "vmcp: console of %s; Ctrl-] leaves it\n", name);
-	if (terminal)
-		set_raw(&before);
+		fprintf(stderr, "vmcp: console of %s; Ctrl-] leaves it, all other keys are the guest's\n", name);
+	terminal = terminal && terminal_set_raw(STDIN_FILENO, false);
 	bool left = write_all(STDOUT_FILENO, early->data, early->length) == 0 && move_bytes(fd, terminal);
-	if (terminal)
-		tcsetattr(STDIN_FILENO, TCSADRAIN, &before);
+	terminal_restore();
 	if (terminal && !cli->quiet)
 		fprintf(stderr, "\nvmcp: %s\n", left ? "console left; the VM runs on" : "the VM has ended");
 }
@@ -134,6 +106,7 @@ const struct cli_command cli_console = {
 		"untouched.\n"
 		"Several may watch; the one that came first types.",
 	.options = none,
+	.words = "@running",
 	.max_arguments = 1,
 	.run = run,
 };

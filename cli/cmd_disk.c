@@ -394,8 +394,8 @@ static int run_disk(struct cli *cli, struct err *err)
 static const struct cli_option disk_options[] = {
 	{"repair", 0, NULL, "check: make the reference counts right; what a table leads to is never lost"},
 	{"second-opinion", 0, NULL, "check: let libqcow read it too, and compare"},
-	{"format", 0, "FORMAT", "export: qcow2 (default) or raw"},
-	{"key-file", 0, "FILE", "export: the password of an image of old that is encrypted"},
+	{"format", 0, "FORMAT", "export: qcow2 (default) or raw", "qcow2|raw"},
+	{"key-file", 0, "FILE", "export: the password of an image of old that is encrypted", "@file"},
 	{0},
 };
 
@@ -412,6 +412,7 @@ const struct cli_command cli_disk = {
 		"  vmcp disk resize web:root 40G          disks only grow",
 	.options = disk_options,
 	.min_arguments = 1,
+	.words = "info|check|export|resize @file|@disk @file",
 	.max_arguments = 3,
 	.run = run_disk,
 };

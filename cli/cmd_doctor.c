@@ -1,8 +1,13 @@
 /* doctor: what this host can do, what each lack costs, and how to mend it. */
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
 
+#include "base/buf.h"
 #include "base/host.h"
 #include "cli/cli.h"
 
@@ -14,7 +19,9 @@ struct finding {
 	const char *mend;
 };
 
-#define MAX_FINDINGS 16
+#define MAX_FINDINGS 24
+#define MIN_FILES    4096u	   /* a chain of layers and what a check holds open */
+#define MIN_FREE     (1ull << 30) /* of the store's filesystem */
 
 static const char *kvm_word(const struct host *host)
 {
@@ -88,6 +95,44 @@ static size_t examine(const struct host *host, struct finding *list)
 	return n;
 }
 
+/* The folder that is there and that the store is or will be in. */
+static char *existing_parent(const char *path)
+{
+	char *folder = xstrdup(path), *slash;
+
+	while (access(folder, F_OK) && (slash = strrchr(folder, '/')) && slash != folder)
+		*slash = '\0';
+	if (access(folder, F_OK) == 0)
+		return folder;
+	free(folder);
+	return xstrdup(path[0] == '/' ? "/" : ".");
+}
+
+/* What is this user's rather than the host's: rights, limits, the store. */
+static size_t examine_user(const struct cli *cli, struct finding *list, size_t n)
+{
+	CLEANUP_FREE char *folder = existing_parent(cli->store_path);
+	struct rlimit files = {0};
+	struct statvfs space;
+	char text[96], size[16];
+
+	getrlimit(RLIMIT_NOFILE, &files);
+	snprintf(text, sizeof(text), "%llu at most", (unsigned long long)files.rlim_max);
+	add(list, &n, "open files", files.rlim_max >= MIN_FILES, text, "long chains of disk layers cannot be opened",
+	    "raise the hard limit: /etc/security/limits.conf, or LimitNOFILE= of a unit");
+	bool tun = access("/dev/net/tun", R_OK | W_OK) == 0;
+	add(list, &n, "tap devices", tun, tun ? "usable" : strerror(errno), "network cards with mode = tap or bridge do not start; mode = user does",
+	    errno == ENOENT ? "as root: modprobe tun" : "give access to /dev/net/tun, or run as root");
+	bool writable = access(folder, W_OK) == 0;
+	bool known = statvfs(folder, &space) == 0;
+	uint64_t free_bytes = known ? (uint64_t)space.f_bavail * space.f_frsize : 0;
+	cli_format_size(size, free_bytes);
+	snprintf(text, sizeof(text), "%s, %s free", writable ? "writable" : "not writable", size);
+	add(list, &n, "store", writable && free_bytes >= MIN_FREE, text, "checkpoints find no place",
+	    writable ? "make room, or name another store with --store or VMCP_STORE" : "name another store with --store or VMCP_STORE");
+	return n;
+}
+
 static int run(struct cli *cli, struct err *err)
 {
 	struct finding list[MAX_FINDINGS];
@@ -96,7 +141,7 @@ static int run(struct cli *cli, struct err *err)
 
 	(void)err;
 	host_probe(&host);
-	size_t n = examine(&host, list);
+	size_t n = examine_user(cli, list, examine(&host, list));
 	for (size_t i = 0; i < n; i++) {
 		const struct finding *f = &list[i];
 

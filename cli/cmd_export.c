@@ -159,7 +159,7 @@ static int run_export(struct cli *cli, struct err *err)
 }
 
 static const struct cli_option export_options[] = {
-	{"since", 0, "CKPT", "only what differs from this checkpoint, which the other side must have"},
+	{"since", 0, "CKPT", "only what differs from this checkpoint, which the other side must have", "@ckpt"},
 	{"resume", 0, NULL, "keep FILE.part when interrupted, and go on with one that is there"},
 	{"key-file", 0, "FILE", "encrypt it with the key or passphrase in FILE"},
 	{"max-rate", 0, "SIZE", "at most so many bytes a second, such as 10M"},
@@ -181,6 +181,7 @@ const struct cli_command cli_export = {
 		"    vmcp export web --since web~1 - | ssh other vmcp import -",
 	.options = export_options,
 	.min_arguments = 2,
+	.words = "@ckpt @file",
 	.max_arguments = 2,
 	.run = run_export,
 };
@@ -249,6 +250,7 @@ const struct cli_command cli_import = {
 		"same way cards are on the user network, without forwarded ports: `vmcp run --net` binds them.",
 	.options = import_options,
 	.min_arguments = 1,
+	.words = "@file",
 	.max_arguments = 1,
 	.run = run_import,
 };

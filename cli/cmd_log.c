@@ -3,22 +3,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/buf.h"
 #include "base/clock.h"
 #include "cli/cli.h"
+#include "cli/log_tree.h"
 #include "control/client.h"
 #include "control/protocol.h"
-
-struct tree {
-	struct store_checkpoint *list;
-	size_t count;
-	size_t durable; /* the first so many are in the store; the others are what VMs are about to commit */
-	char (*levels)[16]; /* of the others */
-	size_t *by_parent; /* indices of the list, by parent, then in the list's order */
-	struct store_vm *vms;
-	size_t vm_count;
-};
 
 static int by_parent(const void *a, const void *b, void *opaque)
 {
@@ -132,7 +124,7 @@ static void add_pending(struct tree *tree, const struct store_checkpoint *pendin
 	}
 }
 
-static const char *level_of(const struct tree *tree, const struct store_checkpoint *c)
+const char *tree_level(const struct tree *tree, const struct store_checkpoint *c)
 {
 	size_t at = (size_t)(c - tree->list);
 
@@ -209,7 +201,7 @@ static void print_checkpoint(const struct tree *tree, const struct store_checkpo
 	print_text("created", json_string_value(created), false);
 	print_text("tag", c->tag, false);
 	print_text("message", c->message, true);
-	print_text("durability", level_of(tree, c), false);
+	print_text("durability", tree_level(tree, c), false);
 	printf(",\"size_bytes\":%llu,\"periodic\":%s}%s\n", (unsigned long long)c->size_bytes, c->periodic ? "true" : "false", last ? "" : ",");
 	json_decref(created);
 }
@@ -242,87 +234,42 @@ static void print_json(const struct tree *tree, const char *vm)
 	printf("  ]\n}\n");
 }
 
-/* Names of the VMs that stand at a checkpoint: " <- web, api". */
-static void standing(const struct tree *tree, const char *id, char *out, size_t size)
+char *tree_standing(const struct tree *tree, const char *id)
 {
-	size_t used = 0;
+	char *names = NULL;
 
-	out[0] = '\0';
-	for (size_t i = 0; i < tree->vm_count; i++)
-		if (!strcmp(tree->vms[i].at, id) && used < size)
-			used += (size_t)snprintf(out + used, size - used, "%s%s", used ? ", " : "  <- ",
-						 tree->vms[i].name);
+	for (size_t i = 0; i < tree->vm_count; i++) {
+		if (strcmp(tree->vms[i].at, id) != 0)
+			continue;
+		char *longer = xasprintf("%s%s%s (%s)", names ? names : "", names ? ", " : "", tree->vms[i].name, tree->vms[i].state);
+
+		free(names);
+		names = longer;
+	}
+	return names;
 }
 
-static void print_line(const struct tree *tree, const struct store_checkpoint *c, const char *graph)
+static void print_line(const struct tree *tree, const struct store_checkpoint *c)
 {
-	char age[16], size[16], at[128];
+	CLEANUP_FREE char *standing = tree_standing(tree, c->id);
 	uint64_t now = clock_wall_ns();
+	char age[16], size[16];
 
 	cli_format_age(age, now > c->created_wall_ns ? now - c->created_wall_ns : 0);
 	cli_format_size(size, c->size_bytes);
-	standing(tree, c->id, at, sizeof(at));
-	printf("%s%.12s  %5s  %-12.12s  %6s  %-16s %s%s\n", graph, c->id, age, c->parent[0] ? c->parent : "-", size,
-	       c->tag[0] ? c->tag : "-", c->message				  ? c->message
-	       : (size_t)(c - tree->list) >= tree->durable ? level_of(tree, c)
-	       : c->periodic				  ? "(periodic)"
-							  : "",
-	       at);
+	printf("%.12s  %5s  %-12.12s  %6s  %-16s %s%s%s\n", c->id, age, c->parent[0] ? c->parent : "-", size, c->tag[0] ? c->tag : "-",
+	       c->message				   ? c->message
+	       : (size_t)(c - tree->list) >= tree->durable ? tree_level(tree, c)
+	       : c->periodic				   ? "(periodic)"
+							   : "",
+	       standing ? "  <- " : "", standing ? standing : "");
 }
 
-/* A subtree still to be printed. The depth of a tree is the user's, so the walk keeps its own stack. */
-struct pending {
-	size_t index;
-	char *prefix; /* of its children */
-	char *graph;  /* of its own line */
-};
-
-static size_t push_children(const struct tree *tree, const char *parent, const char *prefix, struct pending *stack,
-			    size_t top)
+static void print_list(const struct tree *tree)
 {
-	size_t first, end;
-
-	find_children(tree, parent, &first, &end);
-	bool only = end == first + 1; /* it follows in the same column, as a long history would not fit otherwise */
-	for (size_t i = end; i-- > first;)
-		stack[top++] = (struct pending){
-			.index = tree->by_parent[i],
-			.graph = xasprintf("%s%s", prefix, only ? "|  " : i + 1 == end ? "`- " : "|- "),
-			.prefix = xasprintf("%s%s", prefix, only ? "" : i + 1 == end ? "   " : "|  "),
-		};
-	return top;
-}
-
-/* No parent, or one that is not listed. */
-static size_t push_roots(const struct tree *tree, struct pending *stack)
-{
-	bool *listed = xcalloc(tree->count + 1, sizeof(*listed));
-	size_t top = 0, first, end;
-
-	for (size_t i = 0; i < tree->count; i++)
-		for (find_children(tree, tree->list[i].id, &first, &end); first < end; first++)
-			listed[tree->by_parent[first]] = true;
+	printf("%-12s  %5s  %-12s  %6s  %-16s %s\n", "ID", "AGE", "PARENT", "SIZE", "TAG", "MESSAGE");
 	for (size_t i = tree->count; i-- > 0;)
-		if (!listed[i])
-			stack[top++] = (struct pending){.index = i, .graph = xstrdup("*  "), .prefix = xstrdup("")};
-	free(listed);
-	return top;
-}
-
-static void print_graph(const struct tree *tree)
-{
-	struct pending *stack = xcalloc(tree->count + 1, sizeof(*stack));
-	size_t top = push_roots(tree, stack);
-
-	while (top) {
-		struct pending one = stack[--top];
-
-		print_line(tree, &tree->list[one.index], one.graph);
-		top = push_children(tree, tree->list[one.index].id, one.prefix, stack, top);
-		free(one.graph);
-		free(one.prefix);
-	}
-	free(stack);
+		print_line(tree, &tree->list[i]);
 }
 
 static int run_log(struct cli *cli, struct err *err)
@@ -335,18 +282,16 @@ static int run_log(struct cli *cli, struct err *err)
 		rc = tree_read(cli, vm, &tree, err);
 	if (rc)
 		return rc;
-	if (cli->json) {
+	if (cli_given(cli, "svg"))
+		rc = tree_write_svg(&tree, cli_value(cli, "svg"), err);
+	else if (cli->json)
 		print_json(&tree, vm);
-	} else {
-		printf("%-12s  %5s  %-12s  %6s  %-16s %s\n", "ID", "AGE", "PARENT", "SIZE", "TAG", "MESSAGE");
-		if (cli_given(cli, "graph"))
-			print_graph(&tree);
-		else
-			for (size_t i = tree.count; i-- > 0;)
-				print_line(&tree, &tree.list[i], "");
-	}
+	else if (cli_given(cli, "graph"))
+		tree_print_graph(&tree, cli_colour(STDOUT_FILENO));
+	else
+		print_list(&tree);
 	tree_free(&tree);
-	return 0;
+	return rc;
 }
 
 /* --- show --- */
@@ -478,15 +423,23 @@ static int run_show(struct cli *cli, struct err *err)
 
 static const struct cli_option log_options[] = {
 	{"graph", 0, NULL, "draw the tree"},
+	{"svg", 0, "FILE", "write a picture of the tree, with sizes and times; - is stdout", "@file"},
 	{0},
 };
 static const struct cli_option none[] = {{0}};
 
 const struct cli_command cli_log = {.name = "log",
-				    .synopsis = "[VM] [--graph]",
+				    .synopsis = "[VM] [--graph] [--svg FILE]",
 				    .summary =
 					    "the checkpoints, newest first, or as a tree; marks where each VM stands",
+				    .help = "With --graph the newest is on top, and lines lead down to parents: where branches fork shows at a glance. Behind the id:\n"
+					    "age, what it occupies itself, in brackets the VMs that stand there and its tag, and its message.\n\n"
+					    "Examples:\n"
+					    "    vmcp log web\n"
+					    "    vmcp log --graph\n"
+					    "    vmcp log --svg tree.svg",
 				    .options = log_options,
+				    .words = "@vm",
 				    .max_arguments = 1,
 				    .run = run_log};
 const struct cli_command cli_show = {.name = "show",
@@ -494,5 +447,6 @@ const struct cli_command cli_show = {.name = "show",
 				     .summary = "everything about one checkpoint",
 				     .options = none,
 				     .min_arguments = 1,
+				     .words = "@ckpt",
 				     .max_arguments = 1,
 				     .run = run_show};

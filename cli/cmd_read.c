@@ -381,6 +381,7 @@ const struct cli_command cli_diff = {
 		"    vmcp diff before-upgrade web --files",
 	.options = diff_options,
 	.min_arguments = 2,
+	.words = "@ckpt",
 	.max_arguments = 2,
 	.run = run_diff,
 };
@@ -394,6 +395,7 @@ const struct cli_command cli_dump = {
 		"    vmcp dump web core.elf && gdb -batch -ex 'info threads' -ex 'info registers' vmlinux core.elf",
 	.options = none,
 	.min_arguments = 2,
+	.words = "@ckpt @file",
 	.max_arguments = 2,
 	.run = run_dump,
 };

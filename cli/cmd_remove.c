@@ -257,6 +257,7 @@ const struct cli_command cli_rm = {
 		"    vmcp rm web~7 web~8 web~9",
 	.options = rm_options,
 	.min_arguments = 1,
+	.words = "@ckpt",
 	.max_arguments = CLI_MAX_ARGUMENTS,
 	.run = run_rm,
 };

@@ -5,6 +5,22 @@
 #include "cli/cli.h"
 #include "control/process.h"
 
+static int print_plan(struct cli *cli, const struct process_options *options, struct err *err)
+{
+	json_t *plan;
+	int rc = process_plan(options, &plan, err);
+
+	if (rc)
+		return rc;
+	if (cli->json) {
+		cli_print_json(plan);
+		return 0;
+	}
+	fputs(json_string_value(json_object_get(plan, "config")), stdout);
+	json_decref(plan);
+	return 0;
+}
+
 static int run(struct cli *cli, struct err *err)
 {
 	struct process_options options = {
@@ -26,6 +42,8 @@ static int run(struct cli *cli, struct err *err)
 		err_set(err, ERR_USAGE, EINVAL, "run: name either a configuration or --from CKPT");
 		return err_hint(err, "usage: vmcp run %s", cli->command->synopsis);
 	}
+	if (cli_given(cli, "dry-run"))
+		return print_plan(cli, &options, err);
 	int rc = process_run(&options, &result, err);
 	if (rc || !options.detach)
 		return rc;
@@ -41,8 +59,9 @@ static int run(struct cli *cli, struct err *err)
 static const struct cli_option options[] = {
 	{"detach", 'd', NULL, "return once the guest runs, and print the VM's name"},
 	{"connect", 0, "URI", "run a domain of this libvirt, such as qemu:///system"},
-	{"from", 0, "CKPT", "start from a checkpoint instead of booting"},
-	{"memory-backing", 0, "B", "small, thp or hugetlb, whatever the configuration or the checkpoint says"},
+	{"dry-run", 'n', NULL, "print the machine that would be built, and start nothing"},
+	{"from", 0, "CKPT", "start from a checkpoint instead of booting", "@ckpt"},
+	{"memory-backing", 0, "B", "small, thp or hugetlb, whatever the configuration or the checkpoint says", "small|thp|hugetlb"},
 	{"net", 0, "SETTING", "NAME:KEY=VALUE[,...]: other settings of network cards, such as lan:forward=tcp:8081:80"},
 	{"name", 0, "NAME", "name of the VM (default: the configuration's)"},
 	{"every", 0, "TIME", "take a live checkpoint at this interval, such as 30s or 50ms; 0: never (default: the configuration's)"},
@@ -52,13 +71,14 @@ static const struct cli_option options[] = {
 
 const struct cli_command cli_run = {
 	.name = "run",
-	.synopsis = "GUEST.CFG | DOMAIN.XML | --connect URI DOMAIN | --from CKPT  [--detach] [--name NAME] [--memory-backing B] [--net SETTING] [--every TIME] [--keep N]",
+	.synopsis = "GUEST.CFG | DOMAIN.XML | --connect URI DOMAIN | --from CKPT  [--detach] [--dry-run] [--name NAME] [--memory-backing B] [--net SETTING] [--every TIME] [--keep N]",
 	.summary = "boot a VM, or start one from a checkpoint",
 	.help = "In the foreground the guest's serial console is on stdin and stdout; Ctrl-] ends the VM. With --from "
 		"and another\n"
 		"--name the new VM gets disks of its own in the store; without one it takes the place of the VM that "
 		"was saved.\n\n"
 		"A libvirt domain is read from its XML, or from libvirt, and stays as it is there. What is not honoured is named.\n\n"
+		"With --dry-run all that can be found wrong without starting it is told, and the machine is printed as a guest.cfg with every key.\n\n"
 		"A small guest.cfg:\n"
 		"    [vm]\n"
 		"    name = web\n"
@@ -75,6 +95,7 @@ const struct cli_command cli_run = {
 		"    vmcp run --from before-upgrade --name try2 --detach\n"
 		"    vmcp run --every 50ms --keep 20 guest.cfg",
 	.options = options,
+	.words = "@file",
 	.max_arguments = 1,
 	.run = run,
 };

@@ -227,6 +227,7 @@ const struct cli_command cli_verify = {
 		"    vmcp verify\n"
 		"    vmcp verify before-upgrade --max-rate 200M",
 	.options = verify_options,
+	.words = "@ckpt",
 	.max_arguments = CLI_MAX_ARGUMENTS,
 	.run = run_verify,
 };

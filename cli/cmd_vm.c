@@ -1,4 +1,4 @@
-/* Commands that act on a VM: ps, pause, resume, stop, kill, stats. */
+/* Commands that act on a VM: pause, resume, stop, kill, balloon. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,8 +13,7 @@
 #define STOP_TIMEOUT_S 30
 #define KILL_TIMEOUT_S 10
 
-/* Calls one method of the chosen VM's process. `params` is stolen. */
-static int call_vm(struct cli *cli, const char *method, json_t *params, char name[STORE_NAME_BYTES], json_t **result, struct err *err)
+int cli_call_vm(struct cli *cli, const char *method, json_t *params, char name[STORE_NAME_BYTES], json_t **result, struct err *err)
 {
 	struct control_client *client = NULL;
 	struct store *store;
@@ -43,7 +42,7 @@ static int call_vm(struct cli *cli, const char *method, json_t *params, char nam
 static int change_state(struct cli *cli, const char *method, const char *state, struct err *err)
 {
 	char name[STORE_NAME_BYTES];
-	int rc = call_vm(cli, method, NULL, name, NULL, err);
+	int rc = cli_call_vm(cli, method, NULL, name, NULL, err);
 
 	if (rc)
 		return rc;
@@ -95,7 +94,7 @@ static int tell_stopped(struct cli *cli, const char *name, const char *how)
 static int kill_vm(struct cli *cli, char name[STORE_NAME_BYTES], struct err *err)
 {
 	bool gone;
-	int rc = call_vm(cli, "vm.kill", NULL, name, NULL, err);
+	int rc = cli_call_vm(cli, "vm.kill", NULL, name, NULL, err);
 
 	/* Its process may be gone before it answers. */
 	if (rc && rc != -ECONNRESET)
@@ -125,7 +124,7 @@ static int run_stop(struct cli *cli, struct err *err)
 					   : 0;
 
 	if (!rc)
-		rc = call_vm(cli, "vm.power-button", NULL, name, NULL, err);
+		rc = cli_call_vm(cli, "vm.power-button", NULL, name, NULL, err);
 	if (!rc)
 		rc = wait_gone(cli, name, timeout, &gone, err);
 	if (rc)
@@ -136,55 +135,6 @@ static int run_stop(struct cli *cli, struct err *err)
 		fprintf(stderr, "vmcp: %s: the guest did not power off within %u s: ending it\n", name, timeout);
 	rc = kill_vm(cli, name, err);
 	return rc ? rc : tell_stopped(cli, name, "killed");
-}
-
-static void print_figure(const char *key, const char *part, const json_t *value)
-{
-	CLEANUP_FREE char *name = xasprintf(part ? "%s.%s" : "%s", key, part);
-
-	if (json_is_integer(value))
-		printf("%-28s %lld\n", name, (long long)json_integer_value(value));
-	else if ((part || !strcmp(key, "memory_backing")) && json_is_string(value))
-		printf("%-28s %s\n", name, json_string_value(value));
-}
-
-/* Of an object each figure; of a list each member's, by its name: nets.lan.sent_bytes. */
-static void print_parts(const char *key, json_t *value)
-{
-	const char *part;
-	json_t *figure, *member;
-	size_t i;
-
-	json_object_foreach(value, part, figure)
-		print_figure(key, part, figure);
-	json_array_foreach(value, i, member)
-	{
-		CLEANUP_FREE char *name = xasprintf("%s.%s", key, json_string_value(json_object_get(member, "name")));
-
-		print_parts(name, member);
-	}
-}
-
-static int run_stats(struct cli *cli, struct err *err)
-{
-	char name[STORE_NAME_BYTES];
-	json_t *result, *value;
-	const char *key;
-	int rc = call_vm(cli, "vm.stats", NULL, name, &result, err);
-
-	if (rc)
-		return rc;
-	if (cli->json) {
-		cli_print_json(result);
-		return 0;
-	}
-	json_object_foreach(result, key, value)
-	{
-		print_figure(key, NULL, value);
-		print_parts(key, value);
-	}
-	json_decref(result);
-	return 0;
 }
 
 /* `[VM] SIZE`: with one argument it is the size. */
@@ -199,7 +149,7 @@ static int run_balloon(struct cli *cli, struct err *err)
 		return err_hint(err, SIZE_HINT);
 	}
 	json_t *result, *params = json_pack("{s:I}", "target_bytes", (json_int_t)bytes);
-	int rc = call_vm(cli, "vm.balloon", params, name, &result, err);
+	int rc = cli_call_vm(cli, "vm.balloon", params, name, &result, err);
 	if (rc)
 		return rc;
 	if (cli->json) {
@@ -212,110 +162,40 @@ static int run_balloon(struct cli *cli, struct err *err)
 	return 0;
 }
 
-/* --- ps --- */
-
-static json_t *vm_to_json(const struct store_vm *vm, uint64_t now)
-{
-	return json_pack("{s:s, s:s, s:o, s:o, s:I, s:i, s:o, s:o}", "name", vm->name, "state", vm->state, "pid",
-			 vm->alive ? json_integer(vm->pid) : json_null(), "uptime_ns",
-			 vm->alive && now > vm->started_wall_ns ? json_integer((json_int_t)(now - vm->started_wall_ns))
-								: json_null(),
-			 "memory_bytes", (json_int_t)vm->memory_bytes, "cpus", (int)vm->cpus, "last_checkpoint",
-			 vm->at[0] ? json_string(vm->at) : json_null(), "note",
-			 vm->alive && vm->note[0] ? json_string(vm->note) : json_null());
-}
-
-static void print_vm(const struct store_vm *vm, uint64_t now)
-{
-	char pid[16] = "-", uptime[16] = "-", memory[16];
-
-	if (vm->alive) {
-		snprintf(pid, sizeof(pid), "%d", vm->pid);
-		cli_format_age(uptime, now > vm->started_wall_ns ? now - vm->started_wall_ns : 0);
-	}
-	cli_format_size(memory, vm->memory_bytes);
-	printf("%-20s %-8s %8s %7s %7s %5u  %.8s\n", vm->name, vm->state, pid, uptime, memory, vm->cpus,
-	       vm->at[0] ? vm->at : "-");
-	if (vm->alive && vm->note[0])
-		printf("    %s\n", vm->note);
-}
-
-static int run_ps(struct cli *cli, struct err *err)
-{
-	uint64_t now = clock_wall_ns();
-	struct store_vm *list = NULL;
-	struct store *store;
-	size_t count = 0;
-	int rc = cli_open_store(cli, &store, err);
-
-	if (rc == -ENOENT) /* nothing was ever run here */
-		rc = 0;
-	else if (!rc) {
-		rc = store_vm_list(store, &list, &count, err);
-		store_close(store);
-	}
-	if (rc)
-		return rc;
-	json_t *vms = json_array();
-	if (!cli->json)
-		printf("%-20s %-8s %8s %7s %7s %5s  %s\n", "NAME", "STATE", "PID", "UPTIME", "MEMORY", "CPUS",
-		       "CHECKPOINT");
-	for (size_t i = 0; i < count; i++) {
-		if (cli->json)
-			json_array_append_new(vms, vm_to_json(&list[i], now));
-		else
-			print_vm(&list[i], now);
-		store_vm_free(&list[i]);
-	}
-	free(list);
-	if (cli->json)
-		cli_print_json(json_pack("{s:o}", "vms", vms));
-	else
-		json_decref(vms);
-	return 0;
-}
-
 static const struct cli_option stop_options[] = {
 	{"timeout", 0, "SECONDS", "how long to wait for the guest before it is ended (default 30)"},
 	{0},
 };
 static const struct cli_option none[] = {{0}};
 
-const struct cli_command cli_ps = {.name = "ps",
-				   .synopsis = "",
-				   .summary = "the VMs of the store, running or not",
-				   .options = none,
-				   .run = run_ps};
 const struct cli_command cli_pause = {.name = "pause",
 				      .synopsis = "[VM]",
 				      .summary = "stop the guest where it stands",
 				      .options = none,
+				      .words = "@running",
 				      .max_arguments = 1,
 				      .run = run_pause};
 const struct cli_command cli_resume = {.name = "resume",
 				       .synopsis = "[VM]",
 				       .summary = "let a paused guest go on",
 				       .options = none,
+				       .words = "@running",
 				       .max_arguments = 1,
 				       .run = run_resume};
 const struct cli_command cli_stop = {.name = "stop",
 				     .synopsis = "[VM] [--timeout SECONDS]",
 				     .summary = "press the guest's power button; end it if it does not answer",
 				     .options = stop_options,
+				     .words = "@running",
 				     .max_arguments = 1,
 				     .run = run_stop};
 const struct cli_command cli_kill = {.name = "kill",
 				     .synopsis = "[VM]",
 				     .summary = "end a VM without asking the guest; its disks are closed cleanly",
 				     .options = none,
+				     .words = "@running",
 				     .max_arguments = 1,
 				     .run = run_kill};
-const struct cli_command cli_stats = {.name = "stats",
-				      .synopsis = "[VM]",
-				      .summary = "counters of a running VM",
-				      .options = none,
-				      .max_arguments = 1,
-				      .run = run_stats};
 const struct cli_command cli_balloon = {
 	.name = "balloon",
 	.synopsis = "[VM] SIZE",
@@ -324,5 +204,6 @@ const struct cli_command cli_balloon = {
 		"Needs `balloon = yes` in guest.cfg. For example: vmcp balloon web 512M",
 	.options = none,
 	.min_arguments = 1,
+	.words = "@running",
 	.max_arguments = 2,
 	.run = run_balloon};

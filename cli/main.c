@@ -12,12 +12,13 @@
 #include "base/fault.h"
 #include "base/log.h"
 #include "cli/cli.h"
+#include "control/client.h"
 
 #define GLOBAL_OPTIONS 5
 
-static const struct cli_option global_options[GLOBAL_OPTIONS + 1] = {
+const struct cli_option cli_global_options[GLOBAL_OPTIONS + 1] = {
 	{"json", 0, NULL, "one JSON document on stdout"},
-	{"store", 0, "DIR", "the store (default: $VMCP_STORE, else /var/lib/vmcp for root, else $XDG_STATE_HOME/vmcp)"},
+	{"store", 0, "DIR", "the store (default: $VMCP_STORE, else /var/lib/vmcp for root, else $XDG_STATE_HOME/vmcp)", "@dir"},
 	{"quiet", 'q', NULL, "say only what was asked for"},
 	{"verbose", 'v', NULL, "say more on stderr"},
 	{"help", 'h', NULL, "this text"},
@@ -25,17 +26,18 @@ static const struct cli_option global_options[GLOBAL_OPTIONS + 1] = {
 };
 
 const struct cli_command *const cli_commands[] = {
-	&cli_run,  &cli_ps,	    &cli_console, &cli_pause,	&cli_resume, &cli_stop,
-	&cli_kill, &cli_checkpoint, &cli_cancel,  &cli_revert,	&cli_log,    &cli_show,
-	&cli_tag,  &cli_rm,	    &cli_gc,	  &cli_verify, &cli_diff, &cli_dump,
-	&cli_export, &cli_import, &cli_disk,	&cli_stats,  &cli_balloon,
-	&cli_config, &cli_doctor, &cli_version,  &cli_help,    NULL,
+#define GROUP(title)
+#define COMMAND(name) &cli_##name,
+#include "cli/commands.def"
+#undef COMMAND
+#undef GROUP
+	NULL,
 };
 
 /* Commands of the contract that this version does not have: said plainly, rather than "unknown". */
 static const char *const later_commands[] = {"clone", "suspend", NULL};
 
-static const struct cli_command *find_command(const char *name)
+const struct cli_command *cli_find_command(const char *name)
 {
 	for (size_t i = 0; cli_commands[i]; i++)
 		if (!strcmp(cli_commands[i]->name, name))
@@ -43,7 +45,7 @@ static const struct cli_command *find_command(const char *name)
 	return NULL;
 }
 
-static int unknown_command(const char *name, struct err *err)
+int cli_unknown_command(const char *name, struct err *err)
 {
 	for (size_t i = 0; later_commands[i]; i++)
 		if (!strcmp(later_commands[i], name)) {
@@ -53,78 +55,6 @@ static int unknown_command(const char *name, struct err *err)
 	err_set(err, ERR_USAGE, EINVAL, "%s: there is no such command", name);
 	return err_hint(err, "`vmcp help` lists them");
 }
-
-/* --- help --- */
-
-static void print_options(const struct cli_option *options)
-{
-	for (; options && options->name; options++) {
-		char left[48];
-
-		snprintf(left, sizeof(left), "%c%c%c --%s%s%s", options->letter ? '-' : ' ',
-			 options->letter ? options->letter : ' ', options->letter ? ',' : ' ', options->name,
-			 options->argument ? " " : "", options->argument ? options->argument : "");
-		printf("  %-28s %s\n", left, options->help);
-	}
-}
-
-static void print_command_help(const struct cli_command *command)
-{
-	printf("vmcp %s%s%s\n\n%s\n", command->name, *command->synopsis ? " " : "", command->synopsis,
-	       command->summary);
-	if (command->help)
-		printf("\n%s\n", command->help);
-	if (command->options && command->options->name) {
-		printf("\nOptions:\n");
-		print_options(command->options);
-	}
-	printf("\nEverywhere:\n");
-	print_options(global_options);
-}
-
-static void print_help(void)
-{
-	printf("vmcp: checkpoints of whole virtual machines, taken while they run\n\nusage: vmcp COMMAND [OPTIONS] "
-	       "[ARGUMENTS]\n\n");
-	for (size_t i = 0; cli_commands[i]; i++)
-		printf("  %-11s %s\n", cli_commands[i]->name, cli_commands[i]->summary);
-	printf("\nCKPT is an id, 4 or more of its first digits, a tag, a VM's name (its newest checkpoint) or VM~N (N "
-	       "before it).\n"
-	       "`vmcp help COMMAND` tells more. Everywhere:\n");
-	print_options(global_options);
-}
-
-static int run_help(struct cli *cli, struct err *err)
-{
-	if (cli->argument_count == 0) {
-		print_help();
-		return 0;
-	}
-	const struct cli_command *command = find_command(cli->arguments[0]);
-	if (!command)
-		return unknown_command(cli->arguments[0], err);
-	print_command_help(command);
-	return 0;
-}
-
-const struct cli_command cli_help = {.name = "help",
-				     .synopsis = "[COMMAND]",
-				     .summary = "what vmcp can do, or what one command does",
-				     .max_arguments = 1,
-				     .run = run_help};
-
-static int run_version(struct cli *cli, struct err *err)
-{
-	(void)err;
-	if (cli->json)
-		cli_print_json(json_pack("{s:s}", "version", VMCP_VERSION));
-	else
-		printf("vmcp %s\n", VMCP_VERSION);
-	return 0;
-}
-
-const struct cli_command cli_version = {
-	.name = "version", .synopsis = "", .summary = "the version of vmcp", .run = run_version};
 
 /* --- the command line --- */
 
@@ -146,7 +76,7 @@ static void make_getopt(const struct cli_option *own, struct option *longs, char
 
 	*shorts++ = ':'; /* tells a missing argument from an unknown option */
 	for (unsigned pass = 0; pass < 2; pass++)
-		for (const struct cli_option *o = pass ? own : global_options; o->name; o++, n++) {
+		for (const struct cli_option *o = pass ? own : cli_global_options; o->name; o++, n++) {
 			longs[n] = (struct option){o->name, o->argument ? required_argument : no_argument, NULL,
 						   (int)(256 + n)};
 			if (!o->letter)
@@ -164,7 +94,7 @@ static int index_of_letter(const struct cli_option *own, int letter)
 	int n = 0;
 
 	for (unsigned pass = 0; pass < 2; pass++)
-		for (const struct cli_option *o = pass ? own : global_options; o->name; o++, n++)
+		for (const struct cli_option *o = pass ? own : cli_global_options; o->name; o++, n++)
 			if (o->letter == letter)
 				return n;
 	return -1;
@@ -261,19 +191,6 @@ int cli_parse_seconds(const char *option, const char *text, unsigned *out, struc
 
 /* --- what commands share --- */
 
-static char *default_store(void)
-{
-	const char *given = getenv("VMCP_STORE"), *state = getenv("XDG_STATE_HOME"), *home = getenv("HOME");
-
-	if (given && *given)
-		return xstrdup(given);
-	if (geteuid() == 0)
-		return xstrdup("/var/lib/vmcp");
-	if (state && *state)
-		return xasprintf("%s/vmcp", state);
-	return xasprintf("%s/.local/state/vmcp", home ? home : "");
-}
-
 int cli_open_store(const struct cli *cli, struct store **out, struct err *err)
 {
 	return store_open(cli->store_path, false, out, err);
@@ -354,9 +271,9 @@ static int run(struct cli *cli, int argc, char **argv, struct err *err)
 	if (word) {
 		const char *name = argv[word];
 
-		cli->command = find_command(name);
+		cli->command = cli_find_command(name);
 		if (!cli->command)
-			return unknown_command(name, err);
+			return cli_unknown_command(name, err);
 		/* Its options stand on both sides of it: take the word out. */
 		memmove(argv + word, argv + word + 1, (size_t)(argc - word) * sizeof(*argv));
 		argc--;
@@ -365,14 +282,14 @@ static int run(struct cli *cli, int argc, char **argv, struct err *err)
 	if (rc)
 		return rc;
 	if (!cli->command) {
-		print_help();
+		cli_print_help();
 		if (help)
 			return 0;
 		err_set(err, ERR_USAGE, EINVAL, "%s", "");
 		return -EINVAL;
 	}
 	if (help) {
-		print_command_help(cli->command);
+		cli_print_command_help(cli->command);
 		return 0;
 	}
 	rc = check_arguments(cli, err);
@@ -385,7 +302,7 @@ int main(int argc, char **argv)
 	struct err error = ERR_INIT;
 
 	log_set_level(LOG_LEVEL_WARN);
-	cli.store_path = default_store();
+	cli.store_path = control_default_store();
 	/* Seen early, so that an error in the rest of the command line is told in this form too. */
 	for (int i = 1; i < argc && strcmp(argv[i], "--"); i++)
 		cli.json |= !strcmp(argv[i], "--json");

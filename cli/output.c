@@ -2,12 +2,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "cli/cli.h"
 #include "control/protocol.h"
 
-#define BAR_WIDTH 30
+#define BAR_WIDTH     30
+#define PAGE_BYTES    4096u
+#define RATE_AFTER_NS 500000000ull /* of a phase: before that a rate says little */
 
 void cli_print_json(json_t *document)
 {
@@ -19,9 +23,18 @@ void cli_print_json(json_t *document)
 	json_decref(document);
 }
 
+bool cli_colour(int fd)
+{
+	const char *no = getenv("NO_COLOR"), *term = getenv("TERM");
+
+	return isatty(fd) && !(no && *no) && !(term && !strcmp(term, "dumb"));
+}
+
 void cli_print_error(const struct cli *cli, const struct err *err)
 {
-	fprintf(stderr, "vmcp: %s\n", err->message);
+	bool colour = cli_colour(STDERR_FILENO);
+
+	fprintf(stderr, "%svmcp: %s%s\n", colour ? "\033[31m" : "", err->message, colour ? "\033[0m" : "");
 	if (err->hint[0])
 		fprintf(stderr, "hint: %s\n", err->hint);
 	if (cli->json)
@@ -73,21 +86,63 @@ struct cli_progress cli_progress_begin(const struct cli *cli, const char *what)
 	return (struct cli_progress){.cli = cli, .what = what, .terminal = isatty(STDERR_FILENO)};
 }
 
-void cli_progress_update(struct cli_progress *progress, const char *phase, uint64_t done, uint64_t total)
+/* How wide a line may be. */
+static unsigned line_columns(void)
 {
+	struct winsize size;
+
+	return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 80;
+}
+
+/* "1.2G/s, 12 s left", once that can be said. */
+static void describe_rate(const struct cli_progress *progress, uint64_t done, uint64_t total, char out[48])
+{
+	uint64_t took_ns = clock_now_ns() - progress->phase_ns;
+	char size[16];
+
+	out[0] = '\0';
+	if (took_ns < RATE_AFTER_NS || done <= progress->first_bytes || total <= done)
+		return;
+	double rate = (double)(done - progress->first_bytes) * 1e9 / (double)took_ns;
+	double left = (double)(total - done) / rate;
+	cli_format_size(size, (uint64_t)rate);
+	if (left < 120)
+		snprintf(out, 48, "%s/s, %.0f s left", size, left);
+	else
+		snprintf(out, 48, "%s/s, %.0f min left", size, left / 60);
+}
+
+/* As much as the terminal's width takes: the bar goes first, then the rate. */
+static void draw(struct cli_progress *progress, const char *phase, uint64_t done, uint64_t total)
+{
+	double part = total > 0 && done <= total ? (double)done / (double)total : 0;
+	unsigned columns = line_columns();
+	char line[160], rate[48], bar[BAR_WIDTH + 4] = "";
+	int filled = (int)(part * BAR_WIDTH);
+
+	describe_rate(progress, done, total, rate);
+	if (columns > BAR_WIDTH + 46)
+		snprintf(bar, sizeof(bar), "[%.*s%*s] ", filled, "##############################", BAR_WIDTH - filled, "");
+	snprintf(line, sizeof(line), "%s%3.0f %% %s  %s", bar, part * 100, phase, rate);
+	fprintf(stderr, "\r%.*s\033[K", (int)columns - 1, line);
+	progress->drawn = true;
+}
+
+void cli_progress_update(struct cli_progress *progress, const char *phase, uint64_t done_bytes, uint64_t total_bytes)
+{
+	bool begins = strncmp(progress->phase, phase, sizeof(progress->phase) - 1) != 0;
+
 	if (progress->cli->quiet)
 		return;
-	if (!progress->terminal) {
-		if (strcmp(progress->phase, phase))
-			fprintf(stderr, "vmcp: %s: %s\n", progress->what, phase);
+	if (begins) {
+		progress->phase_ns = clock_now_ns();
+		progress->first_bytes = done_bytes;
 		snprintf(progress->phase, sizeof(progress->phase), "%s", phase);
-		return;
 	}
-	double part = total > 0 && done <= total ? (double)done / (double)total : 0;
-	int filled = (int)(part * BAR_WIDTH);
-	fprintf(stderr, "\r[%.*s%*s] %3.0f %% %-16s", filled, "##############################", BAR_WIDTH - filled, "",
-		part * 100, phase);
-	progress->drawn = true;
+	if (progress->terminal)
+		draw(progress, phase, done_bytes, total_bytes);
+	else if (begins)
+		fprintf(stderr, "vmcp: %s: %s\n", progress->what, phase);
 }
 
 /* Once: the line of the bar has no room for it. */
@@ -113,12 +168,12 @@ void cli_progress_show(void *opaque, const json_t *params)
 		cli_progress_update(progress, phase, 0, 0);
 	show_wait(progress, json_string_value(json_object_get(params, "waits_for")));
 	if (progress->terminal)
-		cli_progress_update(progress, phase, done < 0 ? 0 : (uint64_t)done, total < 0 ? 0 : (uint64_t)total);
+		cli_progress_update(progress, phase, done < 0 ? 0 : (uint64_t)done * PAGE_BYTES, total < 0 ? 0 : (uint64_t)total * PAGE_BYTES);
 }
 
 void cli_progress_end(struct cli_progress *progress)
 {
 	if (progress->drawn)
-		fprintf(stderr, "\r%*s\r", BAR_WIDTH + 26, "");
+		fprintf(stderr, "\r\033[K");
 	progress->drawn = false;
 }
