@@ -117,13 +117,13 @@ static void draw(struct cli_progress *progress, const char *phase, uint64_t done
 {
 	double part = total > 0 && done <= total ? (double)done / (double)total : 0;
 	unsigned columns = line_columns();
-	char line[160], rate[48], bar[BAR_WIDTH + 4] = "";
-	int filled = (int)(part * BAR_WIDTH);
+	char line[160], rate[48], bar[BAR_WIDTH + 1] = "";
+	bool wide = columns > BAR_WIDTH + 46;
 
 	describe_rate(progress, done, total, rate);
-	if (columns > BAR_WIDTH + 46)
-		snprintf(bar, sizeof(bar), "[%.*s%*s] ", filled, "##############################", BAR_WIDTH - filled, "");
-	snprintf(line, sizeof(line), "%s%3.0f %% %s  %s", bar, part * 100, phase, rate);
+	memset(bar, ' ', BAR_WIDTH);
+	memset(bar, '#', (size_t)(part * BAR_WIDTH));
+	snprintf(line, sizeof(line), "%s%s%s%3.0f %% %s  %s", wide ? "[" : "", wide ? bar : "", wide ? "] " : "", part * 100, phase, rate);
 	fprintf(stderr, "\r%.*s\033[K", (int)columns - 1, line);
 	progress->drawn = true;
 }

@@ -1,7 +1,7 @@
 # bash completion for vmcp: asks `vmcp __complete`, which knows the commands, options, VMs, tags and ids.
 
 _vmcp() {
-	local line=${COMP_LINE:0:COMP_POINT} candidate full strip
+	local line=${COMP_LINE:0:COMP_POINT} candidate full strip value
 	local -a words files
 
 	read -ra words <<<"$line"
@@ -9,13 +9,15 @@ _vmcp() {
 	full=${words[-1]}
 	# bash takes a word apart at : and =, and replaces only the last part.
 	strip=${full%"${full##*[:=]}"}
+	value=$full
+	[[ $full != --*=* ]] || value=${full#*=}
 	COMPREPLY=()
 	while IFS=$'\t' read -r candidate _; do
 		case $candidate in
 		:file | :dir)
 			compopt -o filenames 2>/dev/null
-			mapfile -t files < <(compgen "-${candidate:1:1}" -- "${full#"$strip"}")
-			COMPREPLY+=("${files[@]}")
+			mapfile -t files < <(compgen "-${candidate:1:1}" -- "$value")
+			COMPREPLY+=("${files[@]#"${value%"${value##*[:=]}"}"}")
 			;;
 		?*)
 			case $candidate in *[:=]) compopt -o nospace 2>/dev/null ;; esac
