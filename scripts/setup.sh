@@ -23,7 +23,8 @@ readonly NESTED=(qemu-system-x86 busybox-static cpio e2fsprogs xz-utils)
 # What examples/debian-guest/build.sh uses.
 readonly GUEST=(mmdebstrap debian-archive-keyring e2fsprogs qemu-utils)
 readonly TEST=("${BUILD[@]}" "${NESTED[@]}" "${GUEST[@]}" libcriterion-dev libqcow-dev acpica-tools xfsprogs btrfs-progs gdb iproute2 zstd python3
-    libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-doc libxml2-utils)
+    libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-doc libxml2-utils
+    groff-base zsh fish)
 readonly DEMO=("${NESTED[@]}" "${GUEST[@]}" python3)
 readonly BENCH=(qemu-system-x86 qemu-utils python3)
 
