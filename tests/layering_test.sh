@@ -16,6 +16,7 @@ allowed() {
 	checkpoint) echo "base/* vmm/* cowdisk/block.h cowdisk/overlay.h cowdisk/check.h cowdisk/map.h cowdisk/merge.h" ;;
 	machine) echo "base/* vmm/* cowdisk/* net/* devices/* checkpoint/*" ;;
 	control) echo "base/* machine/* checkpoint/*" ;;
+	libvmcp) echo "base/* control/client.h checkpoint/store/store.h" ;;
 	cli) echo "base/* control/* checkpoint/store/* cowdisk/block.h cowdisk/check.h cowdisk/compare.h cowdisk/info.h cowdisk/merge.h" ;;
 	esac
 }
@@ -60,7 +61,7 @@ check_file() {
 	done
 }
 
-for folder in base vmm cowdisk net devices checkpoint machine control cli; do
+for folder in base vmm cowdisk net devices checkpoint machine control cli libvmcp; do
 	[ -d "$folder" ] || continue
 	for file in $(find "$folder" -name '*.[ch]' -o -name '*.def' | sort); do
 		files=$((files + 1))
@@ -74,7 +75,7 @@ check_system() {
 	most=$2
 	shift 2
 	users=$(grep -rlE "^[[:space:]]*#[[:space:]]*include[[:space:]]*<$header" base vmm cowdisk net devices \
-		checkpoint machine control cli --include='*.[ch]' --exclude='*_test.c' --exclude=host.c 2>/dev/null)
+		checkpoint machine control cli libvmcp --include='*.[ch]' --exclude='*_test.c' --exclude=host.c 2>/dev/null)
 	count=0
 	for file in $users; do
 		count=$((count + 1))

@@ -107,6 +107,8 @@ part "whole VMs: removing, keeping, collecting" "${near_kvm[@]}" python3 tests/v
 part "whole VMs: verify, diff, dump" "${near_kvm[@]}" python3 tests/vm/verify_test.py
 part "whole VMs: exports and imports" "${near_kvm[@]}" python3 tests/vm/export_test.py
 part "whole VMs: golden stores" "${near_kvm[@]}" python3 tests/vm/golden_test.py
+part "whole VMs: the terminal" "${near_kvm[@]}" python3 tests/vm/terminal_test.py
+part "whole VMs: README, tutorial and examples" "${near_kvm[@]}" python3 tests/vm/tutorial_test.py
 part "whole VMs: chains of disk layers" "${near_kvm[@]}" python3 tests/vm/disk_layers_test.py
 part "whole VMs: ext4, XFS and btrfs" "${near_kvm[@]}" python3 tests/vm/filesystems_test.py
 together "libvirt_test checkpoint" "libvirt_test domains"

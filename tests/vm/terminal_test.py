@@ -1,0 +1,348 @@
+#!/usr/bin/env python3
+"""vmcp on terminals: consoles, escape keys, progress, cancelling, top, completion; at 80x24 and at 40 columns, with and without colour."""
+
+import fcntl
+import os
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", "lib"))
+import vmcp_test  # noqa: E402
+from vmcp_test import check, check_equal  # noqa: E402
+
+COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
+CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+class Terminal:
+    """A program on a pseudo-terminal of its own, which is its controlling one."""
+
+    def __init__(self, env, argv, columns=80, rows=24, **environment):
+        self.leader, follower = os.openpty()
+        self.resize(columns, rows)
+        self.before = termios.tcgetattr(follower)
+        environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm", "VMCP_STORE": env.store} | environment
+        self.process = subprocess.Popen(argv, stdin=follower, stdout=follower, stderr=follower, env=environment, cwd=env.dir, start_new_session=True,
+                                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        self.follower = follower  # kept open, so that what was written last can be read
+        self.text = b""
+        self.seen = 0
+
+    def resize(self, columns, rows):
+        fcntl.ioctl(self.leader, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def read(self, seconds=0.0):
+        while select.select([self.leader], [], [], seconds)[0]:
+            self.text += os.read(self.leader, 65536)
+            seconds = 0.0
+
+    def wait_for(self, pattern, timeout=60):
+        """Waits until the pattern is seen behind what was waited for before; returns the match."""
+        deadline = time.monotonic() + timeout
+        while True:
+            match = re.compile(pattern.encode() if isinstance(pattern, str) else pattern, re.S).search(self.text, self.seen)
+            if match:
+                self.seen = match.end()
+                return match
+            check(time.monotonic() < deadline, f"{pattern!r} did not come: {self.text[self.seen:][-2000:]!r}")
+            self.read(0.1)
+
+    def send(self, keys):
+        os.write(self.leader, keys.encode())
+
+    def wait_exit(self, timeout=60):
+        deadline = time.monotonic() + timeout
+        while self.process.poll() is None:
+            check(time.monotonic() < deadline, f"it does not end: {self.text[-2000:]!r}")
+            self.read(0.05)
+        self.read()
+        return self.process.returncode
+
+    def is_raw(self):
+        return not termios.tcgetattr(self.follower)[3] & (termios.ICANON | termios.ECHO)
+
+    def wait_raw(self, wanted):
+        deadline = time.monotonic() + 20
+        while self.is_raw() != wanted:
+            check(time.monotonic() < deadline, f"the terminal is {'not ' if wanted else ''}raw")
+            self.read(0.02)
+
+    def check_restored(self, what):
+        check_equal(termios.tcgetattr(self.follower), self.before, f"the terminal's settings {what}")
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.leader)
+        os.close(self.follower)
+
+
+def vmcp(env, *words, **kwargs):
+    return Terminal(env, [env.vmcp_bin, *words], **kwargs)
+
+
+def detached(env, **kwargs):
+    """A VM without a terminal, whose guest is ready; nobody watches it."""
+    vm = env.vmcp_json("run", "--detach", env.tiny_config(**kwargs))["vm"]
+    guest = env.attach_tiny(vm)
+    guest.ready()
+    guest.console.close()
+
+
+def test_console(env):
+    """Typing, watching, scrollback, leaving; several watchers; the terminal is as it was however the client ends."""
+    detached(env, memory="64M", cmdline="set=1M report=0")
+    first = vmcp(env, "console", "tiny")
+    first.wait_for(r"Ctrl-\] leaves it")
+    first.wait_raw(True)
+    first.wait_for("tiny: ready")  # scrollback
+    second = vmcp(env, "console", "tiny", columns=40)
+    second.wait_raw(True)
+    first.send("\nepoch 7\n")
+    first.wait_for("tiny: ok")
+    second.wait_for("tiny: ok")
+    first.send("\x03\nsum\n")  # Ctrl-C is the guest's
+    first.wait_for("tiny: sum [^\r\n]*epoch=7")
+    # Stopped by a signal, the shell has its terminal; going on, it is raw again.
+    first.process.send_signal(signal.SIGTSTP)
+    first.wait_raw(False)
+    first.check_restored("while it is stopped")
+    first.process.send_signal(signal.SIGCONT)
+    first.wait_raw(True)
+    first.send("\nsum\n")
+    first.wait_for("tiny: sum")
+    first.send("\x1d")
+    check_equal(first.wait_exit(), 0, "exit status")
+    check(b"the VM runs on" in first.text, f"{first.text!r}")
+    first.check_restored("after Ctrl-]")
+    # The next oldest types now.
+    second.send("\nepoch 8\n")
+    second.wait_for("tiny: ok")
+    second.process.terminate()
+    check_equal(second.wait_exit(), -signal.SIGTERM, "exit status")
+    second.check_restored("after SIGTERM")
+    third = vmcp(env, "console", "tiny")
+    third.wait_raw(True)
+    env.vmcp("kill", "tiny")
+    check_equal(third.wait_exit(), 0, "exit status")
+    check(b"the VM has ended" in third.text, f"{third.text!r}")
+    third.check_restored("after the VM's end")
+    for terminal in (first, second, third):
+        terminal.close()
+
+
+def test_foreground(env):
+    """`run` on a terminal: the guest's console, Ctrl-] ends it; hang-up and crash give the terminal back."""
+    config = env.tiny_config(memory="64M", cmdline="set=1M report=0")
+    for number, how in enumerate(("escape", "hang-up", "crash")):
+        terminal = vmcp(env, "run", config)
+        terminal.wait_for("tiny: ready")
+        terminal.wait_raw(True)
+        terminal.send(f"\nepoch {number}\n")
+        terminal.wait_for("tiny: ok")
+        if how == "escape":
+            terminal.send("\x1d")
+            check_equal(terminal.wait_exit(), 0, "exit status")
+        else:
+            terminal.process.send_signal(signal.SIGHUP if how == "hang-up" else signal.SIGABRT)
+            check_equal(terminal.wait_exit(), 0 if how == "hang-up" else -signal.SIGABRT, f"exit status after a {how}")
+        terminal.check_restored(f"after {how}")
+        terminal.close()
+    # The crash is told, with the way back.
+    text = env.vmcp("ps").out
+    check("crashed" in text and "why: " in text and f"vmcp run {config}" in text, text)
+
+
+def test_crash_is_explained(env):
+    """A VM that dies: ps has the reason, the last lines of the console, and a command that brings it back."""
+    detached(env, memory="64M", cmdline="set=1M report=0")
+    taken = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+    pid = env.vmcp_json("ps")["vms"][0]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while (vm := env.vmcp_json("ps")["vms"][0])["state"] != "crashed":
+        check(time.monotonic() < deadline, f"not crashed: {vm}")
+        time.sleep(0.02)
+    check("killed" in vm["note"] and any("tiny: ready" in line for line in vm["console"]), str(vm))
+    text = env.vmcp("ps").out
+    back = re.search(r"back to its last checkpoint, \w+: vmcp (.*)$", text, re.M)
+    check(back and "console: |" in text, text)
+    env.vmcp(*back.group(1).split())
+    vm = env.vmcp_json("ps")["vms"][0]
+    check_equal((vm["state"], vm["last_checkpoint"], "console" in vm), ("running", taken, False), "after the way back")
+
+
+def lines_drawn(text):
+    """Lines of a progress bar, as they stood."""
+    return [CODES.sub("", part.decode()).rstrip() for part in re.split(rb"[\r\n]+", text) if b"%" in part]
+
+
+def test_progress_and_cancel(env):
+    """A bar with rate and time left where there is room, less where there is not; Ctrl-C cancels, and the VM runs on."""
+    detached(env, memory="96M", cmdline="set=64M report=0")
+    for columns in (80, 40):
+        terminal = vmcp(env, "checkpoint", "--live", "--full", "--max-rate", "20M", "tiny", columns=columns)
+        terminal.wait_for(r"\d+ % memory  \d[^\r]*/s, [^\r]* left")
+        terminal.send("\x03")
+        status = terminal.wait_exit()
+        check_equal(status, 1, f"exit status of a cancelled checkpoint: {terminal.text!r}")
+        check(b"cancel" in terminal.text, f"{terminal.text!r}")
+        drawn = lines_drawn(terminal.text)
+        check(drawn and all(len(line) < columns for line in drawn), f"a line is too long for {columns} columns: {drawn}")
+        check_equal(any("[##" in line for line in drawn), columns == 80, f"a bar at {columns} columns: {drawn}")
+        terminal.check_restored("after Ctrl-C")
+        terminal.close()
+    check_equal(env.vmcp_json("log")["checkpoints"], [], "checkpoints")
+    check_equal(env.vmcp_json("ps")["vms"][0]["state"], "running", "state")
+    plain = env.vmcp("checkpoint", "--live", "--full", "--max-rate", "80M", "tiny")
+    check("vmcp: checkpoint: memory\n" in plain.err and "\r" not in plain.err and "\x1b" not in plain.err, str(plain))
+    check_equal(env.vmcp("-q", "checkpoint", "--live", "--full", "--max-rate", "80M", "tiny").err, "", "what -q says")
+
+
+def frames(text):
+    return [[CODES.sub("", line.decode()).rstrip("\r") for line in frame.split(b"\r\n")] for frame in text.split(b"\x1b[H")[1:]]
+
+
+def test_top(env):
+    detached(env, memory="64M", cmdline="set=16M rate=2000 report=0")
+    env.vmcp("checkpoint", "--live", "tiny")
+    env.vmcp("checkpoint", "--live", "tiny")
+    for columns, colour in ((80, True), (40, False)):
+        terminal = vmcp(env, "top", "--interval", "100ms", columns=columns, **({} if colour else {"NO_COLOR": "1"}))
+        terminal.wait_for(rb"\x1b\[\?1049h")
+        for _ in range(3):
+            terminal.wait_for(rb"\x1b\[H[^\x1b]*.*tiny.*\x1b\[J")
+        terminal.wait_raw(True)
+        check_equal(bool(COLOUR.search(terminal.text)), colour, f"colour at {columns} columns")
+        for frame in frames(terminal.text)[:-1]:
+            check(len(frame) <= 24 and all(len(line) <= columns for line in frame), f"a frame does not fit {columns} columns: {frame}")
+        shown = frames(terminal.text)[1]
+        check(any(line.startswith("tiny ") for line in shown) and any(line.startswith("NAME ") for line in shown), f"{shown}")
+        check(any("pauses" in line and "|" in line for line in shown), f"no histogram: {shown}")
+        check_equal(any("FAULT99" in line for line in shown), columns == 80, "columns")
+        # A window that shrinks is drawn anew at once.
+        terminal.resize(40, 6)
+        terminal.process.send_signal(signal.SIGWINCH)
+        before = len(frames(terminal.text))
+        while len(frames(terminal.text)) < before + 3:
+            terminal.wait_for(rb"\x1b\[J")
+        check(all(len(line) <= 40 for line in frames(terminal.text)[-2]) and len(frames(terminal.text)[-2]) <= 6, f"{frames(terminal.text)[-2]}")
+        terminal.process.send_signal(signal.SIGTSTP)
+        terminal.wait_raw(False)
+        terminal.process.send_signal(signal.SIGCONT)
+        terminal.wait_raw(True)
+        terminal.send("q")
+        check_equal(terminal.wait_exit(), 0, "exit status")
+        check(terminal.text.rstrip().endswith(b"\x1b[?1049l"), f"the screen is not given back: {terminal.text[-80:]!r}")
+        terminal.check_restored("after q")
+        terminal.close()
+    once = env.vmcp("top", "tiny", "--count", "1", "--interval", "100ms").out
+    check("\x1b" not in once and "tiny" in once, once)
+    document = env.vmcp_json("top", "--interval", "100ms")["vms"][0]
+    check(document["name"] == "tiny" and document["exits_per_s"] >= 0 and document["pause_p99_ns"] > 0, str(document))
+    env.vmcp("top", "nosuch", status=3)
+
+
+def test_colour(env):
+    """Only on a terminal, never with NO_COLOR or on a dumb one."""
+    for environment, wanted in (({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)):
+        terminal = vmcp(env, "show", "nosuch", **environment)
+        check_equal(terminal.wait_exit(), 3, "exit status")
+        check_equal(bool(COLOUR.search(terminal.text)), wanted, f"colour with {environment}")
+        terminal.close()
+    check("\x1b" not in env.vmcp("show", "nosuch", status=3).err, "colour in a pipe")
+
+
+def test_log_of_a_tree(env):
+    """The graph as git draws it, and where VMs stand."""
+    guest = env.start_tiny(memory="64M", cmdline="set=1M report=0")
+    ids = {}
+
+    def take(name, parent=None):
+        if parent:
+            env.vmcp("revert", ids[parent])
+        ids[name] = env.vmcp_json("checkpoint", "--live", "-m", name)["id"]
+
+    for name, parent in (("a", None), ("b", None), ("c", None), ("d", "b"), ("e", "a"), ("f", None), ("g", "d")):
+        take(name, parent)
+    env.vmcp("tag", ids["d"], "dd")
+    text = env.vmcp("log", "--graph").out
+    drawn = [re.sub(r"  \d+\w, [\d.]+\w", "", line) for line in text.splitlines()]
+    for name, identity in ids.items():
+        drawn = [line.replace(identity[:12], name.upper()) for line in drawn]
+    want = ["* G  (tiny (running))  g", "* D  (tag: dd)  d", "| * F  f", "| * E  e", "| | * C  c", "| |/ ", "|/| ", "* | B  b", "|/ ", "* A  a"]
+    check_equal([line.rstrip() for line in drawn], [line.rstrip() for line in want], "graph")
+    guest.check()
+    svg = env.path("tree.svg")
+    env.vmcp("log", "--svg", svg)
+    with open(svg, encoding="utf-8") as file:
+        picture = file.read()
+    check_equal(picture.count("<circle"), len(ids), "circles")
+    check_equal(picture.count("<path"), len(ids) - 1, "edges")
+    subprocess.run([sys.executable, "-c", "import sys, xml.dom.minidom; xml.dom.minidom.parse(sys.argv[1])", svg], check=True)
+    check_equal(env.vmcp("log", "--svg", "-").out.count("<circle"), len(ids), "on stdout")
+
+
+METRIC = re.compile(r"(vmcp_\w+)\{vm=\"([^\"]+)\"(?:,\w+=\"[^\"]*\")*\} (-?[\d.]+)")
+
+
+def test_prometheus(env):
+    disk = env.image("disk.qcow2")
+    guest = env.start_tiny(memory="64M", cmdline="set=16M rate=1000 disk=1 disk_blocks=256 qd=2 report=0", disks=[("data", disk)])
+    for _ in range(3):
+        env.vmcp("checkpoint", "--live", "tiny")
+    guest.check()
+    file = env.path("vmcp.prom")
+    env.vmcp("stats", "--prometheus", "--output", file)
+    with open(file, encoding="utf-8") as stream:
+        lines = stream.read().splitlines()
+    types, values, order = {}, {}, []
+    for line in lines:
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            check(name not in types, f"{name} comes twice")
+            types[name] = kind
+            order.append(name)
+        elif not line.startswith("#"):
+            match = METRIC.fullmatch(line)
+            check(match, f"no sample: {line}")
+            base = re.sub(r"_(bucket|sum|count)$", "", match.group(1)) if match.group(1) not in types else match.group(1)
+            check_equal(base, order[-1], f"the group of {line}")
+            values.setdefault(match.group(1), []).append(float(match.group(3)))
+    check_equal(values["vmcp_up"], [1], "up")
+    check_equal((values["vmcp_pause_seconds_count"], values["vmcp_pause_seconds_bucket"][-1]), ([3], 3), "pauses")
+    check_equal(values["vmcp_pause_seconds_bucket"], sorted(values["vmcp_pause_seconds_bucket"]), "buckets are cumulative")
+    check(values["vmcp_disk_writes_total"][0] > 0 and values["vmcp_disk_written_bytes_total"][0] > 0, "no disk writes")
+    stats = env.vmcp_json("stats", "tiny")
+    check_equal((stats["disks"][0]["name"], stats["operation"]), ("data", None), "stats")
+    env.vmcp("kill", "tiny")
+    check("vmcp_up{vm=\"tiny\",state=\"stopped\"} 0" in env.vmcp("stats", "--prometheus").out, "a stopped VM")
+
+
+def test_completion_in_bash(env):
+    """The whole way: keys in an interactive shell, names of a VM that runs."""
+    detached(env, name="alpha", memory="64M", cmdline="set=1M report=0")
+    script = os.path.join(HERE, "..", "..", "cli", "completions", "vmcp.bash")
+    shell = Terminal(env, ["bash", "--norc", "--noprofile", "-i"], PATH=os.path.dirname(env.vmcp_bin) + ":" + os.environ["PATH"], PS1="$ ", HISTFILE="/dev/null")
+    shell.send(f"source {script}; echo rea''dy\n")
+    shell.wait_for("ready")
+    shell.send("vmcp pause al\t\necho sta''tus $?\n")
+    shell.wait_for("alpha: paused")
+    shell.wait_for("status 0")
+    shell.send("vmcp resu\t al\t\n")
+    shell.wait_for("alpha: running")
+    shell.send("exit\n")
+    shell.wait_exit()
+    shell.close()
+
+
+if __name__ == "__main__":
+    vmcp_test.main(__name__)
