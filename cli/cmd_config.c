@@ -22,7 +22,8 @@ static const char vm_rest[] =
 	"console = stdio             # stdio, or socket: `vmcp console` only\n"
 	"rng = yes                   # a random number device\n"
 	"balloon = no                # the host gets back memory that the guest does not use\n"
-	"# vsock_cid = 3             # sockets between guest and host; many VMs may have the same number\n\n";
+	"# vsock_cid = 3             # sockets between guest and host; many VMs may have the same number\n"
+	"# libvirt = qemu:///system  # whose networks and volumes are meant, where some are named\n\n";
 
 static const char disks_rest[] =
 	"# Several disks: the guest sees them in this order, as vda, vdb, ...\n"
@@ -44,7 +45,10 @@ static const char nets[] =
 	"# tap = vmtap0\n"
 	"# [net office]\n"
 	"# mode = bridge\n"
-	"# bridge = br0\n\n";
+	"# bridge = br0\n"
+	"# [net virt]\n"
+	"# mode = libvirt\n"
+	"# network = default         # of libvirt\n\n";
 
 static const char checkpoints[] =
 	"# [checkpoint]\n"

@@ -56,7 +56,7 @@ def test_all_of_it_is_right(env):
     plan = env.vmcp_json("run", "--dry-run", config)
     check_equal((plan["vm"], plan["memory_bytes"], plan["cpus"], plan["every_ns"], plan["keep"]), ("web", 512 << 20, 1, 30 * 10**9, 20), "the machine")
     check_equal([disk["name"] for disk in plan["disks"]], ["root", "data", "seed"], "disks")
-    check_equal([net["mode"] for net in plan["nets"]], ["user", "tap", "bridge"], "nets")
+    check_equal([net["mode"] for net in plan["nets"]], ["user", "tap", "bridge", "libvirt"], "nets")
     # What it prints is that machine again.
     again = env.vmcp_json("run", "--dry-run", env.write("again.cfg", env.vmcp("run", "-n", config).out))
     check_equal(again, plan, "the machine, read again")
