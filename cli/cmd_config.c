@@ -53,7 +53,9 @@ static const char nets[] =
 static const char checkpoints[] =
 	"# [checkpoint]\n"
 	"# every = 30s               # periodic live checkpoints\n"
-	"# keep = 20                 # how many of these stay\n";
+	"# keep = 20                 # how many of these stay\n"
+	"# keep_hourly = 24          # and the newest of each of so many hours\n"
+	"# keep_daily = 7            # and days\n";
 
 /* "key = value" and, in its column, a comment; commented out itself where there is no value. */
 static int add_key(struct buf *out, const char *key, const char *value, const char *otherwise, const char *comment, struct err *err)

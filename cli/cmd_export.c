@@ -161,7 +161,7 @@ static int run_export(struct cli *cli, struct err *err)
 static const struct cli_option export_options[] = {
 	{"since", 0, "CKPT", "only what differs from this checkpoint, which the other side must have", "@ckpt"},
 	{"resume", 0, NULL, "keep FILE.part when interrupted, and go on with one that is there"},
-	{"key-file", 0, "FILE", "encrypt it with the key or passphrase in FILE"},
+	{"key-file", 0, "FILE", "encrypt it with the key or passphrase in FILE", "@file"},
 	{"max-rate", 0, "SIZE", "at most so many bytes a second, such as 10M"},
 	{0},
 };
@@ -234,7 +234,7 @@ static int run_import(struct cli *cli, struct err *err)
 static const struct cli_option import_options[] = {
 	{"name", 0, "NAME", "name of the VM here (default: its own)"},
 	{"check", 0, NULL, "read and check it, and change nothing"},
-	{"key-file", 0, "FILE", "it is encrypted, with the key or passphrase in FILE"},
+	{"key-file", 0, "FILE", "it is encrypted, with the key or passphrase in FILE", "@file"},
 	{"max-rate", 0, "SIZE", "at most so many bytes a second, such as 10M"},
 	{0},
 };

@@ -168,7 +168,7 @@ def vmcp_lines(text):
             words = re.sub(r">\s*\S+", "", part).replace("`", "").replace(")", "").strip().split()
             while words and words[0] in ("ssh", "sudo", "other", "HOST", "if", "time"):
                 words.pop(0)
-            if words and words[0] == "vmcp" and "..." not in part and not re.fullmatch(r"vmcp [a-z ]+ \d+", " ".join(words)):
+            if words and words[0] == "vmcp" and "..." not in part and "[" not in part and not re.fullmatch(r"vmcp [a-z ]+ \d+", " ".join(words)):
                 yield re.sub(r">\s*\S+", "", part).strip()
 
 
