@@ -112,7 +112,8 @@ part "whole VMs: README, tutorial and examples" "${near_kvm[@]}" python3 tests/v
 part "whole VMs: chains of disk layers" "${near_kvm[@]}" python3 tests/vm/disk_layers_test.py
 part "whole VMs: ext4, XFS and btrfs" "${near_kvm[@]}" python3 tests/vm/filesystems_test.py
 together "libvirt_test checkpoint" "libvirt_test domains"
-part "whole VMs: bad input and faults" "${near_kvm[@]}" python3 tests/vm/bad_input_test.py
+part "whole VMs: bad input" "${near_kvm[@]}" python3 tests/vm/bad_input_test.py
+part "whole VMs: every fault point" "${near_kvm[@]}" python3 tests/vm/fault_table_test.py
 part "whole VMs under ASan+UBSan" env VMCP_BIN="$PWD/build/debug/cli/vmcp" VMCP_TEST_ROUNDS=10 \
     "${near_kvm[@]}" python3 tests/vm/tiny_test.py revert gone captured raw second powers json cancel
 # One tiny sample of everything that is measured: the figures mean nothing here, but the scripts must not rot.
