@@ -157,7 +157,7 @@ def test_pages_of_documents(env):
         with open(os.path.join(build, "man5", page), encoding="utf-8") as file:
             sources += re.findall(r"^\.SH (.*)$", file.read(), re.M)
     with open(os.path.join(ROOT, "docs", "format.md"), encoding="utf-8") as file:
-        check_equal(len(set(sources) - {"NAME", "DESCRIPTION", "SEE ALSO"}), len(re.findall(r"^## ", file.read(), re.M)), "chapters of format.md in the two pages")
+        check_equal(len(set(sources) - {"NAME", "DESCRIPTION", "SEE ALSO"}), len(re.findall(r"^## (?!How this is tested)", file.read(), re.M)), "chapters of format.md in the two pages")
 
 
 def vmcp_lines(text):

@@ -187,9 +187,9 @@ def lines_drawn(text):
 
 def test_progress_and_cancel(env):
     """A bar with rate and time left where there is room, less where there is not; Ctrl-C cancels, and the VM runs on."""
-    detached(env, memory="96M", cmdline="set=64M report=0")
+    detached(env, memory="48M", cmdline="set=24M report=0")
     for columns in (80, 40):
-        terminal = vmcp(env, "checkpoint", "--live", "--full", "--max-rate", "20M", "tiny", columns=columns)
+        terminal = vmcp(env, "checkpoint", "--live", "--full", "--max-rate", "4M", "tiny", columns=columns)
         terminal.wait_for(r"\d+ % memory  \d[^\r]*/s, [^\r]* left")
         terminal.send("\x03")
         status = terminal.wait_exit()
@@ -202,9 +202,9 @@ def test_progress_and_cancel(env):
         terminal.close()
     check_equal(env.vmcp_json("log")["checkpoints"], [], "checkpoints")
     check_equal(env.vmcp_json("ps")["vms"][0]["state"], "running", "state")
-    plain = env.vmcp("checkpoint", "--live", "--full", "--max-rate", "80M", "tiny")
+    plain = env.vmcp("checkpoint", "--live", "--full", "--max-rate", "24M", "tiny")
     check("vmcp: checkpoint: memory\n" in plain.err and "\r" not in plain.err and "\x1b" not in plain.err, str(plain))
-    check_equal(env.vmcp("-q", "checkpoint", "--live", "--full", "--max-rate", "80M", "tiny").err, "", "what -q says")
+    check_equal(env.vmcp("-q", "checkpoint", "--live", "--full", "--max-rate", "24M", "tiny").err, "", "what -q says")
 
 
 def frames(text):
