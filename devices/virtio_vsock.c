@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -106,12 +107,28 @@ static int take_packet(struct virtio_vsock *v, struct virtqueue *q, struct err *
 	return ret < 0 ? ret : 1;
 }
 
+/*
+ * Linux handles events and packets in works of their own: a connection that begins while the reset waits for its turn would be ended by it. Once the
+ * driver has acted on an event it gives the buffer back.
+ */
+static void look_at_hold(struct virtio_vsock *v, struct virtqueue *q)
+{
+	if (v->held && (v->event_due || !virtq_rearm_after(q, v->offered)))
+		return;
+	if (v->held)
+		vsock_wake(v);
+	v->held = false;
+	virtq_rearm(q);
+}
+
 /* Once there is a buffer for it. */
 static int give_event(struct virtio_vsock *v, struct virtqueue *q, struct err *err)
 {
 	uint8_t event[EVENT_BYTES];
 	int ret = v->event_due ? virtq_pop(q, &v->chain, err) : 0;
 
+	if (ret == 0 && virtq_rearm(q) && v->event_due)
+		virtio_kick(v->vdev, VSOCK_EVENT);
 	if (ret != 1)
 		return ret;
 	if (v->chain.out_count > 0 || v->chain.in_bytes < EVENT_BYTES)
@@ -120,6 +137,7 @@ static int give_event(struct virtio_vsock *v, struct virtqueue *q, struct err *e
 	put_le32(event, EVENT_RESET);
 	virtq_copy_to(&v->chain, 0, event, sizeof(event));
 	v->event_due = false;
+	v->offered = virtq_offered(q); /* before it sees the event */
 	return virtq_push(q, v->chain.head, EVENT_BYTES, err);
 }
 
@@ -130,7 +148,7 @@ static int serve(struct virtio_vsock *v, unsigned queue, struct err *err)
 
 	if (queue == VSOCK_EVENT) {
 		ret = give_event(v, q, err);
-		virtq_rearm(q);
+		look_at_hold(v, q);
 		virtio_signal(v->vdev, queue);
 		return ret;
 	}
@@ -148,13 +166,22 @@ static int serve(struct virtio_vsock *v, unsigned queue, struct err *err)
 	return ret < 0 ? ret : 0;
 }
 
+/* A guest that was put back may still have sockets of connections that another life of it had, in another process: a new connection from the same port
+ * would be taken for one of them, and refused. */
+static void choose_ports(struct virtio_vsock *v)
+{
+	if (getrandom(&v->next_port, sizeof(v->next_port), 0) != (ssize_t)sizeof(v->next_port))
+		log_warn("vsock: no random numbers: %s", strerror(errno));
+}
+
 static void restart(struct virtio_vsock *v)
 {
 	if (!v->restart)
 		return;
 	v->restart = false;
+	choose_ports(v);
 	vsock_close_all(v);
-	v->event_due = v->tell;
+	v->event_due = v->held = v->tell;
 }
 
 static void notify(void *opaque, unsigned queue)
@@ -164,7 +191,7 @@ static void notify(void *opaque, unsigned queue)
 
 	restart(v);
 	/* The guest hears of the end of its connections before anything else. */
-	int ret = v->event_due ? serve(v, VSOCK_EVENT, &err) : 0;
+	int ret = v->event_due || queue == VSOCK_EVENT ? serve(v, VSOCK_EVENT, &err) : 0;
 	if (ret >= 0 && queue != VSOCK_EVENT)
 		ret = serve(v, queue, &err);
 	if (ret < 0)

@@ -57,7 +57,7 @@ static void owe_reset(struct virtio_vsock *v, uint32_t host_port, uint32_t guest
 
 static void drop_with_reset(struct vsock_connection *c)
 {
-	if (c->state != VSOCK_LINE)
+	if (c->state != VSOCK_LINE && !c->request) /* else the guest has never heard of it */
 		owe_reset(c->v, c->host_port, c->guest_port);
 	drop(c);
 }
@@ -345,7 +345,7 @@ static uint16_t read_socket(struct vsock_connection *c, size_t room, struct vsoc
 
 static uint16_t next_op(struct vsock_connection *c, size_t room, struct vsock_header *h, uint8_t *data)
 {
-	if (take_flag(&c->request))
+	if (!c->v->held && take_flag(&c->request))
 		return VSOCK_OP_REQUEST;
 	if (take_flag(&c->response))
 		return VSOCK_OP_RESPONSE;

@@ -80,7 +80,9 @@ struct virtio_vsock {
 	bool restart;	  /* all connections are to end, before anything else in the loop: the device was reset, or put back */
 	bool tell;	  /* with `restart`: the guest is to hear of it */
 	bool event_due;	  /* TRANSPORT_RESET */
-	uint32_t next_port;
+	bool held;	  /* the driver may not have acted on that event yet: no connection of the host is begun, as it would be ended too */
+	uint16_t offered; /* buffers for events that the driver had offered when it got that one; one more, and it has acted */
+	uint32_t next_port; /* of the host, less a constant; begins anywhere after each restart */
 	struct vsock_connection *connections[VSOCK_MAX_CONNECTIONS];
 	unsigned turn; /* of the connection that goes first next time */
 	struct vsock_reset resets[VSOCK_MAX_CONNECTIONS];

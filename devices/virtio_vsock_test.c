@@ -141,11 +141,10 @@ static ssize_t host_read(int fd, void *data, size_t bytes)
 	struct pollfd p = {.fd = fd, .events = POLLIN};
 	return poll(&p, 1, 5000) == 1 ? read(fd, data, bytes) : -ETIMEDOUT;
 }
-/* A host's connection to port 1234 of the guest, open. */
-static int open_to_guest(struct setup *s, uint32_t *host_port)
+/* The guest accepts the host's connection to its port 1234. */
+static void accept_host(struct setup *s, int fd, uint32_t *host_port)
 {
 	char line[32] = {0}, want[32];
-	int fd = host_connect(s, "CONNECT 1234\n");
 	const uint8_t *p = expect(s, REQUEST);
 	cr_expect_eq(get_le32(p + 20), 1234);
 	*host_port = host_port_of(p);
@@ -153,6 +152,12 @@ static int open_to_guest(struct setup *s, uint32_t *host_port)
 	snprintf(want, sizeof(want), "OK %u\n", *host_port);
 	cr_assert_eq(host_read(fd, line, sizeof(line) - 1), (ssize_t)strlen(want));
 	cr_expect_str_eq(line, want);
+}
+/* A host's connection to port 1234 of the guest, open. */
+static int open_to_guest(struct setup *s, uint32_t *host_port)
+{
+	int fd = host_connect(s, "CONNECT 1234\n");
+	accept_host(s, fd, host_port);
 	return fd;
 }
 
@@ -368,6 +373,34 @@ Test(vsock, bad_chains)
 	setup_destroy(s);
 }
 
+/* A machine that starts from the same checkpoint as another one has guest sockets of that one's connections: its own come from other ports. */
+Test(vsock, ports_are_not_those_of_another_life)
+{
+	uint32_t ports[2];
+	for (int i = 0; i < 2; i++) {
+		struct setup *s = setup_create();
+		struct err err = ERR_INIT;
+		start(s);
+		void *state = xcalloc(1, s->component.table->size);
+		loop_park_request(s->rig.loop);
+		loop_park_wait(s->rig.loop);
+		cr_assert_eq(s->component.capture(s->component.opaque, state, &err), 0);
+		loop_unpark(s->rig.loop);
+		cr_assert_eq(s->component.drain(s->component.opaque, &err), 0);
+		loop_park_request(s->rig.loop);
+		loop_park_wait(s->rig.loop);
+		cr_assert_eq(s->component.apply(s->component.opaque, state, &err), 0, "%s", err.message);
+		loop_unpark(s->rig.loop);
+		free(state);
+		rig_settle(&s->rig);
+		rig_offer(&s->event, 0);
+		rig_kick(&s->event);
+		close(open_to_guest(s, &ports[i]));
+		setup_destroy(s);
+	}
+	cr_expect_neq(ports[0], ports[1]);
+}
+
 /* Back at a checkpoint: the host's connection has ended, the guest is told, a new one works. */
 Test(vsock, state_goes_there_and_back)
 {
@@ -398,6 +431,21 @@ Test(vsock, state_goes_there_and_back)
 	rig_settle(&s->rig);
 	cr_expect_eq(rig_used_idx(&s->event), 1, "the guest is told");
 	cr_expect_eq(*(uint32_t *)mem_at(s->rig.mem, EVENTS, 4, false), 0);
+	/* Until the guest has acted on that nothing new begins: the reset would end it. Of one that does not wait for it the guest hears nothing. */
+	uint16_t seen = s->seen;
+	fd = host_connect(s, "CONNECT 1234\n");
+	close(host_connect(s, "CONNECT 99\n"));
+	rig_kick(&s->receive);
+	usleep(20000);
+	rig_settle(&s->rig);
+	cr_expect_eq(rig_used_idx(&s->receive), seen, "a connection begins before the guest has acted on the reset");
+	cr_expect_eq(get_le16(mem_at(s->rig.mem, s->event.used, 2, false)), 0, "the driver is asked to notify");
+	rig_offer(&s->event, 0);
+	rig_kick(&s->event);
+	accept_host(s, fd, &port);
+	close(fd);
+	while (get_le16(next(s) + 30) != RST)
+		;
 	close(open_to_guest(s, &port));
 	setup_destroy(s);
 }

@@ -342,17 +342,21 @@ void virtq_disarm(struct virtqueue *q)
 		set_used_flags(q, USED_F_NO_NOTIFY);
 }
 
-bool virtq_rearm(struct virtqueue *q)
+bool virtq_rearm(struct virtqueue *q) { return virtq_rearm_after(q, q->s.next_avail); }
+
+uint16_t virtq_offered(const struct virtqueue *q) { return q->s.enabled ? load16_acquire(q->avail + AVAIL_IDX) : 0; }
+
+bool virtq_rearm_after(struct virtqueue *q, uint16_t offered)
 {
 	if (!q->s.enabled)
 		return false;
 	if (q->event_idx)
-		set_avail_event(q, q->s.next_avail);
+		set_avail_event(q, offered);
 	else
 		set_used_flags(q, 0);
 	/* The driver makes a chain available, then looks at our wish; we set our wish, then look for a chain. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	return virtq_has_chain(q);
+	return virtq_offered(q) != offered;
 }
 
 /* --- data --- */

@@ -93,6 +93,10 @@ void virtq_disarm(struct virtqueue *q);
 /* All that was available is popped: asks the driver for a notification of the next chain (2.7.10). True if one came
  * meanwhile. */
 bool virtq_rearm(struct virtqueue *q);
+/* How many chains the driver has made available, popped or not, modulo 2^16; 0 of a queue that is not enabled. */
+uint16_t virtq_offered(const struct virtqueue *q);
+/* As virtq_rearm, with chains left that nobody is to pop now: asks for a notification of the one after `offered` (of virtq_offered). */
+bool virtq_rearm_after(struct virtqueue *q, uint16_t offered);
 
 /* Copies from the readable / into the writable part of a chain, at `offset` of it; returns bytes copied (less at its
  * end). */

@@ -320,6 +320,15 @@ Test(virtqueue, interrupts_by_event_index)
 	cr_expect_eq(pop(r), 1);
 	cr_expect(!virtq_rearm(&r->q));
 	cr_expect_eq(get16(r, avail_event), 1);
+	/* Chains that wait and are not popped: only the one after them is told of. */
+	offer(r, 0);
+	offer(r, 0);
+	uint16_t offered = virtq_offered(&r->q);
+	cr_expect_eq(offered, 3);
+	cr_expect(!virtq_rearm_after(&r->q, offered));
+	cr_expect_eq(get16(r, avail_event), 3);
+	offer(r, 0);
+	cr_expect(virtq_rearm_after(&r->q, offered), "one came meanwhile");
 	ring_destroy(r);
 }
 
