@@ -56,7 +56,9 @@ static const struct codec_table acpi_pm_table = {"acpi-pm", sizeof(struct acpi_p
 
 struct acpi_pm {
 	struct isa_platform platform; /* immutable */
-	bool reset_port;	      /* immutable */
+	bool reset_port;	      /* immutable, as the next two */
+	void (*applied)(void *opaque);
+	void *opaque;
 	pthread_mutex_t
 		lock; /* a leaf but for the interrupt line, which is set under it so that levels come in order */
 	struct acpi_pm_state state; /* under lock; `timer` counts up to timer_base_ns */
@@ -258,6 +260,12 @@ void acpi_pm_press_power_button(struct acpi_pm *pm)
 	pthread_mutex_unlock(&pm->lock);
 }
 
+void acpi_pm_on_apply(struct acpi_pm *pm, void (*applied)(void *opaque), void *opaque)
+{
+	pm->applied = applied;
+	pm->opaque = opaque;
+}
+
 static int capture(void *opaque, void *state, struct err *err)
 {
 	struct acpi_pm *pm = opaque;
@@ -291,6 +299,8 @@ static int apply(void *opaque, const void *state, struct err *err)
 	pm->timer_base_ns = pm->platform.now_ns(pm->platform.opaque);
 	update_sci(pm);
 	pthread_mutex_unlock(&pm->lock);
+	if (pm->applied)
+		pm->applied(pm->opaque);
 	return 0;
 }
 

@@ -23,6 +23,9 @@ void acpi_pm_destroy(struct acpi_pm *pm);
 /* The guest's system is asked to shut down; a guest that has not enabled the button's event sees it once it does. */
 void acpi_pm_press_power_button(struct acpi_pm *pm);
 
+/* `applied` is called at the end of each load of a saved state, when guest memory is the checkpoint's: for what is to be new then. Before the VM runs. */
+void acpi_pm_on_apply(struct acpi_pm *pm, void (*applied)(void *opaque), void *opaque);
+
 struct component acpi_pm_component(struct acpi_pm *pm);
 
 #endif

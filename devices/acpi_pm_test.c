@@ -148,3 +148,22 @@ Test(acpi_pm, damaged_state_is_refused)
 	cr_expect_eq(err.class, ERR_DAMAGED);
 	end(&f);
 }
+
+static void count(void *opaque) { ++*(unsigned *)opaque; }
+
+Test(acpi_pm, tells_when_a_state_is_in_place)
+{
+	struct fixture f;
+	struct err err = ERR_INIT;
+	unsigned applied = 0;
+
+	init(&f, true);
+	acpi_pm_on_apply(f.pm, count, &applied);
+	void *state = xcalloc(1, f.component.table->size);
+	cr_assert_eq(f.component.capture(f.component.opaque, state, &err), 0);
+	cr_expect_eq(applied, 0);
+	cr_assert_eq(f.component.apply(f.component.opaque, state, &err), 0);
+	cr_expect_eq(applied, 1);
+	free(state);
+	end(&f);
+}

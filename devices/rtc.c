@@ -455,6 +455,21 @@ void rtc_destroy(struct rtc *rtc)
 	free(rtc);
 }
 
+void rtc_set_back(struct rtc *rtc, uint64_t ns)
+{
+	pthread_mutex_lock(&rtc->lock);
+	int64_t offset;
+
+	/* A time that no clock shows is not taken. */
+	if (!(rtc->state.cmos[REG_B] & B_SET) && ns <= TIME_LIMIT_NS && !__builtin_sub_overflow(rtc->state.offset_ns, (int64_t)ns, &offset) &&
+	    offset >= -OFFSET_LIMIT_NS) {
+		rtc->state.offset_ns = offset;
+		rtc->state.checked_ns = clock_ns(rtc); /* nothing happened in the time that is not shown */
+	}
+	arm_timer(rtc);
+	pthread_mutex_unlock(&rtc->lock);
+}
+
 static int capture(void *opaque, void *state, struct err *err)
 {
 	struct rtc *rtc = opaque;

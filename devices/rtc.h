@@ -32,6 +32,9 @@ int rtc_create(const struct isa_platform *platform, const struct rtc_config *con
 /* The VM does not run, nor does the loop (or in its thread). NULL is allowed. */
 void rtc_destroy(struct rtc *rtc);
 
+/* The clock shows `ns` less than it did, as if the guest had set it. Before the VM runs, after the load of a state. */
+void rtc_set_back(struct rtc *rtc, uint64_t ns);
+
 struct component rtc_component(struct rtc *rtc);
 
 #endif

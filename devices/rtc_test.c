@@ -264,6 +264,21 @@ Test(rtc, state_is_carried_as_an_offset)
 	end(&b);
 }
 
+Test(rtc, is_set_back)
+{
+	struct fixture f;
+
+	init(&f);
+	set(&f, 11, 0x06);
+	rtc_set_back(f.rtc, 26 * 3600 * SECOND_NS);
+	expect_time(&f, (uint8_t[]){20, 26, 11, 20, 6, 12, 5, 9});
+	f.m.wall_ns += SECOND_NS;
+	expect_time(&f, (uint8_t[]){20, 26, 11, 20, 6, 12, 5, 10});
+	rtc_set_back(f.rtc, UINT64_MAX); /* no such time */
+	expect_time(&f, (uint8_t[]){20, 26, 11, 20, 6, 12, 5, 10});
+	end(&f);
+}
+
 Test(rtc, damaged_state_is_refused)
 {
 	struct fixture f;

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -161,8 +162,7 @@ static int open_disk(struct machine *machine, struct config_disk *config, struct
 static int open_net(struct machine *machine, struct config_net *config, struct err *err)
 {
 	const struct machine_net_place place = {
-		.pci = machine->pci, .mem = vm_memory(machine->vm), .loop = machine->loop, .uuid = machine->options.uuid,
-		.libvirt = machine->options.config->libvirt};
+		.pci = machine->pci, .mem = vm_memory(machine->vm), .loop = machine->loop, .libvirt = machine->options.config->libvirt};
 
 	/* Also one that fails half way: machine_destroy closes it. */
 	return machine_net_open(&machine->nets[machine->net_count++], &place, config, err);
@@ -173,6 +173,36 @@ static int open_vsock(struct machine *machine, struct err *err)
 	CLEANUP_FREE char *path = xasprintf("%s/vms/%s/vsock.sock", store_path(machine->options.store), machine->options.config->name);
 
 	return virtio_vsock_create(machine->pci, vm_memory(machine->vm), machine->loop, machine->options.config->vsock_cid, path, &machine->vsock, err);
+}
+
+/* --- the generation id --- */
+
+static void new_generation(uint8_t id[ACPI_GENERATION_BYTES])
+{
+	if (getrandom(id, ACPI_GENERATION_BYTES, 0) != (ssize_t)ACPI_GENERATION_BYTES)
+		abort(); /* the kernel does not fail for 16 bytes */
+}
+
+/* The guest goes on from a checkpoint: what it took for unique may have been used by another life of it. Told before its first instruction. */
+static void renew_generation(void *opaque)
+{
+	struct machine *machine = opaque;
+	uint8_t id[ACPI_GENERATION_BYTES];
+
+	new_generation(id);
+	if (!acpi_set_generation(vm_memory(machine->vm), id))
+		return;
+	vm_irq_set(machine->vm, ACPI_GENERATION_GSI, true);
+	vm_irq_set(machine->vm, ACPI_GENERATION_GSI, false);
+}
+
+void machine_generation(struct machine *machine, char out[MACHINE_GENERATION_BYTES])
+{
+	uint8_t id[ACPI_GENERATION_BYTES];
+
+	out[0] = '\0';
+	for (unsigned i = 0; i < sizeof(id) && (i > 0 || acpi_get_generation(vm_memory(machine->vm), id)); i++)
+		snprintf(out + 2 * i, 3, "%02x", id[i]);
 }
 
 /* --- building --- */
@@ -192,6 +222,8 @@ static int create_devices(struct machine *machine, struct err *err)
 		rc = rtc_create(&isa, &clock, &machine->rtc, err);
 	if (!rc)
 		rc = acpi_pm_create(&isa, false, &machine->pm, err); /* the reset port lies in the PCI bus's ports */
+	if (!rc)
+		acpi_pm_on_apply(machine->pm, renew_generation, machine);
 	for (unsigned i = 0; !rc && i < config->disk_count; i++)
 		rc = open_disk(machine, &config->disks[i], err);
 	if (!rc && config->rng)
@@ -265,10 +297,12 @@ static int create_engine(struct machine *machine, struct err *err)
 static int boot(struct machine *machine, struct err *err)
 {
 	struct machine_config *config = machine->options.config;
-	struct acpi_config acpi = {.serial = true, .rtc = true, .pci = true};
+	uint8_t generation[ACPI_GENERATION_BYTES];
+	struct acpi_config acpi = {.serial = true, .rtc = true, .pci = true, .generation_id = generation};
 	struct boot_config kernel = {.kernel = config->kernel, .initrd = config->initrd, .cmdline = config->cmdline};
-	int rc = acpi_build(machine->vm, &acpi, err);
 
+	new_generation(generation);
+	int rc = acpi_build(machine->vm, &acpi, err);
 	return rc ? rc : boot_load(machine->vm, &kernel, err);
 }
 
@@ -284,6 +318,7 @@ static unsigned spare_processors(unsigned cpus)
 static int build(struct machine *machine, struct err *err)
 {
 	struct machine_config *config = machine->options.config;
+	machine_choose_macs(config, machine->options.uuid);
 	struct vm_config vm = {
 		.memory_bytes = config->memory_bytes,
 		.memory_backing = config->memory_backing,
@@ -315,6 +350,8 @@ static int build(struct machine *machine, struct err *err)
 		return err_sys(err, rc, "I/O thread");
 	machine->io_thread_runs = true;
 	rc = machine->options.from ? ckpt_load(machine->engine, machine->options.from, err) : boot(machine, err);
+	if (!rc && machine->options.clock_back_ns)
+		rtc_set_back(machine->rtc, machine->options.clock_back_ns);
 	return rc ? rc : vm_start(machine->vm, err);
 }
 

@@ -28,6 +28,7 @@ struct machine_options {
 	const char *uuid;
 	const char *from;	       /* checkpoint to start from, NULL: boot */
 	struct console *console;
+	uint64_t clock_back_ns;	       /* with `from`: the real-time clock shows so much less than the host's time; 0: what it showed is right again */
 	/* As vm_config.stopped: from a vCPU thread, must not block. */
 	void (*stopped)(void *opaque, enum vm_stop_reason reason, const struct err *err);
 	void *opaque;
@@ -36,6 +37,9 @@ struct machine_options {
 int machine_create(const struct machine_options *options, struct machine **out, struct err *err);
 /* Stops the VM, cancels a checkpoint under way, writes back and closes the disks. The error, if any, is of the disks: the machine is gone in any case. */
 int machine_destroy(struct machine *machine, struct err *err);
+
+/* Gives each card without an address one: the same at every start of the VM with this uuid, another one in each VM. */
+void machine_choose_macs(struct machine_config *config, const char *uuid);
 
 /* Lets the VM run. -EALREADY, ERR_STATE if it runs. After a revert that failed half way both fail with its error. */
 int machine_resume(struct machine *machine, struct err *err);
@@ -65,6 +69,10 @@ struct machine_net_stats {
 	struct virtio_net_stats traffic;
 };
 bool machine_net_stats(struct machine *machine, unsigned index, struct machine_net_stats *out);
+/* The guest's generation id in hexadecimal: another one at each boot, start from a checkpoint and revert. "" if the guest, of an older version's
+ * checkpoint, has none. */
+#define MACHINE_GENERATION_BYTES 33
+void machine_generation(struct machine *machine, char out[MACHINE_GENERATION_BYTES]);
 struct ckpt_engine *machine_engine(struct machine *machine);
 struct vm *machine_vm(struct machine *machine);
 

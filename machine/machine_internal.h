@@ -19,12 +19,10 @@ struct machine_net_place {
 	struct pci_bus *pci;
 	struct mem *mem;
 	struct loop *loop;
-	const char *uuid; /* of the VM */
 	const char *libvirt; /* URI, "": the default */
 };
 
-/* Binds the host's side and makes the device. A card without an address gets one: the same at every start of the VM, another one in each VM. It is
- * noted in the configuration, so that it stays the card's in checkpoints. After a failure too machine_net_close is to be called. */
+/* Binds the host's side and makes the device, which has an address (machine_choose_macs). After a failure too machine_net_close is to be called. */
 int machine_net_open(struct machine_net *net, const struct machine_net_place *place, struct config_net *config, struct err *err);
 /* The loop does not run. */
 void machine_net_close(struct machine_net *net);

@@ -36,6 +36,18 @@ static int find_bridge(const char *uri, const char *network, char bridge[NET_INT
 	return rc;
 }
 
+void machine_choose_macs(struct machine_config *config, const char *uuid)
+{
+	for (unsigned i = 0; i < config->net_count; i++) {
+		struct config_net *net = &config->nets[i];
+
+		if (net->mode == NET_NONE || net->mac_given)
+			continue;
+		choose_mac(uuid, net->name, net->mac);
+		net->mac_given = true;
+	}
+}
+
 static int open_backend(struct machine_net *net, const struct machine_net_place *place, struct err *err)
 {
 	const struct config_net *config = net->config;
@@ -58,10 +70,6 @@ int machine_net_open(struct machine_net *net, const struct machine_net_place *pl
 	struct virtio_net_config device = {.name = config->name, .send_rate = config->send_rate, .receive_rate = config->receive_rate};
 
 	net->config = config;
-	if (!config->mac_given) {
-		choose_mac(place->uuid, config->name, config->mac);
-		config->mac_given = true;
-	}
 	memcpy(device.mac, config->mac, sizeof(device.mac));
 	int rc = open_backend(net, place, err);
 	return rc ? rc : virtio_net_create(place->pci, place->mem, place->loop, net->backend, &device, &net->device, err);

@@ -21,9 +21,12 @@
 #define ACPI_RESET_PORT	   0xcf9u /* value 6 resets */
 #define ACPI_SCI_GSI	   9u	  /* active high, level: vm_irq_set */
 #define ACPI_S5_SLEEP_TYPE 0u
+#define ACPI_GENERATION_GSI 20u	  /* edge, active high: the generation id has changed */
 
 /* Where things of the machine are. */
 #define ACPI_TABLES_GPA	 0xe0000u
+#define ACPI_GENERATION_GPA 0xff000u /* a page of its own, behind the tables */
+#define ACPI_GENERATION_BYTES 16u
 #define PCI_MMIO32_BASE	 0xc0000000u /* window for 32-bit BARs, up to ... */
 #define PCI_MMIO32_END	 0xe0000000u
 #define PCI_MMIO64_BYTES (16ull << 30) /* the window for 64-bit BARs: where it is, says acpi_pci_mmio64_base */
@@ -39,11 +42,17 @@ struct acpi_config {
 	bool serial; /* COM1: PNP0501 at 0x3f8, GSI 4 */
 	bool rtc;    /* PNP0B00 at 0x70, GSI 8 */
 	bool pci;    /* root bridge PNP0A03, configuration by 0xcf8, _PRT: device d, pin p -> GSI 16 + (d + p) % 4 */
+	const uint8_t *generation_id; /* ACPI_GENERATION_BYTES: a device "VM generation counter" and the event that tells of a new id; NULL: none */
 	const uint8_t *aml; /* further AML objects for the DSDT (\_SB scope; vmm/x86/aml.h writes them), NULL if none */
 	size_t aml_bytes;
 };
 
 /* Writes the tables into guest memory at ACPI_TABLES_GPA (RSDP first, where legacy scans find it too). */
 int acpi_build(struct vm *vm, const struct acpi_config *config, struct err *err);
+
+/* Gives the guest another generation id. False, and nothing is changed, if its tables name none, as those of checkpoints of older versions. Who asks
+ * pulses ACPI_GENERATION_GSI then. The VM stands still. */
+bool acpi_set_generation(struct mem *mem, const uint8_t id[ACPI_GENERATION_BYTES]);
+bool acpi_get_generation(struct mem *mem, uint8_t id[ACPI_GENERATION_BYTES]);
 
 #endif

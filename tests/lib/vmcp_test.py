@@ -21,6 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from guest_console import ConsoleError, GuestConsole  # noqa: E402
 
 MIB = 1 << 20
+GENERATION_PAGE = 0xff  # of guest memory: holds the generation id, another one in each life of a VM (vmm/acpi.h)
 
 
 class Skip(Exception):

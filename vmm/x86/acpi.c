@@ -5,7 +5,11 @@
 #include "base/bytes.h"
 #include "vmm/x86/acpi_internal.h"
 
-#define TABLES_END 0x100000u
+#define TABLES_END ACPI_GENERATION_GPA
+
+/* What the page of the generation id begins with; the id follows. Whoever finds it in a checkpoint's memory may write the id. */
+static const char generation_mark[] = "VMCP generation";
+#define GENERATION_ID_OFFSET sizeof(generation_mark)
 
 #define HEADER_BYTES 36u
 #define RSDP_BYTES   36u
@@ -194,6 +198,13 @@ static int place_facs(struct layout *layout, uint64_t *gpa, struct err *err)
 	return place_raw(layout, t, FACS_BYTES, FACS_BYTES, gpa, err);
 }
 
+static int place_generation(struct mem *mem, const uint8_t *id, struct err *err)
+{
+	int r = mem_write(mem, ACPI_GENERATION_GPA, generation_mark, sizeof(generation_mark), err);
+
+	return r < 0 ? r : mem_write(mem, acpi_generation_gpa(), id, ACPI_GENERATION_BYTES, err);
+}
+
 /* Last: a kernel that scans finds the tables complete or not at all. */
 static int write_rsdp(struct mem *mem, uint64_t xsdt, struct err *err)
 {
@@ -224,6 +235,8 @@ int acpi_build_tables(struct mem *mem, unsigned cpus, const struct acpi_config *
 		r = place_fadt(&layout, config, facs, dsdt, &fadt, err);
 	if (r == 0)
 		r = place_madt(&layout, cpus, &madt, err);
+	if (r == 0 && config->generation_id)
+		r = place_generation(mem, config->generation_id, err);
 	if (r < 0)
 		return r;
 	put_le64(xsdt + HEADER_BYTES, fadt);
@@ -237,4 +250,23 @@ int acpi_build_tables(struct mem *mem, unsigned cpus, const struct acpi_config *
 int acpi_build(struct vm *vm, const struct acpi_config *config, struct err *err)
 {
 	return acpi_build_tables(vm_memory(vm), vm_cpus(vm), config, err);
+}
+
+uint64_t acpi_generation_gpa(void) { return ACPI_GENERATION_GPA + GENERATION_ID_OFFSET; }
+
+static bool has_generation(struct mem *mem)
+{
+	char mark[sizeof(generation_mark)];
+
+	return mem_read(mem, ACPI_GENERATION_GPA, mark, sizeof(mark), NULL) == 0 && memcmp(mark, generation_mark, sizeof(mark)) == 0;
+}
+
+bool acpi_set_generation(struct mem *mem, const uint8_t id[ACPI_GENERATION_BYTES])
+{
+	return has_generation(mem) && mem_write(mem, acpi_generation_gpa(), id, ACPI_GENERATION_BYTES, NULL) == 0;
+}
+
+bool acpi_get_generation(struct mem *mem, uint8_t id[ACPI_GENERATION_BYTES])
+{
+	return has_generation(mem) && mem_read(mem, acpi_generation_gpa(), id, ACPI_GENERATION_BYTES, NULL) == 0;
 }

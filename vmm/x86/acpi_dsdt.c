@@ -114,6 +114,42 @@ static void write_soft_off(struct aml *aml)
 	aml_end(aml, package);
 }
 
+/*
+ * Microsoft's "Virtual Machine Generation ID": the device says where the id is, and is notified (0x80) when it changes. That comes by a Generic Event
+ * Device (5.6.9), whose interrupt needs no register to be read.
+ */
+static void write_generation(struct aml *aml)
+{
+	size_t device = aml_device_begin(aml, "VGEN");
+
+	aml_name(aml, "_HID");
+	aml_string(aml, "VMCP0002");
+	aml_name(aml, "_CID");
+	aml_string(aml, "VMGENCTR"); /* which Linux looks for */
+	aml_name(aml, "_DDN");
+	aml_string(aml, "VM_Gen_Counter");
+	aml_name(aml, "ADDR");
+	size_t address = aml_package_begin(aml, 2);
+	aml_integer(aml, acpi_generation_gpa());
+	aml_integer(aml, 0);
+	aml_end(aml, address);
+	aml_end(aml, device);
+
+	device = aml_device_begin(aml, "GED0");
+	aml_name(aml, "_HID");
+	aml_string(aml, "ACPI0013");
+	aml_name(aml, "_UID");
+	aml_integer(aml, 0);
+	aml_name(aml, "_CRS");
+	size_t resources = aml_resources_begin(aml);
+	aml_res_gsi(aml, ACPI_GENERATION_GSI);
+	aml_resources_end(aml, resources);
+	size_t method = aml_method_begin(aml, "_EVT", 1);
+	aml_notify(aml, "\\_SB.VGEN", 0x80);
+	aml_end(aml, method);
+	aml_end(aml, device);
+}
+
 void acpi_write_dsdt(struct aml *aml, const struct mem *mem, unsigned cpus, const struct acpi_config *config)
 {
 	write_soft_off(aml);
@@ -125,6 +161,8 @@ void acpi_write_dsdt(struct aml *aml, const struct mem *mem, unsigned cpus, cons
 		write_isa_device(aml, "COM1", "PNP0501", 0x3f8, 8, 4);
 	if (config->rtc)
 		write_isa_device(aml, "RTC0", "PNP0B00", 0x70, 2, 8);
+	if (config->generation_id)
+		write_generation(aml);
 	if (config->aml && !aml->failed && buf_append(&aml->buf, config->aml, config->aml_bytes, NULL) < 0)
 		aml->failed = true;
 	aml_end(aml, scope);

@@ -8,6 +8,9 @@
 
 int acpi_build_tables(struct mem *mem, unsigned cpus, const struct acpi_config *config, struct err *err);
 
+/* Where the id itself is: a multiple of 8. */
+uint64_t acpi_generation_gpa(void);
+
 /* acpi_dsdt.c: appends the content of the DSDT, without its header. */
 void acpi_write_dsdt(struct aml *aml, const struct mem *mem, unsigned cpus, const struct acpi_config *config);
 

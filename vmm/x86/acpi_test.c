@@ -14,7 +14,8 @@
 #define MIB (1ull << 20)
 #define GIB (1ull << 30)
 
-static const struct acpi_config full_config = {.serial = true, .rtc = true, .pci = true};
+static const uint8_t generation[ACPI_GENERATION_BYTES] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+static const struct acpi_config full_config = {.serial = true, .rtc = true, .pci = true, .generation_id = generation};
 
 static struct mem *build(uint64_t memory_bytes, unsigned cpus, const struct acpi_config *config)
 {
@@ -119,6 +120,36 @@ Test(acpi, madt_lists_every_processor_once)
 		cr_expect_eq(nmis, 1);
 		mem_destroy(mem);
 	}
+}
+
+Test(acpi, generation_id_is_where_the_tables_say)
+{
+	struct mem *mem = build(128 * MIB, 1, &full_config);
+	uint8_t id[ACPI_GENERATION_BYTES], other[ACPI_GENERATION_BYTES];
+	const uint8_t *dsdt = get_table(mem, get_le64(get_fadt(mem) + 140), "DSDT");
+	const uint8_t *name = memmem(dsdt, get_le32(dsdt + 4), "ADDR", 4);
+
+	cr_assert_not_null(name);
+	/* Package, its length, two elements, DWordPrefix, the address, ZeroOp. */
+	cr_assert(name[4] == 0x12 && name[6] == 2 && name[7] == 0x0c && name[12] == 0);
+	uint64_t gpa = get_le32(name + 8);
+	cr_expect_eq(gpa % 8, 0);
+	cr_assert_eq(mem_read(mem, gpa, id, sizeof(id), NULL), 0);
+	cr_expect(memcmp(id, generation, sizeof(id)) == 0);
+	memset(other, 0xab, sizeof(other));
+	cr_expect(acpi_set_generation(mem, other));
+	cr_assert_eq(mem_read(mem, gpa, id, sizeof(id), NULL), 0);
+	cr_expect(memcmp(id, other, sizeof(id)) == 0);
+	cr_expect(acpi_get_generation(mem, id) && memcmp(id, other, sizeof(id)) == 0);
+	mem_destroy(mem);
+	/* A guest whose tables name none: nothing of its memory is touched. */
+	mem = build(128 * MIB, 1, &(struct acpi_config){0});
+	cr_expect_not(acpi_set_generation(mem, other));
+	cr_expect_not(acpi_get_generation(mem, id));
+	const uint8_t *page = mem_at(mem, ACPI_GENERATION_GPA, 4096, false);
+	for (size_t i = 0; i < 4096; i++)
+		cr_assert_eq(page[i], 0);
+	mem_destroy(mem);
 }
 
 Test(acpi, refuses_what_does_not_fit)

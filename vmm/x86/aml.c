@@ -13,9 +13,11 @@
 #define OP_SCOPE      0x10
 #define OP_BUFFER     0x11
 #define OP_PACKAGE    0x12
+#define OP_METHOD     0x14
 #define OP_DUAL_NAME  0x2e
 #define OP_MULTI_NAME 0x2f
 #define OP_EXTENDED   0x5b
+#define OP_NOTIFY     0x86
 #define OP_EXT_DEVICE 0x82
 
 #define SEGMENT_BYTES	     4u
@@ -26,7 +28,11 @@
 #define RES_END		 0x79
 #define RES_DWORD_WINDOW 0x87
 #define RES_WORD_WINDOW	 0x88
+#define RES_INTERRUPT	 0x89
 #define RES_QWORD_WINDOW 0x8a
+
+#define METHOD_SERIALIZED      0x08
+#define INTERRUPT_EDGE_CONSUMER 0x03 /* active high, exclusive */
 
 enum window_kind { WINDOW_MEMORY = 0, WINDOW_IO = 1, WINDOW_BUS = 2 };
 #define WINDOW_FIXED	       0x0c /* producer, positive decode, both ends fixed */
@@ -174,6 +180,22 @@ size_t aml_device_begin(struct aml *aml, const char *path)
 	return mark;
 }
 
+size_t aml_method_begin(struct aml *aml, const char *path, unsigned arguments)
+{
+	put_byte(aml, OP_METHOD);
+	size_t mark = aml->buf.length;
+	put_path(aml, path);
+	put_byte(aml, (uint8_t)(arguments | METHOD_SERIALIZED));
+	return mark;
+}
+
+void aml_notify(struct aml *aml, const char *path, uint8_t value)
+{
+	put_byte(aml, OP_NOTIFY);
+	put_path(aml, path);
+	aml_integer(aml, value);
+}
+
 size_t aml_package_begin(struct aml *aml, uint8_t elements)
 {
 	put_byte(aml, OP_PACKAGE);
@@ -215,6 +237,15 @@ void aml_res_irq(struct aml *aml, unsigned irq)
 {
 	put_byte(aml, RES_IRQ_NO_FLAGS);
 	put_number(aml, 1u << irq, 2);
+}
+
+void aml_res_gsi(struct aml *aml, unsigned gsi)
+{
+	put_byte(aml, RES_INTERRUPT);
+	put_number(aml, 6, 2);
+	put_byte(aml, INTERRUPT_EDGE_CONSUMER);
+	put_byte(aml, 1);
+	put_number(aml, gsi, 4);
 }
 
 static void put_window(struct aml *aml, uint8_t tag, enum window_kind kind, uint8_t flags, uint64_t first,

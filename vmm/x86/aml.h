@@ -33,15 +33,20 @@ void aml_name(struct aml *aml, const char *path);
 
 size_t aml_scope_begin(struct aml *aml, const char *path);
 size_t aml_device_begin(struct aml *aml, const char *path);
+size_t aml_method_begin(struct aml *aml, const char *path, unsigned arguments); /* serialized */
 size_t aml_package_begin(struct aml *aml, uint8_t elements); /* so many objects follow */
 /* ResourceTemplate () as one object; only aml_res_* calls come before its end. */
 size_t aml_resources_begin(struct aml *aml);
 void aml_end(struct aml *aml, size_t mark);
 void aml_resources_end(struct aml *aml, size_t mark);
 
+/* Notify (path, value), in a method. */
+void aml_notify(struct aml *aml, const char *path, uint8_t value);
+
 /* Resource descriptors (6.4). Windows are what a bridge passes on to its bus; `last` is inclusive. */
 void aml_res_io(struct aml *aml, uint16_t port, uint8_t ports);
 void aml_res_irq(struct aml *aml, unsigned irq); /* ISA: edge, active high, exclusive */
+void aml_res_gsi(struct aml *aml, unsigned gsi); /* any: edge, active high, exclusive */
 void aml_res_bus_window(struct aml *aml, uint16_t first, uint16_t last);
 void aml_res_io_window(struct aml *aml, uint16_t first, uint16_t last);
 void aml_res_mem32_window(struct aml *aml, uint32_t first, uint32_t last);
