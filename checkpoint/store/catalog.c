@@ -14,7 +14,7 @@
 #include "checkpoint/store/store_internal.h"
 
 #define BUSY_MS	       10000
-#define SCHEMA_VERSION 2
+#define SCHEMA_VERSION 3
 #define PREFIX_DIGITS  4
 #define SET_WAL	       "PRAGMA journal_mode = WAL"
 
@@ -51,6 +51,16 @@ static const char tables_since_2[] =
 	"WITHOUT ROWID;"
 	"CREATE INDEX refs_checkpoint ON refs(checkpoint);"
 	"CREATE TABLE images(path TEXT PRIMARY KEY) WITHOUT ROWID;";
+
+/* resources.c */
+static const char tables_since_3[] =
+	"CREATE TABLE resources(vm TEXT NOT NULL, type TEXT NOT NULL, name TEXT NOT NULL, guest TEXT NOT NULL, host TEXT NOT NULL,"
+	" PRIMARY KEY(vm, type, name)) WITHOUT ROWID;"
+	"CREATE INDEX resources_host ON resources(type, host);"
+	"CREATE TABLE hosts(type TEXT NOT NULL, host TEXT NOT NULL, exclusive INTEGER NOT NULL, refs INTEGER NOT NULL, PRIMARY KEY(type, host)) "
+	"WITHOUT ROWID;"
+	"CREATE INDEX hosts_unused ON hosts(refs) WHERE refs = 0;"
+	"CREATE TABLE templates(checkpoint TEXT PRIMARY KEY, rules TEXT NOT NULL) WITHOUT ROWID;";
 
 int catalog_error_locked(struct store *store, const char *what, struct err *err)
 {
@@ -143,6 +153,8 @@ static int upgrade(struct store *store, struct err *err)
 		rc = catalog_run_locked(store, tables_since_2, err);
 	if (!rc && version < 2)
 		rc = catalog_fill_locked(store, err);
+	if (!rc && version < 3)
+		rc = catalog_run_locked(store, tables_since_3, err);
 	snprintf(set_version, sizeof(set_version), "PRAGMA user_version = %d", SCHEMA_VERSION);
 	if (!rc)
 		rc = catalog_run_locked(store, set_version, err);

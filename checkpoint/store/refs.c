@@ -183,6 +183,8 @@ int refs_forget_locked(struct store *store, const char *id, struct dead_layers *
 	if (!rc)
 		rc = run_with(store, "DELETE FROM tags WHERE checkpoint = ?1", id, NULL, 0, err);
 	if (!rc)
+		rc = run_with(store, "DELETE FROM templates WHERE checkpoint = ?1", id, NULL, 0, err);
+	if (!rc)
 		rc = find_dead(store, seq, dead, err);
 	if (!rc)
 		rc = run_with(store, "DELETE FROM refs WHERE checkpoint = ?3", NULL, NULL, seq, err);

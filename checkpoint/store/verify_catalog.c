@@ -36,6 +36,9 @@ static int check_columns_locked(struct store *store, struct err *err)
 		"SELECT number, id, kind FROM layers",
 		"SELECT layer, checkpoint FROM refs",
 		"SELECT path FROM images",
+		"SELECT vm, type, name, guest, host FROM resources",
+		"SELECT type, host, exclusive, refs FROM hosts",
+		"SELECT checkpoint, rules FROM templates",
 	};
 	int rc = 0;
 
@@ -46,6 +49,30 @@ static int check_columns_locked(struct store *store, struct err *err)
 		if (!rc)
 			sqlite3_finalize(s);
 	}
+	return rc;
+}
+
+static int check_resources_locked(struct store *store, char what[512], struct err *err)
+{
+	sqlite3_stmt *s;
+	int rc = catalog_prepare_locked(store,
+					"SELECT type, host FROM hosts h WHERE refs != (SELECT COUNT(*) FROM resources r WHERE r.type = h.type AND r.host = h.host)"
+					" UNION ALL SELECT type, host FROM resources r WHERE host != '' AND NOT EXISTS"
+					" (SELECT 1 FROM hosts h WHERE h.type = r.type AND h.host = r.host) LIMIT 1",
+					&s, err);
+
+	if (rc)
+		return rc;
+	rc = catalog_step_locked(store, s, err);
+	if (rc == 1) {
+		char type[32], host[300];
+
+		catalog_text(s, 0, type, sizeof(type));
+		catalog_text(s, 1, host, sizeof(host));
+		snprintf(what, 512, "catalog.db: it is counted wrongly who has %s %s", type, host);
+		rc = 0;
+	}
+	sqlite3_finalize(s);
 	return rc;
 }
 
@@ -71,6 +98,8 @@ int store_verify_catalog(struct store *store, char what[512], struct err *err)
 	int rc = check_file_locked(store, what, err);
 	if (!rc && !what[0])
 		rc = check_columns_locked(store, err);
+	if (!rc && !what[0])
+		rc = check_resources_locked(store, what, err);
 	pthread_mutex_unlock(&store->lock);
 	if (rc || what[0])
 		return rc;

@@ -7,9 +7,12 @@
 
 #include "base/bytes.h"
 #include "base/file.h"
+#include "checkpoint/store/resources.h"
 #include "checkpoint/store/store_internal.h"
 
 #define VM_COLUMNS "name, uuid, at, pid, state, memory_bytes, cpus, started_wall_ns, config_path, config_text"
+
+#define RESERVED_FILE "reserved"
 
 struct store_vm_lock {
 	int fd;
@@ -28,9 +31,8 @@ int store_vm_dir(struct store *store, const char *name, struct err *err)
 	return rc ? rc : file_open_dir(store->vms_dir, name, 0, err);
 }
 
-int store_vm_lock(struct store *store, const char *name, struct store_vm_lock **out, struct err *err)
+static int open_lock(struct store *store, const char *name, const char *file, struct err *err)
 {
-	char text[32] = "";
 	int rc = store_check_name("VM", name, err);
 
 	if (rc)
@@ -38,9 +40,33 @@ int store_vm_lock(struct store *store, const char *name, struct store_vm_lock **
 	CLEANUP_CLOSE int dir = file_open_dir(store->vms_dir, name, 1, err);
 	if (dir < 0)
 		return dir;
-	int fd = openat(dir, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	int fd = openat(dir, file, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	return fd < 0 ? err_sys(err, errno, "%s/vms/%s/%s", store->path, name, file) : fd;
+}
+
+int store_vm_reserve(struct store *store, const char *name, struct store_vm_lock **out, struct err *err)
+{
+	int fd = open_lock(store, name, RESERVED_FILE, err);
+
 	if (fd < 0)
-		return err_sys(err, errno, "%s/vms/%s/lock", store->path, name);
+		return fd;
+	if (store_try_lock(fd) || store_vm_is_alive(store, name)) {
+		close(fd);
+		err_set(err, ERR_STATE, EBUSY, "VM %s: runs already, or is being started", name);
+		return err_hint(err, "choose another name");
+	}
+	*out = xcalloc(1, sizeof(**out));
+	(*out)->fd = fd;
+	return 0;
+}
+
+int store_vm_lock(struct store *store, const char *name, struct store_vm_lock **out, struct err *err)
+{
+	char text[32] = "";
+	int rc, fd = open_lock(store, name, "lock", err);
+
+	if (fd < 0)
+		return fd;
 	if (store_try_lock(fd)) {
 		ssize_t n = pread(fd, text, sizeof(text) - 1, 0);
 
@@ -70,15 +96,19 @@ void store_vm_unlock(struct store_vm_lock *lock)
 	free(lock);
 }
 
-bool store_vm_is_alive(struct store *store, const char *name)
+static bool is_locked(struct store *store, const char *name, const char *file)
 {
 	struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-	char path[STORE_NAME_BYTES + 8];
+	char path[STORE_NAME_BYTES + 16];
 
-	snprintf(path, sizeof(path), "%s/lock", name);
+	snprintf(path, sizeof(path), "%s/%s", name, file);
 	CLEANUP_CLOSE int fd = openat(store->vms_dir, path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
 	return fd >= 0 && fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
+
+bool store_vm_is_alive(struct store *store, const char *name) { return is_locked(store, name, "lock"); }
+
+bool store_vm_is_held(struct store *store, const char *name) { return store_vm_is_alive(store, name) || is_locked(store, name, RESERVED_FILE); }
 
 int store_vm_put(struct store *store, const struct store_vm *vm, struct err *err)
 {
