@@ -81,6 +81,9 @@ void cli_allow_many_files(void);
 /* Names of VMs and checkpoints differ: a whole number of seconds such as "30" or "30s" for --timeout. */
 int cli_parse_seconds(const char *option, const char *text, unsigned *out, struct err *err);
 
+/* cmd_clone.c: `show VM --resources` */
+int cli_show_resources(struct cli *cli, struct err *err);
+
 /* output.c */
 void cli_print_json(json_t *document); /* steals it */
 bool cli_colour(int fd); /* may be used there: a terminal, and NO_COLOR does not say otherwise */

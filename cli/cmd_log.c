@@ -397,6 +397,9 @@ static int run_show(struct cli *cli, struct err *err)
 	struct store_checkpoint checkpoint;
 	char id[STORE_ID_BYTES];
 	struct store *store;
+
+	if (cli_given(cli, "resources"))
+		return cli_show_resources(cli, err);
 	int rc = cli_open_store(cli, &store, err);
 
 	if (rc)
@@ -426,7 +429,10 @@ static const struct cli_option log_options[] = {
 	{"svg", 0, "FILE", "write a picture of the tree, with sizes and times; - is stdout", "@file"},
 	{0},
 };
-static const struct cli_option none[] = {{0}};
+static const struct cli_option show_options[] = {
+	{"resources", 0, NULL, "of a VM: its identity, what of the host is behind what its guest knows, and which VMs have that"},
+	{0},
+};
 
 const struct cli_command cli_log = {.name = "log",
 				    .synopsis = "[VM] [--graph] [--svg FILE]",
@@ -443,9 +449,9 @@ const struct cli_command cli_log = {.name = "log",
 				    .max_arguments = 1,
 				    .run = run_log};
 const struct cli_command cli_show = {.name = "show",
-				     .synopsis = "CKPT",
-				     .summary = "everything about one checkpoint",
-				     .options = none,
+				     .synopsis = "CKPT | VM --resources",
+				     .summary = "everything about one checkpoint, or what a VM has",
+				     .options = show_options,
 				     .min_arguments = 1,
 				     .words = "@ckpt",
 				     .max_arguments = 1,

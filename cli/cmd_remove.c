@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/buf.h"
+#include "checkpoint/store/resources.h"
 #include "cli/cli.h"
 #include "control/client.h"
 
@@ -196,6 +197,7 @@ static int run_gc(struct cli *cli, struct err *err)
 	struct store_merge_result merged = {0};
 	json_t *rebuilt = NULL;
 	struct store *store;
+	uint64_t resources = 0;
 	char size[16];
 	int rc = cli_given(cli, "rebuild") ? rebuild(cli, &rebuilt, err) : 0;
 
@@ -215,14 +217,16 @@ static int run_gc(struct cli *cli, struct err *err)
 	result.disk_layers += first.disk_layers;
 	result.bytes += first.bytes;
 	result.forgotten += first.forgotten;
+	if (!rc)
+		rc = store_resources_collect(store, &resources, err);
 	store_close(store);
 	if (rc)
 		return rc;
 	if (cli->json) {
-		cli_print_json(json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:o*}", "freed_bytes", (json_int_t)result.bytes, "memory_layers",
+		cli_print_json(json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o*}", "freed_bytes", (json_int_t)result.bytes, "memory_layers",
 					 (json_int_t)result.memory_layers, "disk_layers", (json_int_t)result.disk_layers,
 					 "kept_disk_layers", (json_int_t)result.kept_disk_layers, "merged_layers", (json_int_t)merged.layers,
-					 "forgotten", (json_int_t)result.forgotten, "rebuilt", rebuilt));
+					 "forgotten", (json_int_t)result.forgotten, "freed_resources", (json_int_t)resources, "rebuilt", rebuilt));
 		return 0;
 	}
 	json_decref(rebuilt);
@@ -231,6 +235,8 @@ static int run_gc(struct cli *cli, struct err *err)
 	       (unsigned long long)result.disk_layers);
 	if (merged.layers)
 		printf("%llu disk layers merged into %llu\n", (unsigned long long)merged.layers, (unsigned long long)merged.runs);
+	if (resources)
+		printf("%llu resources of VMs that are gone are free\n", (unsigned long long)resources);
 	if (result.kept_disk_layers)
 		printf("%llu disk layers belong to no checkpoint, but disks stand on them\n", (unsigned long long)result.kept_disk_layers);
 	return 0;
@@ -266,7 +272,7 @@ const struct cli_command cli_gc = {
 	.synopsis = "[--rebuild]",
 	.summary = "give back the space of what nothing needs",
 	.help = "Removes memory and disk layers that no checkpoint needs and no disk of a VM stands on: what commands that were\n"
-		"killed left, and disk layers of removed checkpoints. Those that disks still stand on are merged; below a disk of a\n"
+		"killed left, and disk layers of removed checkpoints; frees ports, devices and names of VMs that were killed. Those that disks still stand on are merged; below a disk of a\n"
 		"VM that runs it is that VM that does so, in the background. Safe at any time; Ctrl-C ends it.",
 	.options = gc_options,
 	.run = run_gc,

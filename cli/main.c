@@ -35,7 +35,7 @@ const struct cli_command *const cli_commands[] = {
 };
 
 /* Commands of the contract that this version does not have: said plainly, rather than "unknown". */
-static const char *const later_commands[] = {"clone", "suspend", NULL};
+static const char *const later_commands[] = {"suspend", NULL};
 
 const struct cli_command *cli_find_command(const char *name)
 {

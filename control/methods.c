@@ -424,6 +424,14 @@ static json_t *operation_to_json(struct machine *machine)
 			 number(now.done_pages), "total_pages", number(now.total_pages));
 }
 
+static json_t *generation_to_json(struct machine *machine)
+{
+	char id[MACHINE_GENERATION_BYTES];
+
+	machine_generation(machine, id);
+	return id[0] ? json_string(id) : json_null();
+}
+
 static int stats(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
 {
 	struct ckpt_history history;
@@ -448,6 +456,7 @@ static int stats(struct control_exchange *x, const json_t *params, json_t **resu
 	json_object_set_new(*result, "disks", disks_to_json(x->target->machine));
 	json_object_set_new(*result, "written_pages_per_s", json_integer(number(history.written_pages_per_s)));
 	json_object_set_new(*result, "operation", operation_to_json(x->target->machine));
+	json_object_set_new(*result, "generation_id", generation_to_json(x->target->machine));
 	return 0;
 }
 

@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
-#include <sys/random.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,6 +18,7 @@
 #include "base/terminal.h"
 #include "control/console_log.h"
 #include "control/events.h"
+#include "control/identity.h"
 #include "control/periodic.h"
 #include "control/server.h"
 #include "control/tidy.h"
@@ -40,6 +40,8 @@ struct process {
 	struct machine_config config;
 	struct store_vm record;
 	char from[STORE_ID_BYTES]; /* "" when booting */
+	uint64_t clock_back_ns;	    /* of the start from it */
+	bool bound;		    /* it has resources in the store's table */
 	struct store_pin *from_pin; /* until the machine's engine and the VM's record hold it */
 	struct console *console;
 	struct console_log *console_log; /* of a detached VM */
@@ -158,51 +160,40 @@ static int find_config(struct process *process, struct err *err)
 	if (rc)
 		return rc;
 	snprintf(what, sizeof(what), "checkpoint %.8s", process->from);
-	rc = config_read_text(what, checkpoint.config_text, &process->config, err);
+	rc = config_read_text(what, options->config_text ? options->config_text : checkpoint.config_text, &process->config, err);
 	bool other = options->name && strcmp(options->name, checkpoint.vm);
+	uint64_t now = clock_wall_ns();
+	if (options->clock_of_checkpoint && now > checkpoint.created_wall_ns)
+		process->clock_back_ns = now - checkpoint.created_wall_ns;
 	store_checkpoint_free(&checkpoint);
 	if (!rc && process->config.qemu) {
 		err_set(err, ERR_STATE, ENOTSUP, "%s: is of a domain that QEMU runs, and only QEMU can go on with it", what);
 		rc = err_hint(err, "vmcp revert --connect URI %.8s", process->from);
 	}
-	if (rc || !other)
+	/* Another VM than the one that was saved. */
+	if (!rc && other && !options->config_text)
+		identity_own_disks(&process->config, store_path(process->store), options->name);
+	return rc;
+}
+
+/* All that this VM has of its host, before any of it is opened. Another VM that has some of it is named. */
+static int bind_resources(struct process *process, struct err *err)
+{
+	struct store_resource *list = NULL;
+	size_t count = 0, failed = 0;
+	const char *name = process->config.name;
+	int rc = store_vm_uuid(process->store, name, process->record.uuid, err);
+
+	if (rc)
 		return rc;
-	/* Another VM than the one that was saved: its disks are its own, in the store. */
-	for (unsigned i = 0; i < process->config.disk_count; i++) {
-		struct config_disk *disk = &process->config.disks[i];
-
-		if (disk->readonly)
-			continue;
-		free(disk->path);
-		disk->path = xasprintf("%s/vms/%s/%s.qcow2", store_path(process->store), options->name, disk->name);
-		free(disk->base);
-		disk->base = NULL;
-	}
-	return 0;
-}
-
-static void new_uuid(char out[37])
-{
-	uint8_t b[16];
-
-	if (getrandom(b, sizeof(b), 0) != (ssize_t)sizeof(b))
-		abort(); /* the kernel does not fail for 16 bytes */
-	b[6] = (uint8_t)((b[6] & 0x0f) | 0x40);
-	b[8] = (uint8_t)((b[8] & 0x3f) | 0x80);
-	snprintf(out, 37, "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2], b[3], b[4], b[5], b[6],
-		 b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
-}
-
-/* A VM that is known keeps its uuid. */
-static void choose_uuid(struct process *process)
-{
-	struct store_vm known;
-
-	new_uuid(process->record.uuid);
-	if (store_vm_get(process->store, process->config.name, &known, NULL))
-		return;
-	snprintf(process->record.uuid, sizeof(process->record.uuid), "%s", known.uuid);
-	store_vm_free(&known);
+	process->bound = true;
+	identity_list(&process->config, store_path(process->store), process->record.uuid, &list, &count);
+	rc = store_resources_bind(process->store, name, list, count, NULL, NULL, &failed, err);
+	if (rc == -EBUSY)
+		err_hint(err, "give it another one, for network cards by `vmcp run --net %.*s:KEY=VALUE`", (int)strcspn(list[failed].name, "/"),
+			 list[failed].name);
+	store_resources_free_list(list, count);
+	return rc;
 }
 
 /* Enters the VM, which is about to run, into the catalogue. */
@@ -279,6 +270,7 @@ static int build_machine(struct process *process, const char *from, struct err *
 		.uuid = process->record.uuid,
 		.from = from && *from ? from : NULL,
 		.console = process->console,
+		.clock_back_ns = from && *from ? process->clock_back_ns : 0,
 		.stopped = guest_stopped,
 		.opaque = process,
 	};
@@ -342,8 +334,9 @@ static int start(struct process *process, struct err *err)
 	if (rc)
 		return rc;
 	process->target.console = process->console;
-	choose_uuid(process);
-	rc = build_machine(process, process->from, err);
+	rc = bind_resources(process, err);
+	if (!rc)
+		rc = build_machine(process, process->from, err);
 	if (!rc)
 		rc = attach_console_log(process, err);
 	/* From here on it is known; a VM that cannot be built leaves what is known of it as it was. */
@@ -377,6 +370,8 @@ static void tell_result(struct process *process, struct process_result *result)
 
 	snprintf(result->vm, sizeof(result->vm), "%s", process->config.name);
 	snprintf(result->checkpoint, sizeof(result->checkpoint), "%s", process->from);
+	snprintf(result->uuid, sizeof(result->uuid), "%s", process->record.uuid);
+	machine_generation(process->target.machine, result->generation);
 	result->pid = (int)getpid();
 	result->boot_ns = entry > process->options->started_ns ? entry - process->options->started_ns : 0;
 }
@@ -476,6 +471,9 @@ static int end(struct process *process, int rc, struct err *err)
 		if (err)
 			*err = closing;
 	}
+	/* Behind the machine's end, as nothing is open any more. */
+	if (process->bound)
+		store_resources_free(process->store, process->config.name, NULL);
 	if (process->record.name[0])
 		store_vm_set_state(process->store, process->record.name, rc ? "crashed" : "stopped", NULL);
 	if (process->record.name[0] && rc && err)

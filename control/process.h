@@ -14,6 +14,7 @@
 
 #include "base/err.h"
 #include "checkpoint/store/store.h"
+#include "machine/machine.h"
 
 struct process_options {
 	const char *store_path;
@@ -25,6 +26,8 @@ struct process_options {
 	const char *every;	 /* --every, or NULL: the configuration's */
 	const char *keep;	 /* --keep, or NULL */
 	const char *net;	 /* --net: settings of network cards beside the configuration's (config_set_nets), or NULL */
+	const char *config_text; /* with `from` and a `name`: what to run, instead of the checkpoint's configuration (config_to_text), or NULL */
+	bool clock_of_checkpoint; /* with `from`: the real-time clock goes on from the checkpoint's time; else it shows the host's */
 	bool detach;
 	uint64_t started_ns;	 /* CLOCK_MONOTONIC at the start of this program */
 };
@@ -32,6 +35,8 @@ struct process_options {
 struct process_result {
 	char vm[STORE_NAME_BYTES];
 	char checkpoint[STORE_ID_BYTES]; /* what `from` meant, "" otherwise */
+	char uuid[37];
+	char generation[MACHINE_GENERATION_BYTES]; /* at the start: a revert gives another one */
 	int pid;
 	char *socket;	  /* malloc: path of the control socket; NULL when the VM has ended */
 	uint64_t boot_ns; /* started_ns to the first guest instruction */

@@ -126,7 +126,7 @@ def test_network(env):
 
     # The port is the running VM's; another one does.
     result = env.vmcp("run", "--detach", "--from", "c9", "--name", "two", status=4)
-    check(f"127.0.0.1:{port} of the host is taken" in result.err and "hint: " in result.err, str(result))
+    check(f"port udp:127.0.0.1:{port}: the VM tiny has it" in result.err and "--net lan:" in result.err, str(result))
     result = env.vmcp("run", "--detach", "--from", "c9", "--name", "two", "--net", "wan:forward=udp:1:7", status=2)
     check("no [net wan]" in result.err and "[net lan]" in result.err, str(result))
     env.vmcp("run", "--detach", "--from", "c9", "--name", "two", "--net", f"lan:forward=udp:{other}:7")
@@ -188,7 +188,7 @@ def test_network_tap_and_bridge(env):
         echo.insist("after the revert")
         guest.check()
         result = env.vmcp("run", "--detach", "--from", "tapped", "--name", "two", status=4)
-        check("vmtap0 is in use" in result.err and "hint: " in result.err, str(result))
+        check("tap vmtap0: the VM tiny has it" in result.err and "--net lan:" in result.err, str(result))
         ip("addr del 10.0.2.1/24 dev vmtap0")
         ip("link add br0 type bridge")
         ip("link set br0 up")

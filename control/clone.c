@@ -1,0 +1,352 @@
+#include "control/clone.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "base/buf.h"
+#include "base/clock.h"
+#include "control/client.h"
+#include "control/clone_rules.h"
+
+/* What all clones of one call come from. */
+struct origin {
+	struct store *store;
+	struct store_pin *pin;
+	struct store_checkpoint checkpoint;
+	struct machine_config config;
+	struct clone_rules *rules;
+};
+
+static void origin_close(struct origin *origin)
+{
+	clone_rules_free(origin->rules);
+	config_free(&origin->config);
+	store_checkpoint_free(&origin->checkpoint);
+	store_unpin(origin->pin);
+	store_close(origin->store);
+}
+
+static int read_config(const struct store_checkpoint *checkpoint, struct machine_config *config, struct err *err)
+{
+	char what[STORE_ID_BYTES + 16];
+
+	snprintf(what, sizeof(what), "checkpoint %.8s", checkpoint->id);
+	return config_read_text(what, checkpoint->config_text, config, err);
+}
+
+/* The rules that were given, else those of the template. */
+static int read_rules(struct origin *origin, const char *what, const char *text, struct err *err)
+{
+	CLEANUP_FREE char *kept = NULL;
+	char template_what[STORE_ID_BYTES + 32];
+
+	if (!text) {
+		int rc = store_template_get(origin->store, origin->checkpoint.id, &kept, err);
+
+		if (rc < 0)
+			return rc;
+		snprintf(template_what, sizeof(template_what), "template %.8s", origin->checkpoint.id);
+		what = template_what;
+		text = kept ? kept : "";
+	}
+	return clone_rules_read(what, text, &origin->rules, err);
+}
+
+static int origin_open(struct origin *origin, const char *store_path, const char *reference, const char *rules_what,
+		       const char *rules, struct err *err)
+{
+	char id[STORE_ID_BYTES];
+
+	*origin = (struct origin){0};
+	int rc = store_open(store_path, false, &origin->store, err);
+	if (!rc)
+		rc = store_resolve(origin->store, reference, id, err);
+	if (!rc)
+		rc = store_pin(origin->store, id, &origin->pin, err);
+	if (!rc)
+		rc = store_checkpoint_get(origin->store, id, &origin->checkpoint, err);
+	if (!rc)
+		rc = read_config(&origin->checkpoint, &origin->config, err);
+	if (!rc && origin->config.qemu)
+		rc = err_set(err, ERR_STATE, ENOTSUP, "checkpoint %.8s: is of a domain that QEMU runs: vmcp cannot clone it", id);
+	if (!rc)
+		rc = read_rules(origin, rules_what, rules, err);
+	return rc;
+}
+
+/* --- names --- */
+
+static bool is_known(struct store *store, const char *name)
+{
+	struct store_vm vm;
+
+	if (store_vm_get(store, name, &vm, NULL))
+		return false;
+	store_vm_free(&vm);
+	return true;
+}
+
+/* `pattern` with what <VM> and <N> mean; -EINVAL if that is no name. */
+static int make_name(const char *pattern, const char *vm, unsigned number, char out[STORE_NAME_BYTES], struct err *err)
+{
+	char text[3 * STORE_NAME_BYTES] = "";
+	size_t used = 0;
+
+	while (*pattern && used < sizeof(text)) {
+		bool is_vm = !strncmp(pattern, "<VM>", 4), is_n = !strncmp(pattern, "<N>", 3);
+
+		used += (size_t)(is_vm	? snprintf(text + used, sizeof(text) - used, "%s", vm)
+				 : is_n ? snprintf(text + used, sizeof(text) - used, "%u", number)
+					: snprintf(text + used, sizeof(text) - used, "%c", *pattern));
+		pattern += is_vm ? 4 : is_n ? 3 : 1;
+	}
+	int rc = store_check_name("--name", text, err);
+	if (!rc)
+		snprintf(out, STORE_NAME_BYTES, "%s", text);
+	return rc;
+}
+
+/* The next name that nobody has, from *number on, is this clone's. */
+static int reserve_name(const struct origin *origin, const struct clone_options *options, unsigned *number,
+			struct clone *clone, struct err *err)
+{
+	const char *pattern = options->pattern ? options->pattern : "<VM>-<N>";
+	bool numbered = strstr(pattern, "<N>") != NULL;
+
+	for (;; ++*number) {
+		struct err busy = ERR_INIT;
+		int rc = make_name(pattern, origin->checkpoint.vm, *number, clone->name, &busy);
+
+		if (!rc && is_known(origin->store, clone->name)) {
+			rc = err_set(&busy, ERR_STATE, EBUSY, "VM %s: there is one of that name", clone->name);
+			err_hint(&busy, "choose another --name; <N> in it is a number that is free");
+		}
+		if (!rc)
+			rc = store_vm_reserve(origin->store, clone->name, &clone->reservation, &busy);
+		if (!rc)
+			return 0;
+		if (rc != -EBUSY || !numbered || *number > 1000000) {
+			if (err)
+				*err = busy;
+			return rc;
+		}
+	}
+}
+
+/* --- resources --- */
+
+static bool port_is_free(const char *host, uint32_t number)
+{
+	unsigned a, b, c, d;
+
+	if (sscanf(host + 4, "%u.%u.%u.%u:", &a, &b, &c, &d) != 4)
+		return false;
+	struct sockaddr_in address = {.sin_family = AF_INET,
+				      .sin_port = htons((uint16_t)number),
+				      .sin_addr.s_addr = htonl(a << 24 | b << 16 | c << 8 | d)};
+	CLEANUP_CLOSE int fd = socket(AF_INET, (host[0] == 'u' ? SOCK_DGRAM : SOCK_STREAM) | SOCK_CLOEXEC, 0);
+	/* As those that will listen there; of UDP it would let in everybody. */
+	if (host[0] != 'u')
+		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
+	return fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof(address)) == 0 &&
+	       (host[0] == 'u' || listen(fd, 1) == 0);
+}
+
+/* A port that nobody listens at; a tap device that is there. */
+static bool is_free(void *opaque, const struct store_resource *resource, uint32_t number)
+{
+	(void)opaque;
+	if (!strcmp(resource->type, "port"))
+		return port_is_free(resource->host, number);
+	CLEANUP_FREE char *path = xasprintf("/sys/class/net/%s%u/tun_flags", resource->host, number);
+	return access(path, F_OK) == 0;
+}
+
+/* A rule may name any place for an overlay: what is there already is not written over. */
+static int check_places(const struct origin *origin, const struct machine_config *config, struct err *err)
+{
+	CLEANUP_FREE char *own = xasprintf("%s/vms/%s/", store_path(origin->store), config->name);
+
+	for (unsigned i = 0; i < config->disk_count; i++) {
+		const struct config_disk *disk = &config->disks[i];
+
+		if (disk->readonly || !strncmp(disk->path, own, strlen(own)) || access(disk->path, F_OK))
+			continue;
+		err_set(err, ERR_STATE, EEXIST, "disk %s: %s is there already", disk->name, disk->path);
+		return err_hint(err, "remove it, or name another place in the rules");
+	}
+	return 0;
+}
+
+static int reserve_resources(const struct origin *origin, unsigned number, struct clone *clone,
+			     struct machine_config *config, struct err *err)
+{
+	const struct clone_variables variables = {
+		.vm = clone->name, .uuid = clone->uuid, .store = store_path(origin->store), .number = number};
+	struct buf text = BUF_INIT;
+	size_t failed = 0;
+
+	snprintf(config->name, sizeof(config->name), "%s", clone->name);
+	int rc = clone_rules_apply(origin->rules, config, &variables, &clone->resources, &clone->resource_count, err);
+	if (!rc)
+		rc = check_places(origin, config, err);
+	if (rc)
+		return rc;
+	rc = store_resources_bind(origin->store, clone->name, clone->resources, clone->resource_count, is_free, NULL,
+				  &failed, err);
+	if (rc == -EBUSY || rc == -ENOSPC)
+		clone_rules_blame(origin->rules, &clone->resources[failed], err);
+	if (!rc)
+		rc = clone_rules_settle(config, clone->resources, clone->resource_count, err);
+	if (!rc)
+		rc = config_to_text(config, &text, err);
+	if (!rc)
+		rc = buf_append(&text, NULL, 1, err);
+	clone->config_text = (char *)text.data;
+	return rc;
+}
+
+static int reserve(const struct origin *origin, const struct clone_options *options, unsigned *number,
+		   struct clone *clone, struct err *err)
+{
+	struct machine_config config = {0};
+	int rc = reserve_name(origin, options, number, clone, err);
+
+	if (!rc)
+		rc = store_vm_uuid(origin->store, clone->name, clone->uuid, err);
+	if (!rc)
+		rc = read_config(&origin->checkpoint, &config, err);
+	if (!rc)
+		rc = reserve_resources(origin, *number, clone, &config, err);
+	config_free(&config);
+	++*number;
+	return rc ? err_prefix(err, "clone %s", clone->name) : 0;
+}
+
+/* --- the end of what was begun --- */
+
+void clones_free(struct clone *clones, size_t count)
+{
+	for (size_t i = 0; clones && i < count; i++) {
+		store_resources_free_list(clones[i].resources, clones[i].resource_count);
+		store_vm_unlock(clones[i].reservation);
+		free(clones[i].config_text);
+		free(clones[i].result.socket);
+	}
+	free(clones);
+}
+
+static void kill_vm(struct store *store, const char *name)
+{
+	struct control_client *client;
+	json_t *answer = NULL;
+
+	if (control_connect(store, name, &client, NULL))
+		return;
+	control_call(client, "vm.kill", NULL, NULL, NULL, &answer, NULL);
+	json_decref(answer);
+	control_close(client);
+}
+
+/* Those that run are ended, those that were to be have nothing any more. */
+static void undo(const char *store_path, struct clone *clones, size_t count)
+{
+	struct store *store;
+
+	if (store_open(store_path, false, &store, NULL))
+		return;
+	for (size_t i = 0; i < count; i++) {
+		if (clones[i].result.pid)
+			kill_vm(store, clones[i].name);
+		else if (clones[i].reservation)
+			store_resources_free(store, clones[i].name, NULL);
+	}
+	store_close(store);
+}
+
+/* --- starting --- */
+
+static int start(const struct clone_options *options, const char *id, struct clone *clone, struct err *err)
+{
+	const struct process_options process = {
+		.store_path = options->store_path,
+		.from = id,
+		.name = clone->name,
+		.config_text = clone->config_text,
+		.clock_of_checkpoint = options->clock_of_checkpoint,
+		.detach = true,
+		.started_ns = clock_now_ns(),
+	};
+	int rc = process_run(&process, &clone->result, err);
+
+	return rc ? err_prefix(err, "clone %s", clone->name) : 0;
+}
+
+static int check_count(const struct clone_options *options, struct err *err)
+{
+	if (options->count < 1 || options->count > CLONE_MAX)
+		return err_set(err, ERR_USAGE, EINVAL, "--count: 1 to %u are possible", CLONE_MAX);
+	if (options->count == 1 || !options->pattern || strstr(options->pattern, "<N>"))
+		return 0;
+	err_set(err, ERR_USAGE, EINVAL, "--name: %u clones would be called '%s'", options->count, options->pattern);
+	return err_hint(err, "<N> in it is the number of each: %s-<N>", options->pattern);
+}
+
+int clones_start(const struct clone_options *options, struct clone **out, struct err *err)
+{
+	struct origin origin;
+	unsigned number = 1;
+	char id[STORE_ID_BYTES];
+	int rc = check_count(options, err);
+
+	if (rc)
+		return rc;
+	struct clone *clones = xcalloc(options->count, sizeof(*clones));
+	rc = origin_open(&origin, options->store_path, options->checkpoint, options->rules_what, options->rules, err);
+	if (!rc)
+		rc = clone_rules_check(origin.rules, &origin.config, options->count, err);
+	for (unsigned i = 0; !rc && i < options->count; i++)
+		rc = reserve(&origin, options, &number, &clones[i], err);
+	snprintf(id, sizeof(id), "%s", origin.checkpoint.id);
+	/* A database handle must not be in two processes; the pin may. */
+	store_close(origin.store);
+	origin.store = NULL;
+	for (unsigned i = 0; !rc && i < options->count; i++)
+		rc = start(options, id, &clones[i], err);
+	if (rc)
+		undo(options->store_path, clones, options->count);
+	origin_close(&origin);
+	for (unsigned i = 0; i < options->count; i++) {
+		store_vm_unlock(clones[i].reservation);
+		clones[i].reservation = NULL;
+	}
+	if (rc)
+		clones_free(clones, options->count);
+	else
+		*out = clones;
+	return rc;
+}
+
+int clone_template(const char *store_path, const char *checkpoint, const char *name, const char *rules_what,
+		   const char *rules, char id[STORE_ID_BYTES], struct err *err)
+{
+	struct origin origin;
+	int rc = origin_open(&origin, store_path, checkpoint, rules_what ? rules_what : "no rules",
+			     rules ? rules : "", err);
+
+	if (!rc)
+		rc = clone_rules_check(origin.rules, &origin.config, 2, err);
+	if (!rc)
+		rc = store_template_put(origin.store, origin.checkpoint.id, name, rules ? rules : "", err);
+	if (!rc)
+		snprintf(id, STORE_ID_BYTES, "%s", origin.checkpoint.id);
+	else if (origin.checkpoint.id[0])
+		err_prefix(err, "template %s", name);
+	origin_close(&origin);
+	return rc;
+}

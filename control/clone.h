@@ -1,0 +1,48 @@
+/*
+ * Clones: VMs that start from one checkpoint, each with its own identity. Memory is shared copy-on-write with the checkpoint's layers and among them,
+ * disks are overlays; what else a VM has is as the rules say (control/clone_rules.h).
+ *
+ *     check      the rules, against the checkpoint's machine: nothing has happened yet
+ *     reserve    each clone's name, uuid and resources of the host, in the store's table. All or none
+ *     start      one after the other. If one fails those before it are ended: all or none
+ */
+#ifndef VMCP_CONTROL_CLONE_H
+#define VMCP_CONTROL_CLONE_H
+
+#include "checkpoint/store/resources.h"
+#include "control/process.h"
+
+#define CLONE_MAX 1000u
+
+struct clone_options {
+	const char *store_path;
+	const char *checkpoint; /* a reference */
+	const char *
+		pattern; /* of the names, with <VM> (the VM that was saved) and <N>; NULL: <VM>-<N>. Numbers of names that are known are left out */
+	unsigned count;
+	const char *rules_what,
+		*rules; /* what to call the rules in errors, and their text; NULL: those of the template, or none */
+	bool clock_of_checkpoint;
+};
+
+struct clone {
+	char name[STORE_NAME_BYTES];
+	char uuid[37];
+	struct process_result result;
+	struct store_resource *resources;
+	size_t resource_count;
+	/* while it is made */
+	char *config_text;
+	struct store_vm_lock *reservation;
+};
+
+/* On success *out is an array of options->count clones that run, for clones_free. Must be called before the program has other threads. */
+int clones_start(const struct clone_options *options, struct clone **out, struct err *err);
+void clones_free(struct clone *clones, size_t count); /* the VMs run on. NULL is allowed */
+
+/* Makes the checkpoint the origin of clones: it is tagged `name`, and the rules are kept with it, unevaluated. Refused, ERR_USAGE, if it has a resource that
+ * by these rules can be neither shared nor virtualised. *id: the checkpoint. */
+int clone_template(const char *store_path, const char *checkpoint, const char *name, const char *rules_what,
+		   const char *rules, char id[STORE_ID_BYTES], struct err *err);
+
+#endif

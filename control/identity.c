@@ -1,0 +1,103 @@
+#include "control/identity.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/buf.h"
+#include "machine/machine.h"
+
+void identity_own_disks(struct machine_config *config, const char *store_path, const char *vm)
+{
+	for (unsigned i = 0; i < config->disk_count; i++) {
+		struct config_disk *disk = &config->disks[i];
+
+		if (disk->readonly)
+			continue;
+		free(disk->path);
+		disk->path = xasprintf("%s/vms/%s/%s.qcow2", store_path, vm, disk->name);
+		free(disk->base);
+		disk->base = NULL;
+	}
+}
+
+void identity_port(const struct net_forward *forward, char out[32])
+{
+	const uint8_t *a = forward->host_address;
+	int n = snprintf(out, 32, "%s:%u.%u.%u.%u:", forward->udp ? "udp" : "tcp", a[0], a[1], a[2], a[3]);
+
+	if (forward->host_port && n > 0 && n < 32)
+		snprintf(out + n, (size_t)(32 - n), "%u", forward->host_port);
+}
+
+/* Several ports of the host may lead to one of the guest. */
+static unsigned times_before(const struct config_net *net, unsigned index)
+{
+	unsigned times = 0;
+
+	for (unsigned i = 0; i < index; i++)
+		times += net->forwards[i].udp == net->forwards[index].udp &&
+			 net->forwards[i].guest_port == net->forwards[index].guest_port;
+	return times;
+}
+
+static void list_forward(const struct config_net *net, unsigned index, struct store_resource **list, size_t *count)
+{
+	const struct net_forward *forward = &net->forwards[index];
+	const char *protocol = forward->udp ? "udp" : "tcp";
+	unsigned times = times_before(net, index);
+	char name[CONFIG_NAME_BYTES + 32], guest[16], host[32];
+
+	snprintf(name, sizeof(name), times ? "%s/%s/%u#%u" : "%s/%s/%u", net->name, protocol, forward->guest_port,
+		 times + 1);
+	snprintf(guest, sizeof(guest), "%s:%u", protocol, forward->guest_port);
+	identity_port(forward, host);
+	store_resources_add(list, count, "port", name, guest, host, true);
+}
+
+static void list_card(const struct config_net *net, struct store_resource **list, size_t *count)
+{
+	const uint8_t *m = net->mac;
+	char mac[18];
+
+	if (net->mode == NET_NONE)
+		return;
+	snprintf(mac, sizeof(mac), "%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5]);
+	store_resources_add(list, count, "mac", net->name, mac, "", false);
+	if (net->mode == NET_TAP)
+		store_resources_add(list, count, "tap", net->name, "", net->tap, true);
+	if (net->mode == NET_BRIDGE)
+		store_resources_add(list, count, "bridge", net->name, "", net->bridge, false);
+	if (net->mode == NET_LIBVIRT)
+		store_resources_add(list, count, "network", net->name, "", net->network, false);
+	for (unsigned i = 0; i < net->forward_count; i++)
+		list_forward(net, i, list, count);
+}
+
+static void list_disk(const struct config_disk *disk, const char *folder, struct store_resource **list, size_t *count)
+{
+	CLEANUP_FREE char *own = disk->path ? NULL : xasprintf("%s/%s.qcow2", folder, disk->name);
+
+	store_resources_add(list, count, "disk", disk->name, disk->name, own ? own : disk->path, false);
+	if (disk->base)
+		store_resources_add(list, count, "base", disk->name, "", disk->base, false);
+}
+
+void identity_list(struct machine_config *config, const char *store_path, const char *uuid,
+		   struct store_resource **list, size_t *count)
+{
+	CLEANUP_FREE char *folder = xasprintf("%s/vms/%s", store_path, config->name);
+	CLEANUP_FREE char *control = xasprintf("%s/control.sock", folder), *vsock = xasprintf("%s/vsock.sock", folder);
+	char cid[16];
+
+	machine_choose_macs(config, uuid);
+	store_resources_add(list, count, "uuid", "vm", "", uuid, true);
+	store_resources_add(list, count, "socket", "control", "", control, true);
+	for (unsigned i = 0; i < config->net_count; i++)
+		list_card(&config->nets[i], list, count);
+	for (unsigned i = 0; i < config->disk_count; i++)
+		list_disk(&config->disks[i], folder, list, count);
+	snprintf(cid, sizeof(cid), "%u", config->vsock_cid);
+	if (config->vsock_cid)
+		store_resources_add(list, count, "cid", "vsock", cid, vsock, true);
+}

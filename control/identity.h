@@ -1,0 +1,30 @@
+/*
+ * What a VM has, as the table of resources (checkpoint/store/resources.h) holds it:
+ *
+ *     type     name              guest       host
+ *     uuid     vm                            the uuid                                 exclusive
+ *     mac      CARD              MAC         nothing: an address is the card's own affair on networks of its own
+ *     port     CARD/PROTO/PORT   PROTO:PORT  PROTO:ADDRESS:PORT of the host           exclusive
+ *     tap      CARD                          the tap device                           exclusive
+ *     bridge   CARD                          the bridge
+ *     network  CARD                          the network of libvirt
+ *     cid      vsock             CID         path of the UNIX socket                  exclusive
+ *     disk     DISK              serial      path of the image (which has a lock of its own)
+ *     base     DISK                          path of the read-only base
+ *     socket   control                       path of the control socket               exclusive
+ */
+#ifndef VMCP_CONTROL_IDENTITY_H
+#define VMCP_CONTROL_IDENTITY_H
+
+#include "checkpoint/store/resources.h"
+#include "machine/config.h"
+
+/* The configuration of a checkpoint becomes that of another VM: its writable disks are its own, in the store. */
+void identity_own_disks(struct machine_config *config, const char *store_path, const char *vm);
+/* Appends all that a VM of this configuration has. Cards without an address get one, by the uuid. */
+void identity_list(struct machine_config *config, const char *store_path, const char *uuid,
+		   struct store_resource **list, size_t *count);
+/* The host's side of a forwarded port, "tcp:127.0.0.1:8080", without the number if that is 0. */
+void identity_port(const struct net_forward *forward, char out[32]);
+
+#endif

@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""Whole VMs with the tiny guest: identity, templates, clones, and what is left of them in the store's table of resources."""
+
+import hashlib
+import os
+import signal
+import sqlite3
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+import store_memory  # noqa: E402
+import vmcp_test  # noqa: E402
+from tiny_test import Echo, free_ports  # noqa: E402
+from vmcp_test import check, check_equal  # noqa: E402
+
+CLONES = int(os.environ.get("VMCP_TEST_CLONES", "100"))
+BATCH = 5
+GENERATION_GPA = 0xff000 + 16  # vmm/acpi.h
+GENERATION_MARK = b"VMCP generation\0"
+
+
+def table(env):
+    """The rows of the table of resources, and of what of the host they name."""
+    database = sqlite3.connect(os.path.join(env.store, "catalog.db"))
+    rows = database.execute("SELECT vm, type, name, guest, host FROM resources").fetchall()
+    hosts = database.execute("SELECT type, host, refs FROM hosts").fetchall()
+    database.close()
+    for kind, host, refs in hosts:
+        check_equal(sum(row[1] == kind and row[4] == host for row in rows), refs, f"references to {kind} {host}")
+    return rows
+
+
+def files_of(env, checkpoint):
+    """A hash of all that a checkpoint consists of."""
+    names = [os.path.join("checkpoints", checkpoint, one) for one in ("manifest", "state", "index")]
+    names += [os.path.join("layers", one) for one in sorted(os.listdir(os.path.join(env.store, "layers")))]
+    sums = {}
+    for name in names:
+        with open(os.path.join(env.store, name), "rb") as file:
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+    return sums
+
+
+def generation_in_memory(env, checkpoint):
+    memory, wanted = store_memory.Memory(env.store, checkpoint), GENERATION_GPA // 4096
+    page = next(data[(wanted - first) * 4096:][:4096] for first, data in memory.runs() if first <= wanted < first + len(data) // 4096)
+    memory.close()
+    check_equal(page[:16], GENERATION_MARK, "what the page of the generation id begins with")
+    return page[16:32].hex()
+
+
+def start_origin(env, **kwargs):
+    """A guest with a disk and an echo behind a forwarded port, and a checkpoint of it."""
+    port = free_ports(1)[0]
+    guest = env.start_tiny(memory="64M", cmdline="set=8M rate=2000 disk=1 disk_blocks=64 report=0 net=1", disks=[("data", env.image("disk.qcow2"))],
+                           extra=f"vsock_cid = 3\n[net lan]\nmode = user\nforward = udp:{port}:7", **kwargs)
+    guest.epoch(7)
+    Echo(port).insist("after the boot")
+    taken = env.vmcp_json("checkpoint", "--live", "tiny", "--tag", "origin")
+    return guest, taken["id"], port
+
+
+def kill_9(pid):
+    os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + 20
+    # What it has open is closed when the last of its threads has gone.
+    while os.path.exists(f"/proc/{pid}"):
+        try:
+            with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+                if stat.read().rsplit(")", 1)[1].split()[0] == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1:
+                    return
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        check(time.monotonic() < end, f"{pid} does not die")
+        time.sleep(0.01)
+
+
+def test_many_clones(env):
+    """They all run, each as itself; the template is as it was; of those that are killed nothing is left after gc."""
+    _, origin, _ = start_origin(env)
+    env.vmcp("template", "origin", "worker")
+    before = files_of(env, origin)
+    # In batches that are paused: a tiny guest never sleeps, so that a hundred of them would leave nothing for the next one's start.
+    clones = []
+    vmcp_test.Control(env.store, "tiny").call("vm.pause")
+    while len(clones) < CLONES:
+        batch = env.vmcp_json("clone", "worker", "--count", min(BATCH, CLONES - len(clones)))["vms"]
+        for one in batch:
+            vmcp_test.Control(env.store, one["name"]).call("vm.pause")
+        clones += batch
+    check_equal([one["name"] for one in clones], [f"tiny-{n}" for n in range(1, CLONES + 1)], "names")
+    states = {vm["name"]: vm["state"] for vm in env.vmcp_json("ps")["vms"]}
+    check_equal([states[one["name"]] for one in clones], ["paused"] * CLONES, "states")
+    ports = [[r["host"] for r in one["identity"]["resources"] if r["type"] == "port"] for one in clones]
+    macs = [[r["guest"] for r in one["identity"]["resources"] if r["type"] == "mac"] for one in clones]
+    for what, values in (("uuids", [one["identity"]["uuid"] for one in clones]), ("generation ids", [one["identity"]["generation_id"] for one in clones]),
+                         ("ports", [one[0] for one in ports]), ("addresses", [one[0] for one in macs]), ("pids", [one["pid"] for one in clones])):
+        check(all(values), f"{what}: {values}")
+        check_equal(len(set(values)), CLONES, f"different {what}")
+    starts = sorted(one["clone_ns"] / 1e6 for one in clones)
+    print(f"  {CLONES} clones: first instruction after {starts[len(starts) // 2]:.1f} ms, the slowest {starts[-1]:.1f} ms", flush=True)
+    rows = table(env)
+    check_equal(len({row[0] for row in rows}), CLONES + 1, "VMs that have something")
+    vmcp_test.Control(env.store, clones[0]["name"]).call("vm.resume")
+    guest = env.attach_tiny(clones[0]["name"])
+    guest.check()
+    check_equal(guest.ask("status", "status")["epoch"], "7", "the epoch of the checkpoint")
+    check_equal(files_of(env, origin).items() & before.items(), before.items(), "files of the template")
+    for one in clones[1:]:
+        kill_9(one["pid"])
+    check_equal(len({row[0] for row in table(env)}), CLONES + 1, "VMs in the table before gc")
+    check(env.vmcp_json("gc")["freed_resources"] > 3 * (CLONES - 1), "gc has freed too little")
+    check_equal({row[0] for row in table(env)}, {"tiny", clones[0]["name"]}, "VMs in the table after gc")
+    # Orderly ends free what there was themselves.
+    env.vmcp("kill", "tiny")
+    env.vmcp("kill", clones[0]["name"])
+    end = time.monotonic() + 20
+    while table(env) and time.monotonic() < end:
+        time.sleep(0.05)
+    check_equal(table(env), [], "the table")
+
+
+def test_identity(env):
+    """Of a VM over boot, revert, start and clone: what stays, what is new, what the guest sees; and clones of clones."""
+    guest, origin, port = start_origin(env)
+    seen = env.vmcp_json("show", "tiny", "--resources")
+    kinds = {(r["type"], r["name"]): r for r in seen["resources"]}
+    check_equal(sorted(kinds), [("cid", "vsock"), ("disk", "data"), ("mac", "lan"), ("port", "lan/udp/7"), ("socket", "control"), ("uuid", "vm")], "resources")
+    check_equal((kinds["port", "lan/udp/7"]["guest"], kinds["port", "lan/udp/7"]["host"]), ("udp:7", f"udp:127.0.0.1:{port}"), "the port")
+    check_equal((kinds["cid", "vsock"]["guest"], kinds["disk", "data"]["host"]), ("3", env.path("disk.qcow2")), "CID and disk")
+    back = {(h["type"], h["host"]): h for h in seen["hosts"]}
+    check_equal(back["port", f"udp:127.0.0.1:{port}"]["vms"], [{"vm": "tiny", "name": "lan/udp/7", "guest": "udp:7"}], "the other way")
+    text = env.vmcp("show", "tiny", "--resources").out
+    check(seen["uuid"] in text and seen["generation_id"] in text and f"udp:127.0.0.1:{port} " in text and "tiny:lan/udp/7" in text, text)
+    # The guest's memory has the id; each life gets another one.
+    check_equal(generation_in_memory(env, origin), seen["generation_id"], "the generation id in the guest's memory")
+    ids = {seen["generation_id"]}
+    for _ in range(3):
+        env.vmcp("revert", "origin")
+        ids.add(env.vmcp_json("show", "tiny", "--resources")["generation_id"])
+    check_equal(len(ids), 4, "generation ids after three reverts")
+    guest.check()
+    clone = env.vmcp_json("clone", "--live", "tiny", "--name", "one")["vms"][0]
+    check_equal(clone["name"], "one", "its name")
+    second = env.vmcp_json("checkpoint", "--live", "one", "--tag", "of-one")["id"]
+    check_equal(generation_in_memory(env, second), clone["identity"]["generation_id"], "the clone's generation id in its memory")
+    deeper = env.vmcp_json("clone", "of-one", "--name", "deep-<N>", "--count", "2", "--clock", "checkpoint")["vms"]
+    uuids = [seen["uuid"]] + [one["identity"]["uuid"] for one in [clone] + deeper]
+    check_equal(len(set(uuids)), 4, "uuids")
+    env.attach_tiny(deeper[1]["name"]).check()
+    for one in [clone] + deeper:
+        host = next(r["host"] for r in one["identity"]["resources"] if r["type"] == "port")
+        Echo(int(host.rsplit(":", 1)[1])).insist(f"{one['name']} at {host}")
+    Echo(port).insist("the origin, at its own port")
+    # A VM keeps its uuid over its lives; a name that comes anew is another VM.
+    env.vmcp("kill", "tiny")
+    env.vmcp("kill", "one")
+    env.vmcp("revert", "of-one")
+    check_equal(env.vmcp_json("show", "one", "--resources")["uuid"], clone["identity"]["uuid"], "its uuid after a start")
+    stopped = env.vmcp_json("show", "tiny", "--resources")
+    check_equal((stopped["uuid"], stopped["resources"], stopped["generation_id"]), (seen["uuid"], [], None), "of a VM that does not run")
+
+
+def test_nothing_of_the_host_in_the_guest(env):
+    """Ports, paths and sockets of the host are in no state, index or memory that a checkpoint holds."""
+    _, origin, port = start_origin(env)
+    words = [env.store.encode(), env.dir.encode(), f"127.0.0.1:{port}".encode(), b"vsock.sock", b"control.sock", os.path.basename(env.path("disk.qcow2")).encode()]
+    looked = 0
+    names = [os.path.join("checkpoints", origin, one) for one in ("state", "index")]
+    names += [os.path.join("layers", one) for one in os.listdir(os.path.join(env.store, "layers")) if one.endswith(".mem")]
+    for name in names:
+        with open(os.path.join(env.store, name), "rb") as file:
+            content = file.read()
+        looked += len(content)
+        for word in words:
+            check(word not in content, f"{word} is in {name}")
+    check(looked > 1 << 20, f"only {looked} bytes")
+    # What is looked for would be found: the manifest names the bindings of the VM.
+    with open(os.path.join(env.store, "checkpoints", origin, "manifest"), "rb") as file:
+        check(words[2] in file.read(), "the manifest does not name the port")
+
+
+def test_rules(env):
+    """Bad rules and exhausted pools are refused with line and reason before anything starts; good ones do what they say."""
+    _, origin, port = start_origin(env)
+    before = (table(env), sorted(vm["name"] for vm in env.vmcp_json("ps")["vms"]))
+    free = free_ports(1)[0]
+    refused = [("port any loop", 2, ":1:", 1), ("\nport:wan any drop", 2, ":2:", 1), ("port any set 8080", 2, ":1:", 2),
+               (f"# pool\nport any allocate {free}-{free}", 2, ":2:", 2), (f"port any set {port}", 4, ":1:", 1), ("disk:data rw share", 2, ":1:", 1)]
+    for text, status, where, count in refused:
+        rules = env.write("bad.rules", text + "\n")
+        done = env.vmcp("clone", "origin", "--count", count, "--rules", rules, status=status)
+        check(f"bad.rules{where}" in done.err, f"{text!r}: {done}")
+        check_equal((table(env), sorted(vm["name"] for vm in env.vmcp_json("ps")["vms"])), before, f"table and VMs after {text!r}")
+    env.vmcp("clone", "origin", "--count", "0", status=2)
+    env.vmcp("clone", "origin", "--count", "2", "--name", "same", status=2)
+    env.vmcp("clone", "origin", "--name", "tiny", status=4)
+    env.vmcp("clone", "nowhere", status=3)
+    os.mkdir(env.path("clones"))
+    rules = env.write("good.rules", f"port:lan/udp/7 any allocate {free}-{free}\ndisk:data rw copy {env.path('clones')}/<VM>-<N>.qcow2\nmac any share\n")
+    env.vmcp("template", "origin", "pool", "--rules", rules, status=2)  # for one clone only: nothing that clones come from
+    one = env.vmcp_json("clone", "origin", "--rules", rules)["vms"][0]
+    found = {r["type"]: r for r in one["identity"]["resources"]}
+    check_equal(found["port"]["host"], f"udp:127.0.0.1:{free}", "its port")
+    check_equal(found["disk"]["host"], env.path("clones/tiny-1-1.qcow2"), "its disk")
+    check(os.path.exists(env.path("clones/tiny-1-1.qcow2")), "no disk there")
+    check_equal(found["mac"]["guest"], next(r["guest"] for r in env.vmcp_json("show", "tiny", "--resources")["resources"] if r["type"] == "mac"), "its address")
+    env.attach_tiny("tiny-1").check()
+    # A file that is there is nobody's overlay.
+    precious = env.write("precious.qcow2", "precious")
+    done = env.vmcp("clone", "origin", "--name", "three", "--rules", env.write("place.rules", f"disk:data rw copy {precious}\n"), status=4)
+    check("is there already" in done.err and open(precious, encoding="utf-8").read() == "precious", str(done))
+    # The only number of the pool has gone: the second one is refused, and leaves nothing.
+    rows = table(env)
+    done = env.vmcp("clone", "origin", "--rules", rules, status=4)
+    check("good.rules:1" in done.err and "none of" in done.err, str(done))
+    check_equal(table(env), rows, "the table")
+    kill_9(one["pid"])
+    two = env.vmcp_json("clone", "origin", "--rules", rules)["vms"][0]
+    check_equal(two["name"], "tiny-2", "a name that is known is not used again")
+
+
+def test_killed_at_allocation_and_release(env):
+    """kill -9 of the command and of VMs between allocation or release and its commit, and in the start: nothing stays taken after gc."""
+    start_origin(env)
+    died = 0
+    for fault in [f"360:{count}" for count in range(1, 9)] + ["361:1"]:
+        done = env.vmcp("clone", "origin", "--count", "2", status=None, env={"VMCP_FAULT": fault})
+        died += done.status != 0
+        for vm in env.vmcp_json("ps")["vms"]:
+            if vm["name"] != "tiny" and vm["state"] == "running":
+                env.vmcp("kill", vm["name"], status=None)
+        end = time.monotonic() + 20
+        while any(vm["state"] == "running" for vm in env.vmcp_json("ps")["vms"] if vm["name"] != "tiny") and time.monotonic() < end:
+            time.sleep(0.02)
+        env.vmcp("gc")
+        check_equal({row[0] for row in table(env)}, {"tiny"}, f"VMs in the table after a kill at {fault}")
+    check(died >= 6, f"only {died} points were passed")
+    # All that they had can be had.
+    clones = env.vmcp_json("clone", "origin", "--count", "3")["vms"]
+    check_equal(len(clones), 3, "clones")
+
+
+if __name__ == "__main__":
+    vmcp_test.main(__name__)
