@@ -1,4 +1,4 @@
-/* Commands that act on a VM: pause, resume, stop, kill, balloon. */
+/* Commands that act on a VM: pause, resume, suspend, stop, kill, balloon. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -56,6 +56,45 @@ static int change_state(struct cli *cli, const char *method, const char *state, 
 static int run_pause(struct cli *cli, struct err *err) { return change_state(cli, "vm.pause", "paused", err); }
 
 static int run_resume(struct cli *cli, struct err *err) { return change_state(cli, "vm.resume", "running", err); }
+
+/* Its machine ends behind the answer. */
+static int wait_suspended(struct cli *cli, const char *name, struct err *err)
+{
+	const struct timespec moment = {.tv_nsec = 5000000};
+	uint64_t limit = clock_now_ns() + KILL_TIMEOUT_S * 1000000000ull;
+	struct store *store;
+	int rc = cli_open_store(cli, &store, err);
+
+	for (bool there = false; !rc && !there && clock_now_ns() < limit;) {
+		struct store_vm vm;
+
+		rc = store_vm_get(store, name, &vm, err);
+		if (rc)
+			break;
+		there = !strcmp(vm.state, "suspended") || !vm.alive;
+		store_vm_free(&vm);
+		if (!there)
+			nanosleep(&moment, NULL);
+	}
+	store_close(store);
+	return rc;
+}
+
+static int run_suspend(struct cli *cli, struct err *err)
+{
+	char name[STORE_NAME_BYTES];
+	json_t *result = NULL;
+	int rc = cli_call_vm(cli, "vm.suspend", NULL, name, &result, err);
+
+	if (!rc)
+		rc = wait_suspended(cli, name, err);
+	if (!rc && cli->json)
+		cli_print_json(json_incref(result));
+	else if (!rc)
+		printf("%s\n", json_string_value(json_object_get(result, "id")));
+	json_decref(result);
+	return rc;
+}
 
 /* Waits until the VM's process is gone. False: it is still there. */
 static int wait_gone(struct cli *cli, const char *name, unsigned seconds, bool *gone, struct err *err)
@@ -182,6 +221,18 @@ const struct cli_command cli_resume = {.name = "resume",
 				       .words = "@running",
 				       .max_arguments = 1,
 				       .run = run_resume};
+const struct cli_command cli_suspend = {
+	.name = "suspend",
+	.synopsis = "[VM]",
+	.summary = "checkpoint a VM, then free all that it has of the host until it is wanted",
+	.help = "Prints the checkpoint's id. What is left is a small process that waits at the VM's forwarded ports: the first connection or\n"
+		"datagram, or `vmcp resume`, starts it again from there. Connections that come meanwhile reach the guest; a datagram that wakes\n"
+		"it is lost. The guest's own connections have ended, as after a revert.",
+	.options = none,
+	.words = "@running",
+	.max_arguments = 1,
+	.run = run_suspend,
+};
 const struct cli_command cli_stop = {.name = "stop",
 				     .synopsis = "[VM] [--timeout SECONDS]",
 				     .summary = "press the guest's power button; end it if it does not answer",

@@ -34,9 +34,6 @@ const struct cli_command *const cli_commands[] = {
 	NULL,
 };
 
-/* Commands of the contract that this version does not have: said plainly, rather than "unknown". */
-static const char *const later_commands[] = {"suspend", NULL};
-
 const struct cli_command *cli_find_command(const char *name)
 {
 	for (size_t i = 0; cli_commands[i]; i++)
@@ -47,11 +44,6 @@ const struct cli_command *cli_find_command(const char *name)
 
 int cli_unknown_command(const char *name, struct err *err)
 {
-	for (size_t i = 0; later_commands[i]; i++)
-		if (!strcmp(later_commands[i], name)) {
-			err_set(err, ERR_FAILED, ENOSYS, "%s: this version does not have it yet", name);
-			return err_hint(err, "`vmcp help` lists what there is");
-		}
 	err_set(err, ERR_USAGE, EINVAL, "%s: there is no such command", name);
 	return err_hint(err, "`vmcp help` lists them");
 }

@@ -123,13 +123,21 @@ static int vm_info(struct control_exchange *x, const json_t *params, json_t **re
 	return 0;
 }
 
+static int no_machine(const struct control_target *target, struct err *err)
+{
+	if (!atomic_load(&target->asleep))
+		return err_set(err, ERR_STATE, EAGAIN, "%s: the machine is starting or ending", target->name);
+	err_set(err, ERR_STATE, EAGAIN, "%s: is suspended", target->name);
+	return err_hint(err, "`vmcp resume %s` wakes it, as does a connection to one of its ports", target->name);
+}
+
 static int change_state(struct control_exchange *x, int (*change)(struct machine *machine, struct err *err),
 			const char *state, json_t **result, struct err *err)
 {
 	struct control_target *target = x->target;
 
 	pthread_mutex_lock(&target->record_lock);
-	int rc = change(target->machine, err);
+	int rc = atomic_load(&target->ending) ? no_machine(target, err) : change(target->machine, err);
 	if (!rc)
 		rc = store_vm_set_state(target->store, target->name, state, err);
 	pthread_mutex_unlock(&target->record_lock);
@@ -147,7 +155,16 @@ static int vm_pause(struct control_exchange *x, const json_t *params, json_t **r
 
 static int vm_resume_method(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
 {
+	struct control_target *target = x->target;
+
 	(void)params;
+	if (atomic_load(&target->asleep)) {
+		target->wake(target->opaque);
+		*result = json_object();
+		return 0;
+	}
+	if (!target->machine)
+		return no_machine(target, err);
 	return change_state(x, machine_resume, "running", result, err);
 }
 
@@ -283,6 +300,42 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 		events_post(x->target->events, "checkpoint", json_pack("{s:s, s:O, s:b}", "checkpoint", taken.id, "durability", json_object_get(*result, "durability"), "periodic", false));
 	} else
 		tidy_wake(x->target->tidy); /* it may have left disk layers */
+	return rc;
+}
+
+/* Nothing begins on the machine between its checkpoint and its end: it stands still, and whoever would change that waits for the lock. */
+static int suspend_machine(struct control_exchange *x, json_t **result, struct err *err)
+{
+	const struct ckpt_request request = {.message = "suspended", .wait = CKPT_WAIT_DURABLE};
+	struct control_target *target = x->target;
+	bool paused = machine_is_paused(target->machine);
+	struct reporter reporter;
+	struct ckpt_result taken;
+	int rc = paused ? 0 : machine_pause(target->machine, err);
+
+	if (rc)
+		return rc;
+	bool reports = reporter_begin(&reporter, x);
+	rc = machine_checkpoint(target->machine, &request, &taken, err);
+	if (reports)
+		reporter_end(&reporter);
+	if (rc && !paused)
+		machine_resume(target->machine, NULL);
+	if (rc)
+		return rc;
+	*result = result_to_json(target->name, &request, &taken);
+	atomic_store(&target->asleep, true);
+	atomic_store(&target->ending, true);
+	target->suspend(target->opaque, taken.id);
+	return 0;
+}
+
+static int vm_suspend(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
+{
+	(void)params;
+	pthread_mutex_lock(&x->target->record_lock);
+	int rc = atomic_load(&x->target->ending) ? no_machine(x->target, err) : suspend_machine(x, result, err);
+	pthread_mutex_unlock(&x->target->record_lock);
 	return rc;
 }
 
@@ -535,7 +588,8 @@ static const struct method {
 } methods[] = {
 	{"vm.info", vm_info, false, false},
 	{"vm.pause", vm_pause, false, false},
-	{"vm.resume", vm_resume_method, false, false},
+	{"vm.resume", vm_resume_method, true, false},
+	{"vm.suspend", vm_suspend, false, false},
 	{"vm.power-button", vm_power_button, false, false},
 	{"vm.kill", vm_kill, true, false},
 	{"vm.stats", stats, false, false},
@@ -561,8 +615,7 @@ int control_dispatch(struct control_exchange *x, const char *method, const json_
 		bool usable = x->target->machine && !atomic_load(&x->target->ending);
 		int rc = usable || methods[i].without_machine
 				 ? methods[i].run(x, params, result, err)
-				 : err_set(err, ERR_STATE, EAGAIN, "%s: the machine is starting or ending",
-					   x->target->name);
+				 : no_machine(x->target, err);
 		pthread_rwlock_unlock(&x->target->machine_lock);
 		return rc;
 	}

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
@@ -21,6 +22,7 @@
 #include "control/identity.h"
 #include "control/periodic.h"
 #include "control/server.h"
+#include "control/sleeper.h"
 #include "control/tidy.h"
 #include "machine/domain.h"
 
@@ -30,7 +32,7 @@
 #define LAST_BYTES  4096 /* of the console, kept of a VM that crashed */
 
 /* Why a guest stopped is asked of its machine: by the time the main thread comes to it, a revert may have undone it. */
-enum event { EVENT_NONE, EVENT_STOPPED, EVENT_KILL };
+enum event { EVENT_NONE, EVENT_STOPPED, EVENT_SUSPEND, EVENT_KILL };
 
 struct process {
 	const struct process_options *options;
@@ -55,13 +57,18 @@ struct process {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	enum event event; /* under lock; a kill stays */
+	int event_fd;	  /* readable while there is one */
+	bool wanted;	  /* under lock: a suspended VM is to wake */
+	char asleep_at[STORE_ID_BYTES]; /* under lock: the checkpoint that it is in */
 };
 
 static void post_event(struct process *process, enum event event)
 {
 	pthread_mutex_lock(&process->lock);
-	if (process->event != EVENT_KILL)
+	/* A kill stays; and a suspend, but for that. */
+	if (event > process->event)
 		process->event = event;
+	eventfd_write(process->event_fd, 1);
 	pthread_cond_broadcast(&process->changed);
 	pthread_mutex_unlock(&process->lock);
 }
@@ -75,14 +82,45 @@ static void guest_stopped(void *opaque, enum vm_stop_reason reason, const struct
 
 static void killed(void *opaque) { post_event(opaque, EVENT_KILL); }
 
+static void suspended(void *opaque, const char *id)
+{
+	struct process *process = opaque;
+
+	pthread_mutex_lock(&process->lock);
+	snprintf(process->asleep_at, sizeof(process->asleep_at), "%s", id);
+	process->wanted = false;
+	pthread_mutex_unlock(&process->lock);
+	post_event(process, EVENT_SUSPEND);
+}
+
+static void wake(void *opaque)
+{
+	struct process *process = opaque;
+
+	pthread_mutex_lock(&process->lock);
+	process->wanted = true;
+	pthread_mutex_unlock(&process->lock);
+	post_event(process, EVENT_NONE);
+}
+
+/* EVENT_NONE if there is none. */
+static enum event take_event_locked(struct process *process)
+{
+	enum event event = process->event;
+	eventfd_t count;
+
+	eventfd_read(process->event_fd, &count);
+	if (event != EVENT_KILL)
+		process->event = EVENT_NONE;
+	return event;
+}
+
 static enum event wait_event(struct process *process)
 {
 	pthread_mutex_lock(&process->lock);
 	while (process->event == EVENT_NONE)
 		pthread_cond_wait(&process->changed, &process->lock);
-	enum event event = process->event;
-	if (event != EVENT_KILL)
-		process->event = EVENT_NONE;
+	enum event event = take_event_locked(process);
 	pthread_mutex_unlock(&process->lock);
 	return event;
 }
@@ -270,7 +308,7 @@ static int build_machine(struct process *process, const char *from, struct err *
 		.uuid = process->record.uuid,
 		.from = from && *from ? from : NULL,
 		.console = process->console,
-		.clock_back_ns = from && *from ? process->clock_back_ns : 0,
+		.clock_back_ns = from == process->from ? process->clock_back_ns : 0, /* not when it wakes up */
 		.stopped = guest_stopped,
 		.opaque = process,
 	};
@@ -398,19 +436,117 @@ static bool is_at_end(struct process *process, enum vm_stop_reason *reason, stru
 {
 	close_machine(process);
 	bool stopped = vm_has_stopped(machine_vm(process->target.machine), reason, error);
-	process->target.ending = stopped;
+	process->target.ending = stopped || process->target.asleep;
 	pthread_rwlock_unlock(&process->target.machine_lock);
 	return stopped;
+}
+
+/* --- suspended --- */
+
+/* True in *wanted: somebody wants the VM; false: it is killed. */
+static int wait_asleep(struct process *process, struct sleeper *sleeper, bool *wanted, struct err *err)
+{
+	for (*wanted = false;;) {
+		pthread_mutex_lock(&process->lock);
+		enum event event = take_event_locked(process);
+		*wanted |= process->wanted;
+		process->wanted = false;
+		pthread_mutex_unlock(&process->lock);
+		*wanted &= event != EVENT_KILL;
+		if (event == EVENT_KILL || *wanted)
+			return 0;
+		int rc = sleeper_wait(sleeper, process->event_fd, wanted, err);
+		if (rc)
+			return rc;
+	}
+}
+
+/* Of all that it had it keeps what it is wanted by. */
+static int keep_ports(struct process *process, struct err *err)
+{
+	struct store_resource *list = NULL;
+	size_t count = 0, kept = 0;
+
+	identity_list(&process->config, store_path(process->store), process->record.uuid, &list, &count);
+	for (size_t i = 0; i < count; i++) {
+		const char *type = list[i].type;
+		struct store_resource one = list[i];
+
+		if (strcmp(type, "uuid") && strcmp(type, "port") && strcmp(type, "socket"))
+			continue;
+		list[i] = list[kept];
+		list[kept++] = one;
+	}
+	int rc = store_resources_bind(process->store, process->config.name, list, kept, NULL, NULL, NULL, err);
+	store_resources_free_list(list, count);
+	return rc;
+}
+
+static int wake_up(struct process *process, struct sleeper *sleeper, struct err *err)
+{
+	uint64_t began = clock_now_ns();
+
+	sleeper_stop_listening(sleeper);
+	int rc = bind_resources(process, err);
+	if (!rc)
+		rc = build_machine(process, process->asleep_at, err);
+	if (rc)
+		return rc;
+	atomic_store(&process->target.asleep, false);
+	rc = machine_resume(process->target.machine, err);
+	if (!rc)
+		rc = store_vm_set_state(process->store, process->config.name, "running", err);
+	log_info("awake after %.1f ms", (double)(clock_now_ns() - began) / 1e6);
+	sleeper_hand_over(sleeper);
+	return rc;
+}
+
+/* Until it runs again, or (*killed) is not to. What stands in the way of that, such as a device that another VM has by now, is told, and it sleeps on. */
+static int sleep_once(struct process *process, bool *killed, struct err *err)
+{
+	struct sleeper *sleeper = NULL;
+	struct err failed = ERR_INIT;
+	bool wanted = false;
+	int rc = keep_ports(process, err);
+
+	if (!rc)
+		rc = sleeper_create(&process->config, &sleeper, err);
+	if (!rc)
+		rc = wait_asleep(process, sleeper, &wanted, err);
+	*killed = !rc && !wanted;
+	if (!rc && wanted && wake_up(process, sleeper, &failed))
+		log_error("cannot wake: %s%s%s", failed.message, failed.hint[0] ? "; " : "", failed.hint);
+	sleeper_destroy(sleeper);
+	return rc;
+}
+
+/* The machine is in a checkpoint: it goes, with all that it has of the host but its forwarded ports, until somebody wants it. */
+static int sleep_until_wanted(struct process *process, struct err *err)
+{
+	bool killed = false;
+	int rc = drop_machine(process, err);
+
+	if (!rc)
+		rc = store_vm_set_state(process->store, process->config.name, "suspended", err);
+	while (!rc && !killed && !process->target.machine)
+		rc = sleep_once(process, &killed, err);
+	return rc;
 }
 
 /* Until the VM ends. */
 static int live(struct process *process, struct err *err)
 {
-	while (wait_event(process) != EVENT_KILL) {
+	for (enum event event; (event = wait_event(process)) != EVENT_KILL;) {
 		struct err error = ERR_INIT;
 		enum vm_stop_reason reason;
 		int rc;
 
+		if (event == EVENT_SUSPEND) {
+			rc = sleep_until_wanted(process, err);
+			if (rc)
+				return rc;
+			continue;
+		}
 		if (!is_at_end(process, &reason, &error))
 			continue;
 		switch (reason) {
@@ -515,7 +651,7 @@ static int prepare(struct process *process, struct err *err)
 
 static void process_init(struct process *process, const struct process_options *options)
 {
-	*process = (struct process){.options = options, .dir = -1};
+	*process = (struct process){.options = options, .dir = -1, .event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
 	pthread_mutex_init(&process->lock, NULL);
 	pthread_cond_init(&process->changed, NULL);
 	pthread_rwlock_init(&process->target.machine_lock, NULL);
@@ -526,6 +662,8 @@ static void process_free(struct process *process)
 {
 	if (process->dir >= 0)
 		close(process->dir);
+	if (process->event_fd >= 0)
+		close(process->event_fd);
 	store_vm_unlock(process->name_lock);
 	config_free(&process->config);
 	store_unpin(process->from_pin);
@@ -551,6 +689,8 @@ static int run_here(const struct process_options *options, running_fn *running, 
 		process.target.store = process.store;
 		process.target.name = process.config.name;
 		process.target.kill = killed;
+		process.target.suspend = suspended;
+		process.target.wake = wake;
 		process.target.opaque = &process;
 		rc = start(&process, err);
 		if (!rc) {

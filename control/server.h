@@ -21,6 +21,7 @@ struct control_target {
 	pthread_rwlock_t machine_lock;
 	struct machine *machine; /* under machine_lock; NULL while there is none */
 	_Atomic bool ending;	 /* the machine is about to go: nothing new is begun on it */
+	_Atomic bool asleep;	 /* it has gone, or is about to, as the VM is suspended */
 	pthread_mutex_t
 		record_lock; /* within machine_lock: pause or resume together with its entry in the VM's record */
 	struct periodic *periodic; /* NULL without periodic checkpoints; immutable while the server runs */
@@ -28,6 +29,9 @@ struct control_target {
 	struct events *events;	   /* the same */
 	/* Ends the process: in any thread, must not block. */
 	void (*kill)(void *opaque);
+	/* The machine is paused and in checkpoint `id`: drops it until somebody wants it; and that somebody does. As `kill`. NULL in tests. */
+	void (*suspend)(void *opaque, const char *id);
+	void (*wake)(void *opaque);
 	void *opaque;
 };
 

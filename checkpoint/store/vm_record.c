@@ -176,8 +176,9 @@ static void read_row(struct store *store, sqlite3_stmt *s, struct store_vm *vm)
 	vm->config_text = xstrdup(text ? (const char *)text : "");
 	catalog_text(s, 10, vm->note, sizeof(vm->note));
 	vm->alive = store_vm_is_alive(store, vm->name);
+	/* One that dies asleep loses nothing: it is in its checkpoint. */
 	if (!vm->alive && strcmp(vm->state, "stopped"))
-		snprintf(vm->state, sizeof(vm->state), "crashed");
+		snprintf(vm->state, sizeof(vm->state), strcmp(vm->state, "suspended") ? "crashed" : "stopped");
 }
 
 static int list_locked(struct store *store, struct store_vm **list, size_t *count, struct err *err)

@@ -4,6 +4,7 @@
 import hashlib
 import os
 import signal
+import socket
 import sqlite3
 import sys
 import time
@@ -16,7 +17,6 @@ from vmcp_test import check, check_equal  # noqa: E402
 
 CLONES = int(os.environ.get("VMCP_TEST_CLONES", "100"))
 BATCH = 5
-GENERATION_GPA = 0xff000 + 16  # vmm/acpi.h
 GENERATION_MARK = b"VMCP generation\0"
 
 
@@ -43,7 +43,7 @@ def files_of(env, checkpoint):
 
 
 def generation_in_memory(env, checkpoint):
-    memory, wanted = store_memory.Memory(env.store, checkpoint), GENERATION_GPA // 4096
+    memory, wanted = store_memory.Memory(env.store, checkpoint), vmcp_test.GENERATION_PAGE
     page = next(data[(wanted - first) * 4096:][:4096] for first, data in memory.runs() if first <= wanted < first + len(data) // 4096)
     memory.close()
     check_equal(page[:16], GENERATION_MARK, "what the page of the generation id begins with")
@@ -240,6 +240,65 @@ def test_killed_at_allocation_and_release(env):
     # All that they had can be had.
     clones = env.vmcp_json("clone", "origin", "--count", "3")["vms"]
     check_equal(len(clones), 3, "clones")
+
+
+def state_of(env, name="tiny"):
+    return next(vm["state"] for vm in env.vmcp_json("ps")["vms"] if vm["name"] == name)
+
+
+def wait_for_state(env, state):
+    end = time.monotonic() + 30
+    while state_of(env) != state:
+        check(time.monotonic() < end, f"the VM is {state_of(env)}, not {state}")
+        time.sleep(0.02)
+
+
+def test_suspend(env):
+    """A suspended VM has nothing of the host but its ports, is what it was when it wakes, and wakes by command, datagram and connection."""
+    ports = free_ports(2)
+    disk = env.image("disk.qcow2")
+    config = env.tiny_config(memory="64M", cmdline="set=8M rate=2000 disk=1 disk_blocks=64 report=0 net=1", disks=[("data", disk)],
+                             extra=f"[net lan]\nmode = user\nforward = udp:{ports[0]}:7\nforward = tcp:{ports[1]}:80\n")
+    env.vmcp("run", "--detach", config)
+    guest, pid = env.attach_tiny("tiny"), env.vmcp_json("ps")["vms"][0]["pid"]
+    echo = Echo(ports[0])
+    echo.insist("after the boot")
+    guest.set("pause")
+    before = guest.sum()
+    for number, wake in enumerate(("command", "datagram", "connection")):
+        taken = env.vmcp_json("suspend", "tiny")
+        check_equal(state_of(env), "suspended", "state")
+        check_equal(env.vmcp_json("ps")["vms"][0]["last_checkpoint"], taken["id"], "where it stands")
+        files = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        check(not [file for file in files if "kvm" in file or "memfd" in file or file.endswith((".qcow2", ".mem"))], f"files that are open: {files}")
+        check_equal({row[1] for row in table(env)}, {"uuid", "port", "socket"}, "what is left in the table")
+        refused = env.vmcp("checkpoint", "tiny", status=4)
+        check("is suspended" in refused.err and "hint: " in refused.err, str(refused))
+        if wake == "command":
+            env.vmcp("resume", "tiny")
+        elif wake == "datagram":
+            echo.insist("what wakes it")
+        else:
+            caller = socket.create_connection(("127.0.0.1", ports[1]), timeout=30)
+        wait_for_state(env, "running")
+        check_equal(env.vmcp_json("ps")["vms"][0]["pid"], pid, "its process")
+        check_equal("disk" in {row[1] for row in table(env)}, True, "it has its disk again")
+        after = guest.sum()
+        check_equal([after[key] for key in ("mem", "disk", "sequence", "epoch")], [before[key] for key in ("mem", "disk", "sequence", "epoch")], f"content after wake {number}")
+        echo.insist("after it woke")
+    caller.close()
+    guest.set("go")
+    guest.check()
+    # Asleep it can be killed, which loses nothing, and dies without harm.
+    env.vmcp("suspend", "tiny")
+    env.vmcp("kill", "tiny")
+    check_equal((state_of(env), table(env)), ("stopped", []), "state and table after a kill")
+    env.vmcp("revert", "tiny")
+    env.vmcp("suspend", "tiny")
+    kill_9(env.vmcp_json("ps")["vms"][0]["pid"])
+    check_equal(state_of(env), "stopped", "state after kill -9")
+    env.vmcp("revert", "tiny")
+    env.attach_tiny("tiny").check()
 
 
 if __name__ == "__main__":
