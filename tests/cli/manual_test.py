@@ -165,11 +165,11 @@ def vmcp_lines(text):
     for line in re.findall(r"^ {2,}(?:\$ |# )?(.*\bvmcp .*)$", text, re.M) + re.findall(r"`(vmcp [^`]*)`", text):
         line = re.sub(r"\s#\s.*$| {2,}.*$", "", line)
         for part in re.split(r"&&|\|(?!pipe)|;|\$\(", line):
-            words = re.sub(r">\s*\S+", "", part).replace("`", "").replace(")", "").strip().split()
+            words = re.sub(r"\s>\s*\S+", "", part).replace("`", "").replace(")", "").strip().split()
             while words and words[0] in ("ssh", "sudo", "other", "HOST", "if", "time"):
                 words.pop(0)
             if words and words[0] == "vmcp" and "..." not in part and "[" not in part and not re.fullmatch(r"vmcp [a-z ]+ \d+", " ".join(words)):
-                yield re.sub(r">\s*\S+", "", part).strip()
+                yield re.sub(r"\s>\s*\S+", "", part).strip()
 
 
 def check_line(document, line, where):
