@@ -167,6 +167,9 @@ static bool choose_staging(const struct planner_case *c, const struct planner_co
 			 (unsigned long long)plan->left_pages);
 	else {
 		plan->way = PLANNER_STAGE;
+		/* Where there is no other way, all passes may find all of it again: what is not used costs nothing. */
+		if (!c->can_protect)
+			plan->buffer_pages = max_u64(plan->buffer_pages, MAX_PASSES * c->pages + BUFFER_SPARE_PAGES);
 		plan->buffer_pages = min_u64(plan->buffer_pages, room / PAGE_BYTES);
 		snprintf(why, PLANNER_REASON_BYTES, "%llu pages fit into memory, and copying them leaves about %llu for the pause",
 			 (unsigned long long)c->pages, (unsigned long long)plan->left_pages);

@@ -10,7 +10,8 @@
 #include "checkpoint/engine_internal.h"
 
 #define STAGE_MAX_PASSES 8u
-/* In longer times a guest writes the same pages again: what it wrote then says nothing about the last, short passes. */
+/* In longer times a guest writes the same pages again: what it wrote then says little about the last, short passes, and counts only where it is more
+ * than was known. */
 #define RATE_MIN_NS 300000u
 #define RATE_MAX_NS 5000000u
 /* Of passes that bring a quarter less each there is no use: docs/memory-cow.md. */
@@ -108,7 +109,10 @@ static bool staging_falls_behind(const struct take *take, uint64_t count, uint64
 
 static void note_written(struct ckpt_engine *engine, uint64_t pages, uint64_t took_ns)
 {
-	planner_note_rate(&engine->costs.written_pages_per_s, (double)pages * 1e9 / (double)took_ns);
+	double rate = (double)pages * 1e9 / (double)took_ns;
+	if (took_ns > RATE_MAX_NS && rate <= engine->costs.written_pages_per_s)
+		return;
+	planner_note_rate(&engine->costs.written_pages_per_s, rate);
 	engine->written_rate = (uint64_t)engine->costs.written_pages_per_s;
 }
 
@@ -127,7 +131,7 @@ static int stage_rest(struct take *take, struct err *err)
 		if (r != 0)
 			break;
 		uint64_t at_ns = tracker_timing(engine->tracker).at_ns;
-		if (pass == 1 && at_ns - since_ns <= RATE_MAX_NS) /* a pass of more than a few pages */
+		if (pass == 1) /* a pass of more than a few pages */
 			note_written(engine, count, at_ns - since_ns);
 		since_ns = at_ns;
 		/* Not stopped only after all passes: each of them takes longer than protecting what is left. */
@@ -261,7 +265,7 @@ static void note_rate(struct take *take)
 	struct ckpt_engine *engine = take->engine;
 	uint64_t count, at_ns = tracker_timing(engine->tracker).at_ns;
 	uint64_t took_ns = clock_now_ns() - at_ns;
-	if (took_ns >= RATE_MIN_NS && took_ns <= RATE_MAX_NS && tracker_peek(engine->tracker, &count, NULL) == 0)
+	if (took_ns >= RATE_MIN_NS && tracker_peek(engine->tracker, &count, NULL) == 0)
 		note_written(engine, count, took_ns);
 }
 

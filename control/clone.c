@@ -107,7 +107,7 @@ static int make_name(const char *pattern, const char *vm, unsigned number, char 
 	}
 	int rc = store_check_name("--name", text, err);
 	if (!rc)
-		snprintf(out, STORE_NAME_BYTES, "%s", text);
+		snprintf(out, STORE_NAME_BYTES, "%.*s", STORE_NAME_BYTES - 1, text);
 	return rc;
 }
 

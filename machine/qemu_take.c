@@ -228,7 +228,8 @@ static int stage_disk(struct take *take, const struct qemu_disk *disk, struct er
 	d->disk = disk;
 	if (!real)
 		return err_sys(err, errno, "%s", disk->path);
-	snprintf(layer->disk, sizeof(layer->disk), "%s", disk->target);
+	_Static_assert(sizeof(layer->disk) == sizeof(disk->target), "both are names of disks");
+	memcpy(layer->disk, disk->target, sizeof(layer->disk));
 	snprintf(layer->format, sizeof(layer->format), "%s", disk->qcow2 ? "qcow2" : "raw");
 	int rc = qemu_image_size(real, disk->qcow2, &layer->size_bytes, err);
 	if (!rc)

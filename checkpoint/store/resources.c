@@ -330,7 +330,7 @@ static int known_uuid_locked(struct store *store, const char *vm, char uuid[37],
 								     " SELECT 1 FROM resources WHERE type = '" UUID_TYPE
 								     "' AND host = ?1 AND vm != ?2 LIMIT 1",
 		TEXTS(text, vm), 0, NULL, NULL, err);
-	snprintf(uuid, 37, "%s", text);
+	snprintf(uuid, 37, "%.36s", text);
 	return rc < 0 ? rc : rc == 0;
 }
 

@@ -110,7 +110,7 @@ def test_rm_by_name(env):
     check_equal(sorted(result), ["disk_layers", "freed_bytes", "memory_layers", "merged_layers", "removed"], "rm --json")
     check_equal(listed(env), [ids[3]], "checkpoints left")
     collected = env.vmcp_json("gc")
-    check_equal(sorted(collected), ["disk_layers", "forgotten", "freed_bytes", "kept_disk_layers", "memory_layers", "merged_layers"], "gc --json")
+    check_equal(sorted(collected), ["disk_layers", "forgotten", "freed_bytes", "freed_resources", "kept_disk_layers", "memory_layers", "merged_layers"], "gc --json")
 
 
 def stop_periodic(env, name="tiny"):
