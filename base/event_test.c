@@ -2,6 +2,7 @@
  * variables, which is right only where parking excludes callbacks. */
 #include <errno.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -217,12 +218,26 @@ static void test_a_loop_that_does_not_run_is_parked(void)
 	loop_destroy(loop);
 }
 
+static void post_semaphore(void *opaque) { sem_post(opaque); }
+
+/* Until the loop's thread takes what is posted: a call before that runs in its caller's thread, in no order with what is posted. */
+static void wait_until_up(struct loop *loop)
+{
+	sem_t up;
+	sem_init(&up, 0, 0);
+	CHECK(loop_post(loop, post_semaphore, &up) == 0);
+	while (sem_wait(&up) != 0)
+		;
+	sem_destroy(&up);
+}
+
 static void test_parks_nest(void)
 {
 	struct loop *loop = create();
 	pthread_t thread = start(loop);
 	unsigned note = 0;
 
+	wait_until_up(loop);
 	loop_park_request(loop);
 	loop_park_request(loop);
 	loop_park_wait(loop);
