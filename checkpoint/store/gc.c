@@ -189,7 +189,9 @@ static int forget_missing(struct collection *g, struct err *err)
 			rc = catalog_run_locked(store, "BEGIN IMMEDIATE", err);
 			if (!rc && !is_there(store->checkpoints_dir, "", list[i].id, "") &&
 			    !is_there(store->staging_dir, REMOVED_PREFIX, list[i].id, "")) {
-				rc = refs_forget_locked(store, list[i].id, &dead, err);
+				int known = refs_forget_locked(store, list[i].id, &dead, err);
+
+				rc = known < 0 ? known : 0;
 				g->forgotten++;
 			}
 			if (!rc)

@@ -190,5 +190,7 @@ int refs_forget_locked(struct store *store, const char *id, struct dead_layers *
 		rc = run_with(store, "DELETE FROM refs WHERE checkpoint = ?3", NULL, NULL, seq, err);
 	for (size_t i = first; !rc && i < dead->count; i++)
 		rc = run_with(store, "DELETE FROM layers WHERE id = ?1", dead->list[i].id, NULL, 0, err);
-	return rc ? rc : run_with(store, "DELETE FROM checkpoints WHERE seq = ?3", NULL, NULL, seq, err);
+	if (!rc)
+		rc = run_with(store, "DELETE FROM checkpoints WHERE seq = ?3", NULL, NULL, seq, err);
+	return rc ? rc : 1;
 }

@@ -176,8 +176,13 @@ static int forget_locked(struct removal *list, size_t count, bool move, struct e
 		return rc;
 	if (move)
 		rc = move_all_away(list, count, err);
-	for (size_t i = 0; i < count && !rc; i++)
-		rc = list[i].refused ? 0 : refs_forget_locked(store, list[i].id, &list[i].dead, err);
+	for (size_t i = 0; i < count && !rc; i++) {
+		int known = list[i].refused ? 0 : refs_forget_locked(store, list[i].id, &list[i].dead, err);
+		/* Before the commit, and not again after it: once no checkpoint names a disk layer, a merge may put another file in its place. */
+		if (known == 1 || (known == 0 && move && !list[i].refused))
+			disk_records_keep(store, list[i].staged);
+		rc = known < 0 ? known : 0;
+	}
 	if (!rc)
 		rc = fault_check(FAULT_STORE_REMOVE_BEFORE_COMMIT, err);
 	if (!rc)
@@ -241,7 +246,6 @@ static void clean_up(struct removal *r, int rc, struct err *later, struct store_
 		rc = fault_check(FAULT_STORE_REMOVE_FORGOTTEN, later);
 	if (!rc)
 		rc = unlink_dead(r, freed, later);
-	disk_records_keep(r->store, r->staged);
 	if (!rc)
 		rc = file_remove_tree(r->store->staging_dir, r->staged, later);
 	if (rc)
@@ -384,7 +388,6 @@ void remove_recover(struct store *store, const char *name)
 		rc = unlink_dead(&r, &freed, &error);
 	if (!rc) {
 		unlink_unnamed(&r);
-		disk_records_keep(store, name);
 		rc = file_remove_tree(store->staging_dir, name, &error);
 	}
 	if (rc)

@@ -77,8 +77,8 @@ struct dead_layers {
 	} *list;	      /* malloc */
 	size_t count;
 };
-/* Takes a checkpoint out of all tables: its children, and VMs that stood at it, are its parent's from then on. What is not there is no
- * error. Adds to *dead. */
+/* Takes a checkpoint out of all tables: its children, and VMs that stood at it, are its parent's from then on. 1: it was
+ * there; 0: it was not; -errno. Adds to *dead. */
 int refs_forget_locked(struct store *store, const char *id, struct dead_layers *dead, struct err *err);
 /* 1 if some checkpoint names the layer, 0, -errno. */
 int refs_has_layer_locked(struct store *store, const char *layer, struct err *err);

@@ -761,3 +761,32 @@ Test(store_remove, merging_leaves_few_layers_and_copies_little)
 	cr_expect_leq(most, 20, "%zu layers", most);
 	cr_expect_leq(copied, 5000 * 10, "%llu copied", (unsigned long long)copied);
 }
+
+/* What a removal that was cut off leaves beside a disk layer is about the file of then, not about one that a merge has put in its place since. */
+Test(store_remove, a_recovered_removal_says_nothing_of_a_merged_file)
+{
+	char ids[2][STORE_ID_BYTES], layers[2][200], record[220], other[220], layer[STORE_ID_BYTES];
+	uint64_t bytes, sum;
+	struct stat st;
+
+	make_image(store_test_image, NULL);
+	for (unsigned i = 0; i < 2; i++)
+		take_with_disk(i ? ids[i - 1] : NULL, ids[i], layers[i]);
+	snprintf(layer, sizeof(layer), "%.32s", strrchr(layers[1], '/') + 1);
+	arm(313, "eio");
+	must_remove(ids[1]);
+	disarm();
+	cr_assert(disk_record_find(store_test_store, layer, "qcow2", &bytes, &sum));
+	cr_assert_eq(stat(layers[1], &st), 0);
+	/* As store_merge_commit does it. */
+	disk_record_forget(store_test_store, layer, "qcow2");
+	snprintf(other, sizeof(other), "%s.other", layers[1]);
+	make_image(other, NULL);
+	cr_assert_eq(truncate(other, st.st_size + 65536), 0);
+	cr_assert_eq(rename(other, layers[1]), 0);
+	open_again();
+	cr_expect_eq(store_test_count_in("staging", ""), 0, "the removal was brought to its end");
+	cr_expect_not(disk_record_find(store_test_store, layer, "qcow2", &bytes, &sum));
+	snprintf(record, sizeof(record), "%s.sum", layers[1]);
+	cr_expect_lt(access(record, F_OK), 0);
+}
