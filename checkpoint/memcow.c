@@ -678,7 +678,7 @@ int memcow_instant(struct memcow *cow, const struct page_words *written, struct 
 	widen_scope(cow, written, cow->way == MEMCOW_PROTECT);
 	if (cow->way == MEMCOW_STOPPED)
 		return 0;
-	/* With the lock held the fault thread is not between noting a page and releasing it (invariant 4). No vCPU
+	/* With the lock held the fault thread is not between releasing a page and noting it (invariant 4). No vCPU
 	 * runs, but io_uring's workers may fault: these wait. */
 	pthread_mutex_lock(&cow->lock);
 	if (cow->phase != MEMCOW_ARMED)

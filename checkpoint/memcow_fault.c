@@ -1,6 +1,6 @@
 /*
  * The fault thread: answers every write that met the protection. What it does depends on the phase (memcow_internal.h):
- * note and release, copy, claim and release, or just release.
+ * release and note, copy, claim and release, or just release.
  */
 #include <errno.h>
 #include <linux/userfaultfd.h>
@@ -108,8 +108,9 @@ static void handle_fault(struct memcow *cow, uint64_t page, uint64_t seen_ns)
 	if (cow->uffd_lost) {
 		/* its waiters were woken with the registration */
 	} else if (cow->phase == MEMCOW_ARMED) {
-		page_set_add(&cow->dirty, page);
+		/* In this order: noted first, it could be taken from the set and protected again before it is released. */
 		release(cow, page);
+		page_set_add(&cow->dirty, page);
 		atomic_fetch_add_explicit(&cow->arm_faults, 1, memory_order_relaxed);
 	} else if (cow->phase == MEMCOW_CAPTURED) {
 		if (!memcow_copy_page(cow, page))

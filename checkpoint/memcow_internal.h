@@ -27,7 +27,7 @@ struct io_uring;
 
 enum memcow_phase {
 	MEMCOW_IDLE,	 /* a fault is released: no checkpoint, or one that failed */
-	MEMCOW_ARMED,	 /* a fault is noted in `dirty` and released */
+	MEMCOW_ARMED,	 /* a fault is released and noted in `dirty` */
 	MEMCOW_CAPTURED, /* a fault is copied, claimed and released */
 };
 
@@ -59,11 +59,11 @@ struct hold {
  *    `hold`, from where the sweeper takes it to one, or is marked in `zero`. Copy first, claim second: the copy of whoever fails to claim is dropped.
  *  2 After the instant a page is released only when its bit in `claimed` is set. So the content of an unclaimed page
  *    is that of the instant.
- *  3 Before the instant a page is released only after its bit in `dirty` was set, and a bit of `dirty` is cleared only
- *    before its page is protected. So whatever is of the scope and not in `dirty` is protected. The instant protects or
- *    claims the rest.
+ *  3 Before the instant a page's bit in `dirty` is set after it was released, and cleared before it is protected. So where
+ *    the release came last, after the protection, the bit was set after it was cleared: whatever is of the scope and not in `dirty` is
+ *    protected, but for a page that the fault thread is at (4). The instant protects or claims the rest.
  *  4 `phase` changes under `lock`, and the fault thread handles each event wholly under it: an event seen as ARMED is
- *    released before the instant begins.
+ *    released and noted before the instant begins.
  *  5 Pages outside the scope are claimed from the start: 1 does not hold for them, and nobody saves them.
  *  6 From before the first page is protected until none is, no page is taken away (mem_hold_discards): a hole at the instant was one
  *    when it was protected.
