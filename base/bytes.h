@@ -90,5 +90,7 @@ static inline uint64_t round_up(uint64_t v, uint64_t alignment) { return (v + al
 static inline uint64_t div_round_up(uint64_t v, uint64_t by) { return v / by + (v % by != 0); }
 static inline uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static inline uint64_t max_u64(uint64_t a, uint64_t b) { return a > b ? a : b; }
+/* length: at least 1. */
+static inline bool bytes_are_zero(const uint8_t *data, size_t length) { return data[0] == 0 && memcmp(data, data + 1, length - 1) == 0; }
 
 #endif

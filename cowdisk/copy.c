@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "base/clock.h"
 #include "cowdisk/copy_internal.h"
 
@@ -95,11 +96,6 @@ static void written(struct cow_request *request, int result)
 		write_next(slot);
 }
 
-static bool is_zero(const uint8_t *data, uint64_t length)
-{
-	return data[0] == 0 && memcmp(data, data + 1, (size_t)length - 1) == 0;
-}
-
 /* End of the grain in which `at` lies. */
 static uint64_t grain_end(const struct slot *slot, uint64_t at)
 {
@@ -118,10 +114,10 @@ static void write_next(struct slot *slot)
 			return;
 		}
 		end = grain_end(slot, at);
-		bool zero = is_zero(slot->data + at, end - at);
+		bool zero = bytes_are_zero(slot->data + at, end - at);
 		while (end < slot->length) {
 			uint64_t next = grain_end(slot, end);
-			if (is_zero(slot->data + end, next - end) != zero)
+			if (bytes_are_zero(slot->data + end, next - end) != zero)
 				break;
 			end = next;
 		}

@@ -180,8 +180,6 @@ static int next_chunk(struct reader *r, const struct cow_export *e, uint8_t *dat
 	return 0;
 }
 
-static bool is_zero(const uint8_t *data, size_t bytes) { return data[0] == 0 && memcmp(data, data + 1, bytes - 1) == 0; }
-
 static int copy(struct reader *r, const struct cow_export *e, const struct legacy *image, struct cow_disk *to, struct err *err)
 {
 	static uint8_t data[CHUNK_BYTES];
@@ -191,7 +189,7 @@ static int copy(struct reader *r, const struct cow_export *e, const struct legac
 		rc = next_chunk(r, e, data, want, &bytes, err);
 		if (rc == 0 && bytes < want)
 			break; /* its end says why */
-		if (rc == 0 && !is_zero(data, bytes))
+		if (rc == 0 && !bytes_are_zero(data, bytes))
 			rc = cow_write_sync(to, at, data, bytes, err);
 		at += bytes;
 		if (e->progress && at - told >= PROGRESS_BYTES) {

@@ -393,7 +393,6 @@ struct maps {
 
 static int read_back(struct take *take, const struct maps *maps, struct err *err)
 {
-	static const uint8_t nothing[PAGE_BYTES];
 	uint64_t file_pages = div_round_up(take->result->stream_bytes, PAGE_BYTES);
 	CLEANUP_FREE uint8_t *data = malloc(READ_PAGES * PAGE_BYTES);
 	int rc = data ? 0 : err_sys(err, ENOMEM, "checksums");
@@ -407,7 +406,7 @@ static int read_back(struct take *take, const struct maps *maps, struct err *err
 			const uint8_t *page = data + i * PAGE_BYTES;
 			uint64_t number = at + i, bit = 1ull << (number % 64);
 
-			if (memcmp(page, nothing, PAGE_BYTES) == 0) {
+			if (bytes_are_zero(page, PAGE_BYTES)) {
 				maps->zero[number / 64] |= bit;
 				continue;
 			}

@@ -210,8 +210,6 @@ struct copying {
 	uint8_t *now, *then;	       /* TRANSFER_DATA_BYTES each */
 };
 
-static bool is_zero(const uint8_t *data, size_t length) { return data[0] == 0 && memcmp(data, data + 1, length - 1) == 0; }
-
 static int put_zeroes(struct copying *c, uint64_t offset, uint64_t length, struct err *err)
 {
 	uint64_t bytes = 0;
@@ -255,7 +253,7 @@ static int put_pieces(struct copying *c, uint64_t offset, uint64_t length, const
 		rc = cow_read_sync(c->since, offset, c->then, length, err);
 	for (uint64_t at = 0, n; !rc && at < length; at += n) {
 		n = min_u64(length - at, grain - (offset + at) % grain);
-		bool zero = is_zero(c->now + at, n);
+		bool zero = bytes_are_zero(c->now + at, n);
 
 		if (before && before->data ? memcmp(c->now + at, c->then + at, n) == 0 : zero)
 			continue;
