@@ -189,7 +189,7 @@ static int check_pages(struct loader *l, const uint64_t *which, struct err *err)
 static void wait_for_run(struct loader *l)
 {
 	uint64_t entry_ns = vm_first_entry_ns(l->vm), until_ns = (entry_ns ? entry_ns : clock_now_ns()) + RECORD_AFTER_NS;
-	struct timespec until = {.tv_sec = (time_t)(until_ns / 1000000000), .tv_nsec = (long)(until_ns % 1000000000)};
+	struct timespec until = clock_timespec(until_ns);
 	pthread_mutex_lock(&l->lock);
 	while (!l->stop && pthread_cond_timedwait(&l->changed, &l->lock, &until) != ETIMEDOUT)
 		;
@@ -276,11 +276,7 @@ static struct loader *new_loader(const struct loader_config *config, struct page
 	l->mapped = xcalloc(l->words, sizeof(*l->mapped));
 	l->copied = xcalloc(l->words, sizeof(*l->copied));
 	pthread_mutex_init(&l->lock, NULL);
-	pthread_condattr_t attr;
-	pthread_condattr_init(&attr);
-	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-	pthread_cond_init(&l->changed, &attr);
-	pthread_condattr_destroy(&attr);
+	clock_cond_init(&l->changed);
 	return l;
 }
 

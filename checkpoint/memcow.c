@@ -92,11 +92,7 @@ int memcow_create(struct mem *mem, bool protect, struct memcow **out, struct err
 	cow->uffd = cow->stop_event = -1;
 	pthread_mutex_init(&cow->lock, NULL);
 	pthread_mutex_init(&cow->done_lock, NULL);
-	pthread_condattr_t attr;
-	pthread_condattr_init(&attr);
-	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-	pthread_cond_init(&cow->done_cond, &attr);
-	pthread_condattr_destroy(&attr);
+	clock_cond_init(&cow->done_cond);
 	cow->claimed = calloc(cow->blocks, sizeof(uint64_t));
 	cow->zero = calloc(cow->blocks, sizeof(uint64_t));
 	cow->scope = calloc(cow->blocks, sizeof(uint64_t));

@@ -22,13 +22,9 @@ struct events {
 struct events *events_create(void)
 {
 	struct events *events = xcalloc(1, sizeof(*events));
-	pthread_condattr_t monotonic;
 
 	pthread_mutex_init(&events->lock, NULL);
-	pthread_condattr_init(&monotonic);
-	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-	pthread_cond_init(&events->changed, &monotonic);
-	pthread_condattr_destroy(&monotonic);
+	clock_cond_init(&events->changed);
 	return events;
 }
 
@@ -94,7 +90,7 @@ static json_t *collect(struct events *events, uint64_t after)
 json_t *events_wait(struct events *events, uint64_t after, uint64_t timeout_ns)
 {
 	uint64_t until_ns = clock_now_ns() + timeout_ns;
-	struct timespec until = {.tv_sec = (time_t)(until_ns / 1000000000u), .tv_nsec = (long)(until_ns % 1000000000u)};
+	struct timespec until = clock_timespec(until_ns);
 
 	if (!events)
 		return json_pack("{s:[], s:i, s:i}", "events", "last", 0, "lost", 0);

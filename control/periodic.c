@@ -59,7 +59,6 @@ int periodic_override(struct machine_config *config, const char *every, const ch
 
 struct periodic *periodic_create(struct control_target *target, const struct machine_config *config)
 {
-	pthread_condattr_t monotonic;
 
 	if (config->every_ns == 0)
 		return NULL;
@@ -68,17 +67,14 @@ struct periodic *periodic_create(struct control_target *target, const struct mac
 	p->every_ns = config->every_ns;
 	p->keep = (struct store_keep){config->keep, config->keep_hourly, config->keep_daily};
 	pthread_mutex_init(&p->lock, NULL);
-	pthread_condattr_init(&monotonic);
-	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-	pthread_cond_init(&p->changed, &monotonic);
-	pthread_condattr_destroy(&monotonic);
+	clock_cond_init(&p->changed);
 	return p;
 }
 
 /* Under lock: waits until then, or the end, or with `for_work` until there is work. */
 static void wait_until(struct periodic *p, uint64_t at_ns, bool for_work)
 {
-	struct timespec at = {.tv_sec = (time_t)(at_ns / 1000000000), .tv_nsec = (long)(at_ns % 1000000000)};
+	struct timespec at = clock_timespec(at_ns);
 
 	while (!p->stop && !(for_work && p->work))
 		if (pthread_cond_timedwait(&p->changed, &p->lock, &at) == ETIMEDOUT)

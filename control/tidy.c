@@ -42,15 +42,11 @@ struct tidy {
 
 struct tidy *tidy_create(struct control_target *target)
 {
-	pthread_condattr_t monotonic;
 	struct tidy *t = xcalloc(1, sizeof(*t));
 
 	t->target = target;
 	pthread_mutex_init(&t->lock, NULL);
-	pthread_condattr_init(&monotonic);
-	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-	pthread_cond_init(&t->changed, &monotonic);
-	pthread_condattr_destroy(&monotonic);
+	clock_cond_init(&t->changed);
 	return t;
 }
 
@@ -67,7 +63,7 @@ void tidy_wake(struct tidy *t)
 /* Under lock. Until it is woken, or then; 0: with no end. Not woken by a wake if `rest`. */
 static void wait_until(struct tidy *t, uint64_t at_ns, bool rest)
 {
-	struct timespec at = {.tv_sec = (time_t)(at_ns / 1000000000), .tv_nsec = (long)(at_ns % 1000000000)};
+	struct timespec at = clock_timespec(at_ns);
 
 	while (!t->stop && (rest || !t->woken)) {
 		if (at_ns == 0)

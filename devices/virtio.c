@@ -305,7 +305,6 @@ static int create_slots(struct virtio_device *vdev, struct err *err)
 int virtio_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop, const struct virtio_config *config,
 		  struct virtio_device **out, struct err *err)
 {
-	pthread_condattr_t monotonic;
 
 	if (config->queues == 0 || config->queues > VIRTIO_MAX_QUEUES)
 		return err_set(err, ERR_USAGE, EINVAL, "%s: %u queues: 1 to %u are possible", config->name,
@@ -320,10 +319,7 @@ int virtio_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop, co
 	vdev->notify_at = PCI_UNMAPPED;
 	vdev->config_vector = VIRTQ_NO_VECTOR;
 	pthread_mutex_init(&vdev->lock, NULL);
-	pthread_condattr_init(&monotonic);
-	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-	pthread_cond_init(&vdev->changed, &monotonic);
-	pthread_condattr_destroy(&monotonic);
+	clock_cond_init(&vdev->changed);
 	for (unsigned i = 0; i < VIRTIO_MAX_QUEUES; i++)
 		vdev->slots[i] = (struct virtio_slot){.vdev = vdev, .index = i, .kick_fd = -1};
 	if (config->polls)

@@ -519,7 +519,7 @@ static int take_checkpoint(struct machine *machine, const struct ckpt_request *r
 static bool wait_for_turn(struct machine *machine, uint64_t ns)
 {
 	uint64_t until = clock_wall_ns() + ns;
-	struct timespec at = {.tv_sec = (time_t)(until / 1000000000), .tv_nsec = (long)(until % 1000000000)};
+	struct timespec at = clock_timespec(until);
 
 	return pthread_mutex_timedlock(&machine->checkpoint_turn, &at) == 0;
 }

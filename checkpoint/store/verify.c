@@ -245,12 +245,8 @@ static int look(struct store *store, const struct verify_options *options, const
 {
 	struct verify v = {.store = store, .options = options, .result = result, .suspects = suspects};
 	size_t count = result->checkpoint_count;
-	pthread_condattr_t clock;
-	pthread_condattr_init(&clock);
-	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
 	pthread_mutex_init(&v.lock, NULL);
-	pthread_cond_init(&v.ended, &clock);
-	pthread_condattr_destroy(&clock);
+	clock_cond_init(&v.ended);
 	v.gathered = xcalloc(count + 1, sizeof(*v.gathered));
 	int r = gather(&v, err);
 	if (r == 0)

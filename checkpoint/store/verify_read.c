@@ -69,7 +69,7 @@ void verify_count(struct verify *v, uint64_t progress_bytes, uint64_t read_bytes
 		return;
 	uint64_t due = v->started_ns + (uint64_t)((double)read * 1e9 / (double)rate), now = clock_now_ns();
 	if (due > now) {
-		const struct timespec wait = {.tv_sec = (time_t)((due - now) / 1000000000), .tv_nsec = (long)((due - now) % 1000000000)};
+		const struct timespec wait = clock_timespec(due - now);
 		nanosleep(&wait, NULL);
 	}
 }
