@@ -3,8 +3,18 @@
 #include <errno.h>
 #include <signal.h>
 #include <stddef.h>
+#include <sys/ioctl.h>
 #include <termios.h>
 #include <unistd.h>
+
+struct terminal_size terminal_size(int fd)
+{
+	struct winsize size;
+
+	if (ioctl(fd, TIOCGWINSZ, &size) != 0 || size.ws_col == 0 || size.ws_row == 0)
+		return (struct terminal_size){80, 24};
+	return (struct terminal_size){size.ws_col, size.ws_row};
+}
 
 static struct {
 	int fd;

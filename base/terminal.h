@@ -9,6 +9,13 @@
 
 #include <stdbool.h>
 
+struct terminal_size {
+	unsigned columns, rows;
+};
+
+/* 80 by 24 where fd is no terminal, or it does not say. */
+struct terminal_size terminal_size(int fd);
+
 /* False if fd is no terminal, or it does not take the setting. `output`: what is written still gets its carriage returns. Signals that the caller
  * handles or blocks stay as they are. */
 bool terminal_set_raw(int fd, bool output);

@@ -13,6 +13,7 @@
 
 #include <jansson.h>
 
+#include "base/buf.h"
 #include "base/err.h"
 #include "checkpoint/store/store.h"
 
@@ -60,6 +61,12 @@ struct cli_command {
 };
 
 extern const struct cli_command *const cli_commands[]; /* NULL at the end; in groups as commands.def has them */
+/* The same with the headings of their groups, for who prints them: `command` is NULL in a heading. */
+struct cli_listed {
+	const char *group;
+	const struct cli_command *command;
+};
+extern const struct cli_listed cli_listed[]; /* both NULL at the end */
 extern const struct cli_option cli_global_options[]; /* that every command takes */
 /* NULL: there is none. */
 const struct cli_command *cli_find_command(const char *name);
@@ -83,6 +90,15 @@ int cli_parse_seconds(const char *option, const char *text, unsigned *out, struc
 
 /* cmd_clone.c: `show VM --resources` */
 int cli_show_resources(struct cli *cli, struct err *err);
+
+/* What SIGINT and SIGTERM set from cli_catch_interrupts on. */
+extern volatile bool cli_interrupted;
+void cli_catch_interrupts(void);
+/* Replaces the file as a whole or not at all. */
+int cli_replace_file(const char *path, const char *text, size_t length, struct err *err);
+/* The file that --key-file names (BUF_INIT before, freed by the caller also after a failure): all of it but the end of its last line, which an editor may
+ * have put there. One that holds nothing is an error. */
+int cli_read_key_file(const char *path, struct buf *out, struct err *err);
 
 /* output.c */
 void cli_print_json(json_t *document); /* steals it */

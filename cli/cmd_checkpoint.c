@@ -118,25 +118,16 @@ static void print_taken(const struct cli *cli, const json_t *result)
 	fprintf(stderr, "vmcp: durable after %s; the VM stood still for %s\n", durable, pause);
 }
 
-static volatile bool domain_cancelled;
-
-static void cancel_domain(int number)
-{
-	(void)number;
-	domain_cancelled = true;
-}
-
 /* Of a domain that QEMU runs below libvirt: this process takes it. */
 static int take_domain(struct cli *cli, json_t **result, struct err *err)
 {
 	struct cli_progress progress = cli_progress_begin(cli, "checkpoint");
-	const struct sigaction action = {.sa_handler = cancel_domain, .sa_flags = SA_RESTART};
 	const struct control_domain_take take = {
 		.connect = cli_value(cli, "connect"),
 		.domain = cli->arguments[0],
 		.tag = cli_value(cli, "tag"),
 		.message = cli_value(cli, "message"),
-		.cancel = &domain_cancelled,
+		.cancel = &cli_interrupted,
 		.progress = cli_progress_show,
 		.opaque = &progress,
 	};
@@ -149,8 +140,7 @@ static int take_domain(struct cli *cli, json_t **result, struct err *err)
 	int rc = store_open(cli->store_path, true, &store, err);
 	if (rc)
 		return rc;
-	sigaction(SIGINT, &action, NULL);
-	sigaction(SIGTERM, &action, NULL);
+	cli_catch_interrupts();
 	rc = control_domain_checkpoint(store, &take, result, err);
 	cli_progress_end(&progress);
 	store_close(store);

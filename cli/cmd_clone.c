@@ -77,15 +77,8 @@ static json_t *hosts_to_json(const struct store_resource *own, size_t count, con
 /* Of a VM that runs; null for others, whose next start gives another one. */
 static json_t *ask_generation(struct store *store, const char *vm)
 {
-	struct control_client *client;
-	json_t *stats = NULL, *id;
+	json_t *stats = control_ask(store, vm, "vm.stats"), *id = json_incref(json_object_get(stats, "generation_id"));
 
-	if (control_connect(store, vm, &client, NULL))
-		return json_null();
-	control_call(client, "vm.stats", NULL, NULL, NULL, &stats, NULL);
-	control_close(client);
-	id = json_object_get(stats, "generation_id");
-	json_incref(id);
 	json_decref(stats);
 	return id ? id : json_null();
 }

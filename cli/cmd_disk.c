@@ -1,15 +1,12 @@
 /* disk: info, check, export, resize. */
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
 #include "base/buf.h"
-#include "base/file.h"
 #include "base/size.h"
 #include "cli/cli.h"
 #include "cowdisk/check.h"
@@ -275,29 +272,7 @@ static int run_check(struct cli *cli, const struct source *source, struct err *e
 
 /* --- export, resize --- */
 
-static volatile bool cancelled;
-
-static void on_interrupt(int signal)
-{
-	(void)signal;
-	cancelled = true;
-}
-
 static void show_progress(void *opaque, uint64_t done, uint64_t total) { cli_progress_update(opaque, "copying", done, total); }
-
-#define MAX_PASSWORD_BYTES 4096
-
-/* The password in a file, without the end of its line. */
-static int read_password(const char *path, struct buf *out, struct err *err)
-{
-	int rc = file_read_all(AT_FDCWD, path, MAX_PASSWORD_BYTES, out, err);
-
-	if (rc)
-		return err_prefix(err, "--key-file");
-	if (out->length && out->data[out->length - 1] == '\n')
-		out->length--;
-	return buf_append(out, "", 1, err);
-}
 
 static int run_export(struct cli *cli, const struct source *source, struct err *err)
 {
@@ -307,7 +282,7 @@ static int run_export(struct cli *cli, const struct source *source, struct err *
 	struct cow_export e = {.source = source->path,
 			       .path = cli->arguments[2],
 			       .format = COW_FORMAT_QCOW2,
-			       .cancel = &cancelled,
+			       .cancel = &cli_interrupted,
 			       .progress = progress.terminal ? show_progress : NULL,
 			       .opaque = &progress};
 
@@ -318,14 +293,15 @@ static int run_export(struct cli *cli, const struct source *source, struct err *
 	if (format && !strcmp(format, "raw"))
 		e.format = COW_FORMAT_RAW;
 	if (cli_value(cli, "key-file")) {
-		int rc = read_password(cli_value(cli, "key-file"), &password, err);
+		int rc = cli_read_key_file(cli_value(cli, "key-file"), &password, err);
 
+		if (!rc)
+			rc = buf_append(&password, NULL, 1, err);
 		if (rc)
 			return rc;
 		e.password = (const char *)password.data;
 	}
-	signal(SIGINT, on_interrupt);
-	signal(SIGTERM, on_interrupt);
+	cli_catch_interrupts();
 	int rc = cow_export(&e, err);
 	cli_progress_end(&progress);
 	if (rc)

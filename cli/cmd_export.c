@@ -9,21 +9,12 @@
 
 #include "base/buf.h"
 #include "base/clock.h"
-#include "base/file.h"
 #include "base/size.h"
 #include "checkpoint/store/transfer.h"
 #include "cli/cli.h"
 #include "control/transfer_config.h"
 
 #define SHOW_EVERY_NS 100000000ull
-
-static volatile bool cancelled;
-
-static void on_interrupt(int signal)
-{
-	(void)signal;
-	cancelled = true;
-}
 
 struct display {
 	struct cli_progress progress;
@@ -43,28 +34,6 @@ static void show(void *opaque, uint64_t done, uint64_t total)
 	cli_progress_update(&display->progress, "copying", done, total);
 }
 
-#define MAX_KEY_BYTES 4096
-
-/* All that is in the file but the end of its last line, which an editor may have put there. */
-static int read_key(const char *path, struct display *display, struct err *err)
-{
-	int rc = file_read_all(AT_FDCWD, path, MAX_KEY_BYTES, &display->key_text, err);
-
-	if (rc)
-		return err_prefix(err, "--key-file");
-	size_t bytes = display->key_text.length;
-	if (bytes && display->key_text.data[bytes - 1] == '\n')
-		bytes--;
-	if (bytes && display->key_text.data[bytes - 1] == '\r')
-		bytes--;
-	if (bytes == 0) {
-		err_set(err, ERR_USAGE, EINVAL, "--key-file: %s is empty", path);
-		return err_hint(err, "it holds a passphrase, or random bytes: head -c 32 /dev/urandom | base64 >FILE");
-	}
-	display->key = (struct transfer_key){.data = display->key_text.data, .bytes = bytes};
-	return 0;
-}
-
 static void end(struct display *display)
 {
 	cli_progress_end(&display->progress);
@@ -79,18 +48,19 @@ static int begin(struct cli *cli, struct display *display, struct transfer_optio
 
 	*display = (struct display){.progress = cli_progress_begin(cli, cli->command->name), .shown_ns = clock_now_ns()};
 	*options = (struct transfer_options){
-		.config = &control_transfer_config, .cancel = &cancelled, .progress = show, .opaque = display};
+		.config = &control_transfer_config, .cancel = &cli_interrupted, .progress = show, .opaque = display};
 	if (rate && (!size_parse(rate, &options->max_rate) || options->max_rate == 0)) {
 		err_set(err, ERR_USAGE, EINVAL, "--max-rate: '%s' is no rate", rate);
 		return err_hint(err, SIZE_HINT);
 	}
-	signal(SIGINT, on_interrupt);
-	signal(SIGTERM, on_interrupt);
+	cli_catch_interrupts();
 	signal(SIGPIPE, SIG_IGN);
 	const char *key_file = cli_value(cli, "key-file");
-	int rc = key_file ? read_key(key_file, display, err) : 0;
-	if (!rc && key_file)
+	int rc = key_file ? cli_read_key_file(key_file, &display->key_text, err) : 0;
+	if (!rc && key_file) {
+		display->key = (struct transfer_key){.data = display->key_text.data, .bytes = display->key_text.length};
 		options->key = &display->key;
+	}
 	return rc;
 }
 

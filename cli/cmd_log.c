@@ -62,18 +62,11 @@ static void tree_free(struct tree *tree)
 /* Asks a VM for the checkpoint that it is about to commit. False if there is none. *document: all that it says; NULL: not asked for. */
 static bool ask_pending(struct store *store, const char *vm, struct store_checkpoint *out, char level[16], json_t **document)
 {
-	struct control_client *client;
-	const char *id, *parent, *durability;
-	json_t *result = NULL;
+	json_t *result = control_ask(store, vm, "checkpoint.pending");
+	const char *id = json_string_value(json_object_get(result, "id")), *parent = json_string_value(json_object_get(result, "parent"));
+	const char *durability = json_string_value(json_object_get(result, "durability"));
 
 	*out = (struct store_checkpoint){0};
-	if (control_connect(store, vm, &client, NULL))
-		return false;
-	int rc = control_call(client, "checkpoint.pending", NULL, NULL, NULL, &result, NULL);
-	control_close(client);
-	id = rc ? NULL : json_string_value(json_object_get(result, "id"));
-	parent = rc ? NULL : json_string_value(json_object_get(result, "parent"));
-	durability = rc ? NULL : json_string_value(json_object_get(result, "durability"));
 	if (id) {
 		snprintf(out->id, sizeof(out->id), "%s", id);
 		snprintf(out->parent, sizeof(out->parent), "%s", parent ? parent : "");
@@ -167,8 +160,6 @@ static int tree_read(const struct cli *cli, const char *vm, struct tree *tree, s
 	return rc;
 }
 
-static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
-
 /* "KEY": and a value, in quotes or null. What users may write is escaped; all else is plain by its rules. */
 static void print_text(const char *key, const char *text, bool escaped)
 {
@@ -229,7 +220,7 @@ static void print_json(const struct tree *tree, const char *vm)
 	for (size_t i = 0; i < tree->vm_count; i++)
 		if (!vm || !strcmp(tree->vms[i].name, vm))
 			print_element(json_pack("{s:s, s:s, s:o}", "name", tree->vms[i].name, "state", tree->vms[i].state, "at",
-						text_or_null(tree->vms[i].at)),
+						control_text_or_null(tree->vms[i].at)),
 				      ++shown == all);
 	printf("  ]\n}\n");
 }
@@ -319,8 +310,8 @@ static json_t *show_to_json(const struct store_checkpoint *c)
 			  "saved_pages", (json_int_t)c->saved_pages, "zero_pages", (json_int_t)c->zero_pages,
 			  "parent_pages", (json_int_t)c->parent_pages, "written_bytes", (json_int_t)c->written_bytes);
 	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:s, s:s}", "id",
-			 c->id, "vm", c->vm, "vm_uuid", c->vm_uuid, "parent", text_or_null(c->parent), "tag",
-			 text_or_null(c->tag), "message", text_or_null(c->message), "created",
+			 c->id, "vm", c->vm, "vm_uuid", c->vm_uuid, "parent", control_text_or_null(c->parent), "tag",
+			 control_text_or_null(c->tag), "message", control_text_or_null(c->message), "created",
 			 control_time_to_json(c->created_wall_ns), "live", c->live, "periodic", c->periodic, "durability", "durable", "cpus",
 			 (int)c->cpus, "pause_ns", (json_int_t)c->pause_ns, "durable_ns", (json_int_t)c->durable_ns,
 			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "vmm", vmm_of(c),

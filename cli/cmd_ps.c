@@ -10,6 +10,7 @@
 #include "base/clock.h"
 #include "base/file.h"
 #include "cli/cli.h"
+#include "control/protocol.h"
 
 #define TAIL_BYTES 4096u
 #define TAIL_LINES 5u
@@ -61,15 +62,13 @@ static const char *reason(const struct store_vm *vm)
 	return is_crashed(vm) ? "its process is gone without a word: it was killed, or the host went down" : NULL;
 }
 
-static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
-
 static json_t *vm_to_json(struct store *store, const struct store_vm *vm, uint64_t now)
 {
 	json_t *one = json_pack("{s:s, s:s, s:o, s:o, s:I, s:i, s:o, s:o}", "name", vm->name, "state", vm->state, "pid",
 				vm->alive ? json_integer(vm->pid) : json_null(), "uptime_ns",
 				vm->alive && now > vm->started_wall_ns ? json_integer((json_int_t)(now - vm->started_wall_ns)) : json_null(),
-				"memory_bytes", (json_int_t)vm->memory_bytes, "cpus", (int)vm->cpus, "last_checkpoint", text_or_null(vm->at),
-				"note", text_or_null(vm->alive || is_crashed(vm) ? reason(vm) : NULL));
+				"memory_bytes", (json_int_t)vm->memory_bytes, "cpus", (int)vm->cpus, "last_checkpoint", control_text_or_null(vm->at),
+				"note", control_text_or_null(vm->alive || is_crashed(vm) ? reason(vm) : NULL));
 
 	if (is_crashed(vm))
 		json_object_set_new(one, "console", last_lines(store, vm));

@@ -1,6 +1,5 @@
 /* diff and dump: what is read out of checkpoints. */
 #include <errno.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,14 +13,6 @@
 
 #define SHOWN_RANGES 10u /* --json has all */
 
-static volatile bool cancelled;
-
-static void on_interrupt(int number)
-{
-	(void)number;
-	cancelled = true;
-}
-
 /* The progress line, and what it is about. */
 struct watched {
 	struct cli_progress progress;
@@ -30,8 +21,7 @@ struct watched {
 
 static struct watched watch(const struct cli *cli)
 {
-	signal(SIGINT, on_interrupt);
-	signal(SIGTERM, on_interrupt);
+	cli_catch_interrupts();
 	return (struct watched){.progress = cli_progress_begin(cli, cli->command->name)};
 }
 
@@ -119,7 +109,7 @@ static int diff_layers(struct store *store, struct diff *diff, struct disk_diff 
 	int rc = 0;
 
 	snprintf(diff->watched.phase, sizeof(diff->watched.phase), "disk %s", disk->name);
-	disk->compare = (struct cow_compare){.differs = add_range, .progress = show_disk_progress, .opaque = diff, .cancel = &cancelled};
+	disk->compare = (struct cow_compare){.differs = add_range, .progress = show_disk_progress, .opaque = diff, .cancel = &cli_interrupted};
 	for (unsigned i = 0; i < 2 && !rc; i++) {
 		rc = store_disk_layer_path(store, layers[i]->layer, layers[i]->format, &paths[i], err);
 		disk->compare.paths[i] = paths[i];
@@ -182,7 +172,7 @@ static int diff_held(struct store *store, const char *a, const char *b, struct d
 		rc = store_checkpoint_get(store, b, &diff->sides[1], err);
 	if (rc)
 		return rc;
-	diff->memory = (struct memory_diff){.cancel = &cancelled, .progress = show_progress, .opaque = &diff->watched};
+	diff->memory = (struct memory_diff){.cancel = &cli_interrupted, .progress = show_progress, .opaque = &diff->watched};
 	snprintf(diff->watched.phase, sizeof(diff->watched.phase), "memory");
 	rc = store_diff_memory(store, a, b, &diff->memory, err);
 	return rc ? rc : diff_disks(store, diff, err);
@@ -332,7 +322,7 @@ static int run_diff(struct cli *cli, struct err *err)
 static int run_dump(struct cli *cli, struct err *err)
 {
 	struct watched watched = watch(cli);
-	struct dump dump = {.path = cli->arguments[1], .cancel = &cancelled, .progress = show_progress, .opaque = &watched};
+	struct dump dump = {.path = cli->arguments[1], .cancel = &cli_interrupted, .progress = show_progress, .opaque = &watched};
 	char id[STORE_ID_BYTES], size[16];
 	struct store *store;
 

@@ -1,6 +1,5 @@
 /* rm and gc. */
 #include <errno.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,14 +14,6 @@
 /* So that removing one of many checkpoints does not copy what all the others left. */
 #define LEAST_LAYERS_RM 8
 #define LEAST_LAYERS_GC 2
-
-static volatile bool cancelled;
-
-static void on_interrupt(int signal)
-{
-	(void)signal;
-	cancelled = true;
-}
 
 static void show_progress(void *opaque, uint64_t done, uint64_t total)
 {
@@ -42,14 +33,8 @@ static void tell_vms(struct store *store)
 	if (store_vm_list(store, &list, &count, NULL))
 		return;
 	for (size_t i = 0; i < count; i++) {
-		struct control_client *client;
-		json_t *answer = NULL;
-
-		if (list[i].alive && control_connect(store, list[i].name, &client, NULL) == 0) {
-			control_call(client, "vm.tidy", NULL, NULL, NULL, &answer, NULL);
-			json_decref(answer);
-			control_close(client);
-		}
+		if (list[i].alive)
+			json_decref(control_ask(store, list[i].name, "vm.tidy"));
 		store_vm_free(&list[i]);
 	}
 	free(list);
@@ -60,10 +45,9 @@ static int merge_unused(struct cli *cli, struct store *store, size_t least, stru
 {
 	struct cli_progress progress = cli_progress_begin(cli, "merge");
 	const struct store_merge_unused how = {
-		.least = least, .cancel = &cancelled, .progress = progress.terminal ? show_progress : NULL, .opaque = &progress};
+		.least = least, .cancel = &cli_interrupted, .progress = progress.terminal ? show_progress : NULL, .opaque = &progress};
 
-	signal(SIGINT, on_interrupt);
-	signal(SIGTERM, on_interrupt);
+	cli_catch_interrupts();
 	int rc = store_merge_unused(store, &how, merged, err);
 	cli_progress_end(&progress);
 	if (rc != -EBUSY)

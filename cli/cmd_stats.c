@@ -1,13 +1,10 @@
 /* stats: what a running VM counts, as text, as JSON, and for Prometheus. */
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "base/buf.h"
-#include "base/file.h"
 #include "cli/cli.h"
 #include "control/client.h"
 
@@ -172,20 +169,7 @@ static void put_all(FILE *out, const struct sample *samples, size_t count)
 	}
 }
 
-/* A VM that does not answer is no failure: its "up" says so. */
-static json_t *ask(struct store *store, const char *vm)
-{
-	struct control_client *client;
-	json_t *answer = NULL;
-
-	if (control_connect(store, vm, &client, NULL))
-		return NULL;
-	control_call(client, "vm.stats", NULL, NULL, NULL, &answer, NULL);
-	control_close(client);
-	return answer;
-}
-
-/* Of all VMs of the store, or the one that is named. */
+/* Of all VMs of the store, or the one that is named. One that does not answer is no failure: its "up" says so. */
 static int read_samples(struct cli *cli, struct sample **out, size_t *count, struct err *err)
 {
 	const char *wanted = cli->argument_count ? cli->arguments[0] : NULL;
@@ -206,24 +190,13 @@ static int read_samples(struct cli *cli, struct sample **out, size_t *count, str
 	if (!rc) {
 		*out = xcalloc(*count + 1, sizeof(**out));
 		for (size_t i = 0; i < *count; i++)
-			(*out)[i] = (struct sample){.vm = list[i], .stats = list[i].alive ? ask(store, list[i].name) : NULL};
+			(*out)[i] = (struct sample){.vm = list[i], .stats = list[i].alive ? control_ask(store, list[i].name, "vm.stats") : NULL};
 	} else
 		*count = 0;
 	if (!wanted && !rc)
 		free(list);
 	store_close(store);
 	return rc;
-}
-
-static int write_file(const char *path, const char *text, size_t length, struct err *err)
-{
-	const char *slash = strrchr(path, '/');
-	CLEANUP_FREE char *folder = slash ? xasprintf("%.*s", (int)(slash - path) + 1, path) : xstrdup(".");
-	CLEANUP_CLOSE int dir = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-
-	if (dir < 0)
-		return err_sys(err, errno, "%s", path);
-	return file_write_atomic(dir, slash ? slash + 1 : path, text, length, 0644, err);
 }
 
 static int run_prometheus(struct cli *cli, struct err *err)
@@ -248,7 +221,7 @@ static int run_prometheus(struct cli *cli, struct err *err)
 	}
 	free(samples);
 	if (!rc && path)
-		rc = write_file(path, text, length, err);
+		rc = cli_replace_file(path, text, length, err);
 	else if (!rc)
 		fwrite(text, 1, length, stdout);
 	return rc;

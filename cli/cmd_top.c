@@ -10,7 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/signalfd.h>
 #include <termios.h>
 #include <time.h>
@@ -19,6 +18,7 @@
 #include "base/buf.h"
 #include "base/clock.h"
 #include "base/duration.h"
+#include "base/terminal.h"
 #include "cli/cli.h"
 #include "control/client.h"
 
@@ -45,7 +45,7 @@ struct top {
 	struct store *store;
 	const char *wanted; /* one VM only, or NULL */
 	struct samples before, now;
-	unsigned columns, rows;
+	struct terminal_size size;
 	bool screen, colour;
 	struct termios terminal;
 	bool terminal_set;
@@ -75,13 +75,7 @@ static uint64_t read_cpu_ns(int pid)
 
 static void take_sample(struct store *store, struct sample *sample)
 {
-	struct control_client *client;
-
-	if (sample->vm.alive && control_connect(store, sample->vm.name, &client, NULL) == 0) {
-		if (control_call(client, "vm.stats", NULL, NULL, NULL, &sample->stats, NULL))
-			sample->stats = NULL;
-		control_close(client);
-	}
+	sample->stats = sample->vm.alive ? control_ask(store, sample->vm.name, "vm.stats") : NULL;
 	sample->cpu_ns = sample->vm.alive ? read_cpu_ns(sample->vm.pid) : 0;
 	sample->taken_ns = clock_now_ns();
 }
@@ -208,7 +202,7 @@ static void put_line(const struct top *top, FILE *out, const char *style, const 
 {
 	bool styled = top->colour && *style;
 
-	fprintf(out, "%s%.*s%s%s\n", styled ? style : "", (int)top->columns, text, styled ? "\033[0m" : "", top->screen ? "\033[K" : "");
+	fprintf(out, "%s%.*s%s%s\n", styled ? style : "", (int)top->size.columns, text, styled ? "\033[0m" : "", top->screen ? "\033[K" : "");
 }
 
 static void put_vm(const struct top *top, FILE *out, const struct sample *s)
@@ -224,7 +218,7 @@ static void put_vm(const struct top *top, FILE *out, const struct sample *s)
 	format_latency(fault, latency(s, "cow_fault", "p99_ns"));
 	cli_format_size(disk, rate(top, s, "disks", "read_bytes") + rate(top, s, "disks", "written_bytes"));
 	cli_format_size(net, rate(top, s, "nets", "sent_bytes") + rate(top, s, "nets", "received_bytes"));
-	if (top->columns < NARROW_COLUMNS)
+	if (top->size.columns < NARROW_COLUMNS)
 		line = xasprintf("%-11.11s %-4.4s %4.0f %7s %8s", s->vm.name, s->vm.state, cpu_percent(top, s), written, pause);
 	else
 		line = xasprintf("%-11.11s %-7.7s %5.0f %6s %7s %7s %8s %8s %6s %6s", s->vm.name, s->vm.state, cpu_percent(top, s), memory, exits, written,
@@ -267,7 +261,7 @@ static void put_histogram(const struct top *top, FILE *out, const struct sample 
 		bars[i] = shades[counts[i] ? 1 + counts[i] * (sizeof(shades) - 3) / most : 0];
 	format_latency(p50, figure(from, "p50_ns"));
 	format_latency(max, figure(from, "max_ns"));
-	CLEANUP_FREE char *line = top->columns < NARROW_COLUMNS
+	CLEANUP_FREE char *line = top->size.columns < NARROW_COLUMNS
 					  ? xasprintf("  %-6s |%s|", what, bars)
 					  : xasprintf("  %-6s 16us |%s| 17s  %llu, half below %s, at most %s", what, bars,
 						      (unsigned long long)figure(from, "count"), p50, max);
@@ -279,14 +273,14 @@ static void put_frame(const struct top *top, FILE *out)
 	time_t now = time(NULL);
 	char clock[16] = "";
 	struct tm tm;
-	size_t detailed = top->wanted || top->now.count * 4 + 4 <= top->rows ? top->now.count : 0;
+	size_t detailed = top->wanted || top->now.count * 4 + 4 <= top->size.rows ? top->now.count : 0;
 
 	if (localtime_r(&now, &tm))
 		strftime(clock, sizeof(clock), "%H:%M:%S", &tm);
 	CLEANUP_FREE char *title = xasprintf("vmcp top  %s  %zu VM%s run%s", clock, top->now.count, top->now.count == 1 ? "" : "s",
 					     top->now.count == 1 ? "s" : "");
 	put_line(top, out, "\033[1m", title);
-	CLEANUP_FREE char *heads = top->columns < NARROW_COLUMNS ? xasprintf("%-11s %-4s %4s %7s %8s", "NAME", "STAT", "CPU%", "DIRTY/s", "PAUSE99")
+	CLEANUP_FREE char *heads = top->size.columns < NARROW_COLUMNS ? xasprintf("%-11s %-4s %4s %7s %8s", "NAME", "STAT", "CPU%", "DIRTY/s", "PAUSE99")
 								 : xasprintf("%-11s %-7s %5s %6s %7s %7s %8s %8s %6s %6s", "NAME", "STATE", "CPU%", "MEM",
 									     "EXITS/s", "DIRTY/s", "PAUSE99", "FAULT99", "DISK/s", "NET/s");
 	put_line(top, out, "\033[7m", heads);
@@ -318,7 +312,7 @@ static void show_screen(const struct top *top)
 	if (fclose(out))
 		return;
 	fputs("\033[H", stdout);
-	for (char *line = text, *end; (end = strchr(line, '\n')) && lines < top->rows; line = end + 1)
+	for (char *line = text, *end; (end = strchr(line, '\n')) && lines < top->size.rows; line = end + 1)
 		printf("%s%.*s", lines++ ? "\r\n" : "", (int)(end - line), line);
 	fputs("\033[J", stdout);
 	fflush(stdout);
@@ -348,18 +342,6 @@ static void print_document(const struct top *top)
 }
 
 /* --- the terminal --- */
-
-static void find_size(struct top *top)
-{
-	struct winsize size;
-
-	top->columns = 80;
-	top->rows = 24;
-	if (!isatty(STDOUT_FILENO) || ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) || !size.ws_col || !size.ws_row)
-		return;
-	top->columns = size.ws_col;
-	top->rows = size.ws_row;
-}
 
 static void begin_screen(struct top *top)
 {
@@ -425,7 +407,7 @@ static bool wait_turn(struct top *top, uint64_t until_ns)
 				stop_here(top);
 			else if (info.ssi_signo == SIGTSTP)
 				raise(SIGSTOP);
-			find_size(top);
+			top->size = terminal_size(STDOUT_FILENO);
 			if (top->screen)
 				show_screen(top);
 		}
@@ -450,7 +432,7 @@ static int loop(struct top *top, uint64_t interval_ns, uint64_t turns, struct er
 		rc = take_samples(top, err);
 		if (rc)
 			break;
-		find_size(top);
+		top->size = terminal_size(STDOUT_FILENO);
 		if (top->cli->json)
 			print_document(top);
 		else if (top->screen)

@@ -2,23 +2,21 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
 
+#include "base/terminal.h"
 #include "cli/cli.h"
+#include "control/protocol.h"
 
 #define LEFT_COLUMNS 30 /* of an option's name */
 #define MIN_COLUMNS  40
 #define MAX_COLUMNS  100
 
-/* Of the terminal, else 80. */
 static unsigned columns(void)
 {
-	struct winsize size;
+	unsigned all = terminal_size(STDOUT_FILENO).columns;
 
-	if (!isatty(STDOUT_FILENO) || ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) || size.ws_col == 0)
-		return 80;
-	return size.ws_col < MIN_COLUMNS ? MIN_COLUMNS : size.ws_col > MAX_COLUMNS ? MAX_COLUMNS : size.ws_col;
+	return all < MIN_COLUMNS ? MIN_COLUMNS : all > MAX_COLUMNS ? MAX_COLUMNS : all;
 }
 
 /* The text in lines of at most `width` columns, the first of which begins at `column`, the others at `indent`. */
@@ -104,28 +102,17 @@ void cli_print_command_help(const struct cli_command *command)
 	print_options(cli_global_options);
 }
 
-static const struct {
-	const char *group; /* a heading, or */
-	const struct cli_command *command;
-} listed[] = {
-#define GROUP(title) {title, NULL},
-#define COMMAND(name) {NULL, &cli_##name},
-#include "cli/commands.def"
-#undef COMMAND
-#undef GROUP
-};
-
 void cli_print_help(void)
 {
 	unsigned width = columns();
 
 	printf("vmcp: checkpoints of whole virtual machines, taken while they run\n\nusage: vmcp COMMAND [OPTIONS] [ARGUMENTS]\n");
-	for (size_t i = 0; i < ARRAY_LENGTH(listed); i++)
-		if (listed[i].group) {
-			printf("\n%s\n", listed[i].group);
-		} else if (!listed[i].command->hidden) {
-			printf("  %-11s ", listed[i].command->name);
-			print_wrapped(listed[i].command->summary, 14, 14, width);
+	for (const struct cli_listed *l = cli_listed; l->group || l->command; l++)
+		if (l->group) {
+			printf("\n%s\n", l->group);
+		} else if (!l->command->hidden) {
+			printf("  %-11s ", l->command->name);
+			print_wrapped(l->command->summary, 14, 14, width);
 		}
 	putchar('\n');
 	print_wrapped("CKPT is an id, 4 or more of its first digits, a tag, a VM's name (its newest checkpoint) or VM~N (N before it). "
@@ -136,8 +123,6 @@ void cli_print_help(void)
 
 /* --- as JSON --- */
 
-static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
-
 static json_t *options_to_json(const struct cli_option *options)
 {
 	json_t *list = json_array();
@@ -145,9 +130,9 @@ static json_t *options_to_json(const struct cli_option *options)
 	for (; options && options->name; options++) {
 		char letter[2] = {options->letter, '\0'};
 
-		json_array_append_new(list, json_pack("{s:s, s:o, s:o, s:s, s:o}", "name", options->name, "letter", text_or_null(letter), "argument",
-						      text_or_null(options->argument), "help", options->help, "words",
-						      text_or_null(options->words)));
+		json_array_append_new(list, json_pack("{s:s, s:o, s:o, s:s, s:o}", "name", options->name, "letter", control_text_or_null(letter), "argument",
+						      control_text_or_null(options->argument), "help", options->help, "words",
+						      control_text_or_null(options->words)));
 	}
 	return list;
 }
@@ -155,7 +140,7 @@ static json_t *options_to_json(const struct cli_option *options)
 static json_t *command_to_json(const struct cli_command *command)
 {
 	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:i, s:i, s:o}", "name", command->name, "synopsis", command->synopsis, "summary",
-			 command->summary, "help", text_or_null(command->help), "words", text_or_null(command->words), "min_arguments",
+			 command->summary, "help", control_text_or_null(command->help), "words", control_text_or_null(command->words), "min_arguments",
 			 command->min_arguments, "max_arguments", command->max_arguments, "options", options_to_json(command->options));
 }
 
@@ -164,12 +149,12 @@ static json_t *all_to_json(void)
 	json_t *list = json_array();
 	const char *group = "";
 
-	for (size_t i = 0; i < ARRAY_LENGTH(listed); i++) {
-		if (listed[i].group)
-			group = listed[i].group;
-		if (listed[i].group || listed[i].command->hidden)
+	for (const struct cli_listed *l = cli_listed; l->group || l->command; l++) {
+		if (l->group)
+			group = l->group;
+		if (l->group || l->command->hidden)
 			continue;
-		json_t *one = command_to_json(listed[i].command);
+		json_t *one = command_to_json(l->command);
 		json_object_set_new(one, "group", json_string(group));
 		json_array_append_new(list, one);
 	}

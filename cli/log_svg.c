@@ -1,15 +1,12 @@
 /* The tree of checkpoints as an SVG picture: a row for each, newest first, a circle as large as what it occupies, where each VM stands. */
 #include <errno.h>
-#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "base/buf.h"
-#include "base/file.h"
 #include "cli/cli.h"
 #include "cli/log_tree.h"
 
@@ -177,8 +174,6 @@ static int make_text(const struct tree *tree, char **text, size_t *length, struc
 
 int tree_write_svg(const struct tree *tree, const char *path, struct err *err)
 {
-	const char *slash = strrchr(path, '/');
-	CLEANUP_FREE char *folder = slash ? xasprintf("%.*s", (int)(slash - path) + 1, path) : xstrdup(".");
 	CLEANUP_FREE char *text = NULL;
 	size_t length = 0;
 	int rc = make_text(tree, &text, &length, err);
@@ -189,8 +184,5 @@ int tree_write_svg(const struct tree *tree, const char *path, struct err *err)
 		fwrite(text, 1, length, stdout);
 		return 0;
 	}
-	CLEANUP_CLOSE int dir = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (dir < 0)
-		return err_sys(err, errno, "%s", path);
-	return file_write_atomic(dir, slash ? slash + 1 : path, text, length, 0644, err);
+	return cli_replace_file(path, text, length, err);
 }

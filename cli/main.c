@@ -1,6 +1,8 @@
 #include <ctype.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <getopt.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,11 +12,13 @@
 #include "base/buf.h"
 #include "base/clock.h"
 #include "base/fault.h"
+#include "base/file.h"
 #include "base/log.h"
 #include "cli/cli.h"
 #include "control/client.h"
 
 #define GLOBAL_OPTIONS 5
+#define MAX_KEY_BYTES  4096
 
 const struct cli_option cli_global_options[GLOBAL_OPTIONS + 1] = {
 	{"json", 0, NULL, "one JSON document on stdout"},
@@ -32,6 +36,15 @@ const struct cli_command *const cli_commands[] = {
 #undef COMMAND
 #undef GROUP
 	NULL,
+};
+
+const struct cli_listed cli_listed[] = {
+#define GROUP(title) {title, NULL},
+#define COMMAND(name) {NULL, &cli_##name},
+#include "cli/commands.def"
+#undef COMMAND
+#undef GROUP
+	{0},
 };
 
 const struct cli_command *cli_find_command(const char *name)
@@ -241,6 +254,47 @@ int cli_open_vm(const struct cli *cli, struct store **out, char name[STORE_NAME_
 	if (rc)
 		store_close(*out);
 	return rc;
+}
+
+volatile bool cli_interrupted;
+
+static void on_interrupt(int number)
+{
+	(void)number;
+	cli_interrupted = true;
+}
+
+void cli_catch_interrupts(void)
+{
+	signal(SIGINT, on_interrupt);
+	signal(SIGTERM, on_interrupt);
+}
+
+int cli_replace_file(const char *path, const char *text, size_t length, struct err *err)
+{
+	const char *slash = strrchr(path, '/');
+	CLEANUP_FREE char *folder = slash ? xasprintf("%.*s", (int)(slash - path) + 1, path) : xstrdup(".");
+	CLEANUP_CLOSE int dir = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+	if (dir < 0)
+		return err_sys(err, errno, "%s", path);
+	return file_write_atomic(dir, slash ? slash + 1 : path, text, length, 0644, err);
+}
+
+int cli_read_key_file(const char *path, struct buf *out, struct err *err)
+{
+	int rc = file_read_all(AT_FDCWD, path, MAX_KEY_BYTES, out, err);
+
+	if (rc)
+		return err_prefix(err, "--key-file");
+	if (out->length && out->data[out->length - 1] == '\n')
+		out->length--;
+	if (out->length && out->data[out->length - 1] == '\r')
+		out->length--;
+	if (out->length)
+		return 0;
+	err_set(err, ERR_USAGE, EINVAL, "--key-file: %s is empty", path);
+	return err_hint(err, "it holds a passphrase, or random bytes: head -c 32 /dev/urandom | base64 >FILE");
 }
 
 /* Options may stand before the command: its name is the first word that is none. */

@@ -153,29 +153,18 @@ static void put_command(FILE *out, const struct cli_command *command)
 
 static void put_commands(FILE *out)
 {
-	static const struct {
-		const char *group;
-		const struct cli_command *command;
-	} all[] = {
-#define GROUP(title) {title, NULL},
-#define COMMAND(name) {NULL, &cli_##name},
-#include "cli/commands.def"
-#undef COMMAND
-#undef GROUP
-	};
-
 	fprintf(out, ".SH COMMANDS\n");
-	for (size_t i = 0; i < ARRAY_LENGTH(all); i++) {
-		if (all[i].group) {
+	for (const struct cli_listed *l = cli_listed; l->group || l->command; l++) {
+		if (l->group) {
 			fprintf(out, ".SS ");
-			put_line(out, all[i].group);
-		} else if (!all[i].command->hidden) {
-			CLEANUP_FREE char *name = xasprintf("vmcp-%s", all[i].command->name);
+			put_line(out, l->group);
+		} else if (!l->command->hidden) {
+			CLEANUP_FREE char *name = xasprintf("vmcp-%s", l->command->name);
 
 			fprintf(out, ".TP\n.BR ");
 			put_text(out, name, strlen(name));
 			fprintf(out, " (1)\n");
-			put_line(out, all[i].command->summary);
+			put_line(out, l->command->summary);
 		}
 	}
 }

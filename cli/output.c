@@ -2,15 +2,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
 
+#include "base/bytes.h"
 #include "base/clock.h"
+#include "base/terminal.h"
 #include "cli/cli.h"
 #include "control/protocol.h"
 
 #define BAR_WIDTH     30
-#define PAGE_BYTES    4096u
 #define RATE_AFTER_NS 500000000ull /* of a phase: before that a rate says little */
 
 void cli_print_json(json_t *document)
@@ -86,14 +86,6 @@ struct cli_progress cli_progress_begin(const struct cli *cli, const char *what)
 	return (struct cli_progress){.cli = cli, .what = what, .terminal = isatty(STDERR_FILENO)};
 }
 
-/* How wide a line may be. */
-static unsigned line_columns(void)
-{
-	struct winsize size;
-
-	return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 80;
-}
-
 /* "1.2G/s, 12 s left", once that can be said. */
 static void describe_rate(const struct cli_progress *progress, uint64_t done, uint64_t total, char out[48])
 {
@@ -116,7 +108,7 @@ static void describe_rate(const struct cli_progress *progress, uint64_t done, ui
 static void draw(struct cli_progress *progress, const char *phase, uint64_t done, uint64_t total)
 {
 	double part = total > 0 && done <= total ? (double)done / (double)total : 0;
-	unsigned columns = line_columns();
+	unsigned columns = terminal_size(STDERR_FILENO).columns;
 	char line[160], rate[48], bar[BAR_WIDTH + 1] = "";
 	bool wide = columns > BAR_WIDTH + 46;
 

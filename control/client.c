@@ -148,6 +148,19 @@ int control_call(struct control_client *client, const char *method, json_t *para
 	return err_prefix(err, "%s", client->name);
 }
 
+json_t *control_ask(struct store *store, const char *name, const char *method)
+{
+	struct control_client *client;
+	json_t *answer = NULL;
+
+	if (control_connect(store, name, &client, NULL))
+		return NULL;
+	if (control_call(client, method, NULL, NULL, NULL, &answer, NULL))
+		answer = NULL;
+	control_close(client);
+	return answer;
+}
+
 int control_attach_console(struct control_client *client, size_t scrollback_bytes, struct buf *early, struct err *err)
 {
 	json_t *result;

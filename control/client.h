@@ -21,6 +21,9 @@ typedef void control_progress_fn(void *opaque, const json_t *params);
 int control_call(struct control_client *client, const char *method, json_t *params, control_progress_fn *progress,
 		 void *opaque, json_t **result, struct err *err);
 
+/* One call without parameters, for who does not mind if there is no answer: then NULL. */
+json_t *control_ask(struct store *store, const char *name, const char *method);
+
 /* Attaches to the console: after the response the socket carries raw bytes both ways. Returns the descriptor (the client keeps it) or -errno. Bytes that already came
  * are handed out in *early (to be freed by buf_free). */
 int control_attach_console(struct control_client *client, size_t scrollback_bytes, struct buf *early, struct err *err);

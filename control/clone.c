@@ -241,18 +241,6 @@ void clones_free(struct clone *clones, size_t count)
 	free(clones);
 }
 
-static void kill_vm(struct store *store, const char *name)
-{
-	struct control_client *client;
-	json_t *answer = NULL;
-
-	if (control_connect(store, name, &client, NULL))
-		return;
-	control_call(client, "vm.kill", NULL, NULL, NULL, &answer, NULL);
-	json_decref(answer);
-	control_close(client);
-}
-
 /* Those that run are ended, those that were to be have nothing any more. */
 static void undo(const char *store_path, struct clone *clones, size_t count)
 {
@@ -262,7 +250,7 @@ static void undo(const char *store_path, struct clone *clones, size_t count)
 		return;
 	for (size_t i = 0; i < count; i++) {
 		if (clones[i].result.pid)
-			kill_vm(store, clones[i].name);
+			json_decref(control_ask(store, clones[i].name, "vm.kill"));
 		else if (clones[i].reservation)
 			store_resources_free(store, clones[i].name, NULL);
 	}

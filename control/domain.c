@@ -52,8 +52,6 @@ static void show_progress(void *opaque, const char *phase, uint64_t done, uint64
 	json_decref(params);
 }
 
-static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
-
 static json_int_t number(uint64_t value) { return (json_int_t)value; }
 
 static json_t *disks_to_json(const struct qemu_result *r)
@@ -74,7 +72,7 @@ static json_t *taken_to_json(const struct control_domain_take *take, const struc
 				   "zero_pages", number(r->zero_pages), "written_bytes", number(r->stream_bytes));
 
 	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:s, s:I, s:o, s:o, s:o, s:I}", "id", r->id, "vm", r->vm, "vmm", "qemu", "parent",
-			 text_or_null(r->parent), "tag", text_or_null(take->tag), "message", text_or_null(take->message), "created",
+			 control_text_or_null(r->parent), "tag", control_text_or_null(take->tag), "message", control_text_or_null(take->message), "created",
 			 control_time_to_json(r->created_wall_ns), "live", true, "durability", "durable", "pause_ns", number(r->pause_ns), "pause", pause, "memory",
 			 memory, "disks", disks_to_json(r), "durable_ns", number(r->durable_ns));
 }

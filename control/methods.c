@@ -56,8 +56,6 @@ static int get_count(const json_t *params, const char *key, uint64_t *out, struc
 
 static json_int_t number(uint64_t value) { return (json_int_t)value; }
 
-static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
-
 static json_t *planner_to_json(const struct ckpt_result *r)
 {
 	const struct planner_costs *costs = &r->costs;
@@ -100,8 +98,8 @@ static json_t *result_to_json(const char *vm, const struct ckpt_request *request
 				  number(r->memory_ns), "resume_ns", number(r->resume_ns));
 	json_t *memory = memory_to_json(r);
 	return json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:s, s:I, s:o, s:o, s:o, s:I, s:o}", "id", r->id, "vm",
-			 vm, "parent", text_or_null(r->parent), "tag", text_or_null(request->tag), "message",
-			 text_or_null(request->message), "created", control_time_to_json(r->created_wall_ns), "live",
+			 vm, "parent", control_text_or_null(r->parent), "tag", control_text_or_null(request->tag), "message",
+			 control_text_or_null(request->message), "created", control_time_to_json(r->created_wall_ns), "live",
 			 r->live, "durability", ckpt_level_name(r->durable ? CKPT_DURABLE : r->written ? CKPT_WRITTEN : CKPT_CAPTURED), "pause_ns", number(r->pause_ns),
 			 "pause", pause, "memory", memory, "disks", disks, "captured_ns", number(r->captured_ns),
 			 "durable_ns", r->durable ? json_integer(number(r->durable_ns)) : json_null());
@@ -119,7 +117,7 @@ static int vm_info(struct control_exchange *x, const json_t *params, json_t **re
 	ckpt_position(machine_engine(machine), at);
 	*result = json_pack("{s:s, s:s, s:i, s:i, s:o}", "name", x->target->name, "state",
 			    machine_is_paused(machine) ? "paused" : "running", "pid", (int)getpid(), "cpus",
-			    (int)vm_cpus(machine_vm(machine)), "at", text_or_null(at));
+			    (int)vm_cpus(machine_vm(machine)), "at", control_text_or_null(at));
 	return 0;
 }
 
@@ -367,7 +365,7 @@ static int checkpoint_pending(struct control_exchange *x, const json_t *params, 
 		return 0;
 	}
 	*result = json_pack("{s:s, s:s, s:s, s:o, s:I, s:s, s:I, s:I}", "id", now.id, "vm", x->target->name, "durability", ckpt_level_name(now.level),
-			    "parent", text_or_null(parent), "created_wall_ns", number(now.created_wall_ns), "phase", now.phase, "done_pages",
+			    "parent", control_text_or_null(parent), "created_wall_ns", number(now.created_wall_ns), "phase", now.phase, "done_pages",
 			    number(now.done_pages), "total_pages", number(now.total_pages));
 	return 0;
 }

@@ -21,6 +21,7 @@
 #include "control/events.h"
 #include "control/identity.h"
 #include "control/periodic.h"
+#include "control/protocol.h"
 #include "control/server.h"
 #include "control/sleeper.h"
 #include "control/tidy.h"
@@ -708,8 +709,6 @@ static int run_here(const struct process_options *options, running_fn *running, 
 
 /* --- what would run --- */
 
-static json_t *text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
-
 static json_t *config_to_json(const struct machine_config *config)
 {
 	json_t *disks = json_array(), *nets = json_array();
@@ -717,15 +716,15 @@ static json_t *config_to_json(const struct machine_config *config)
 	for (unsigned i = 0; i < config->disk_count; i++) {
 		const struct config_disk *disk = &config->disks[i];
 
-		json_array_append_new(disks, json_pack("{s:s, s:o, s:o, s:b}", "name", disk->name, "path", text_or_null(disk->path), "base",
-						       text_or_null(disk->base), "readonly", disk->readonly));
+		json_array_append_new(disks, json_pack("{s:s, s:o, s:o, s:b}", "name", disk->name, "path", control_text_or_null(disk->path), "base",
+						       control_text_or_null(disk->base), "readonly", disk->readonly));
 	}
 	for (unsigned i = 0; i < config->net_count; i++)
 		json_array_append_new(nets, json_pack("{s:s, s:s}", "name", config->nets[i].name, "mode", config_net_mode_name(config->nets[i].mode)));
 	return json_pack("{s:s, s:I, s:i, s:s, s:s, s:o, s:o, s:s, s:b, s:b, s:o, s:o, s:I, s:I}", "vm", config->name, "memory_bytes",
 			 (json_int_t)config->memory_bytes, "cpus", (int)config->cpus, "cpu_model", config->cpu_model, "memory_backing",
-			 config_backing_name(config->memory_backing), "kernel", text_or_null(config->kernel), "initrd",
-			 text_or_null(config->initrd), "cmdline", config->cmdline, "rng", config->rng, "balloon", config->balloon, "disks",
+			 config_backing_name(config->memory_backing), "kernel", control_text_or_null(config->kernel), "initrd",
+			 control_text_or_null(config->initrd), "cmdline", config->cmdline, "rng", config->rng, "balloon", config->balloon, "disks",
 			 disks, "nets", nets, "every_ns", (json_int_t)config->every_ns, "keep", (json_int_t)config->keep);
 }
 
@@ -744,7 +743,7 @@ int process_plan(const struct process_options *options, json_t **plan, struct er
 		rc = buf_append(&text, NULL, 1, err);
 	if (!rc) {
 		*plan = config_to_json(&process.config);
-		json_object_set_new(*plan, "from", text_or_null(process.from));
+		json_object_set_new(*plan, "from", control_text_or_null(process.from));
 		json_object_set_new(*plan, "config", json_string((const char *)text.data));
 	}
 	process_free(&process);

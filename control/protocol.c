@@ -136,6 +136,8 @@ void control_error_from_json(const json_t *error, struct err *err)
 		err_hint(err, "%s", text_of(data, "hint"));
 }
 
+json_t *control_text_or_null(const char *text) { return text && *text ? json_string(text) : json_null(); }
+
 json_t *control_time_to_json(uint64_t wall_ns)
 {
 	time_t seconds = (time_t)(wall_ns / 1000000000u);

@@ -32,6 +32,8 @@ void control_reader_free(struct control_reader *reader); /* the descriptor stays
 /* {"code","message","hint"} as in the command line's JSON, and back. */
 json_t *control_error_to_json(const struct err *err);
 void control_error_from_json(const json_t *error, struct err *err);
+/* null also for "". */
+json_t *control_text_or_null(const char *text);
 /* RFC 3339 in UTC with microseconds. */
 json_t *control_time_to_json(uint64_t wall_ns);
 
