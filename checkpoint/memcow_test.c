@@ -362,8 +362,72 @@ static void end(struct machine *m)
 		pthread_join(m->threads[i], NULL);
 }
 
+struct one_page {
+	uint64_t *word;
+	_Atomic unsigned written, wanted;
+};
+
+/* Writes 1, 2, ... into the page, each when it is wanted. */
+static void *one_page_main(void *opaque)
+{
+	struct one_page *one = opaque;
+	for (uint64_t value = 1; value <= 2; value++) {
+		while (atomic_load(&one->wanted) < value)
+			usleep(100);
+		__atomic_store_n(one->word, value, __ATOMIC_RELAXED);
+		atomic_store(&one->written, (unsigned)value);
+	}
+	return NULL;
+}
+
+#define RACE_PAGE 5u
+#define RACE_STALL "204:1:sleep=200" /* FAULT_MEMCOW_RELEASE */
+
+/* Invariant 3: the fault thread stalls where it releases a page while memory is armed, and the engine arms again meanwhile. What is written after the
+ * instant must meet the protection then. */
+static void run_release_stalled(void)
+{
+	struct err err = ERR_INIT;
+	struct memcow *cow;
+	struct mem *mem;
+	struct one_page one = {0};
+	pthread_t thread;
+	uint64_t scope[MEMORY_BYTES / PAGE_BYTES / 64] = {~0ull}, left, saved = 0;
+	const struct page_words none = {0};
+	int fd = make_file(), sums_fd = make_file();
+	CHECK(setenv("VMCP_FAULT", RACE_STALL, 1) == 0 && fault_init(&err) == 0);
+	CHECK(mem_create(MEMORY_BYTES, &mem, &err) == 0);
+	if (memcow_create(mem, true, &cow, &err) == 0) {
+		memset(mem_base(mem), 0x55, 64 * PAGE_BYTES);
+		one.word = (uint64_t *)(void *)((uint8_t *)mem_base(mem) + RACE_PAGE * PAGE_BYTES);
+		CHECK(memcow_arm(cow, &(struct memcow_target){.fd = fd, .sums_fd = sums_fd, .scope = scope}, &err) == 0);
+		CHECK(pthread_create(&thread, NULL, one_page_main, &one) == 0);
+		atomic_store(&one.wanted, 1);
+		for (; atomic_load(&one.written) < 1; usleep(1000))
+			CHECK(memcow_arm_more(cow, &none, &left, &err) == 0);
+		CHECK(memcow_instant(cow, &none, &err) == 0);
+		atomic_store(&one.wanted, 2);
+		pthread_join(thread, NULL);
+		memcow_save(cow);
+		CHECK(memcow_finish(cow, NULL, &err) == 0);
+		struct page_sums sums;
+		struct page_entry entry;
+		CHECK(page_sums_open(&sums, sums_fd, NULL) == 0 && page_sums_read(&sums, RACE_PAGE, 1, &entry, NULL) == 0);
+		CHECK(pread(fd, &saved, sizeof(saved), (off_t)(entry.place * PAGE_BYTES)) == sizeof(saved));
+		CHECK(saved == 1);
+		page_sums_close(&sums);
+		memcow_destroy(cow);
+	}
+	mem_destroy(mem);
+	close(fd);
+	close(sums_fd);
+	CHECK(unsetenv("VMCP_FAULT") == 0);
+}
+
 int main(void)
 {
+	if (!getenv("VMCP_FAULT"))
+		run_release_stalled();
 	struct machine m = {0};
 	struct err err = ERR_INIT;
 	struct memcow *cow;
