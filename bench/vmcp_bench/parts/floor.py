@@ -6,10 +6,10 @@ of an idle VM (quiesce and state).
 """
 
 import json
-import os
 import subprocess
 import time
 
+from .. import host
 from ..figures import parse_size, significant
 from ..sample import take_gap, told
 
@@ -22,14 +22,8 @@ def seconds(plan):
     return ((plan.args.rounds + 1) * 2 * 0.9 + 3) * plan.builds
 
 
-def program():
-    """bench/kvm_floor of the build that is measured, or None."""
-    path = os.environ.get("VMCP_FLOOR") or os.path.join(os.path.dirname(os.environ["VMCP_BIN"]), "..", "bench", "kvm_floor")
-    return path if os.access(path, os.X_OK) else None
-
-
 def measure_kvm(context):
-    path = program()
+    path = host.program("kvm_floor")
     if not path:
         context.results.lacks(NAME, "bench/kvm_floor was not built beside this vmcp", engine="kvm_floor", what="the floor without vmcp")
         return

@@ -22,12 +22,6 @@ def seconds(plan):
     return (plan.args.rounds + 1) * (2 * BYTES / plan.disk_bytes_per_s + REST_SECONDS + 0.5)
 
 
-def program():
-    """bench/host_stalls of the build that is measured, or None."""
-    path = os.path.join(os.path.dirname(os.environ["VMCP_BIN"]), "..", "bench", "host_stalls")
-    return path if os.access(path, os.X_OK) else None
-
-
 def sample(path, threads, action):
     stolen = host.stolen_ns()
     watcher = host.own(subprocess.Popen([path, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=host.die_with_us))
@@ -37,7 +31,7 @@ def sample(path, threads, action):
 
 
 def run(context):
-    path = program()
+    path = host.program("host_stalls")
     if not path:
         context.results.lacks(NAME, "bench/host_stalls was not built beside this vmcp")
         return
