@@ -38,7 +38,7 @@ struct cli_option {
 struct cli {
 	bool json, quiet;
 	char *store_path; /* absolute or as given; never NULL */
-	uint64_t started_ns;
+	uint64_t started_ns; /* CLOCK_MONOTONIC of this program's exec */
 	const struct cli_command *command;
 	/* of the present command line: value by index in the command's option table (a switch given has "") */
 	const char *values[CLI_MAX_OPTIONS];

@@ -342,9 +342,18 @@ static int run(struct cli *cli, int argc, char **argv, struct err *err)
 	return rc ? rc : cli->command->run(cli, err);
 }
 
+/* Before main the dynamic loader has run, for some milliseconds, of which nothing tells but the processor time that the process has had. */
+static uint64_t exec_ns(void)
+{
+	struct timespec used;
+
+	clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &used);
+	return clock_now_ns() - ((uint64_t)used.tv_sec * 1000000000u + (uint64_t)used.tv_nsec);
+}
+
 int main(int argc, char **argv)
 {
-	struct cli cli = {.started_ns = clock_now_ns()};
+	struct cli cli = {.started_ns = exec_ns()};
 	struct err error = ERR_INIT;
 
 	log_set_level(LOG_LEVEL_WARN);

@@ -29,7 +29,7 @@ struct process_options {
 	const char *config_text; /* with `from` and a `name`: what to run, instead of the checkpoint's configuration (config_to_text), or NULL */
 	bool clock_of_checkpoint; /* with `from`: the real-time clock goes on from the checkpoint's time; else it shows the host's */
 	bool detach;
-	uint64_t started_ns;	 /* CLOCK_MONOTONIC at the start of this program */
+	uint64_t started_ns;	 /* CLOCK_MONOTONIC at the exec of this program, or a clone's beginning */
 };
 
 struct process_result {
