@@ -25,7 +25,7 @@ struct cli_option {
 	const char *name;     /* long name; NULL ends the table */
 	char letter;	      /* short name, 0 for none */
 	const char *argument; /* its name in the help, NULL for a switch */
-	const char *help;
+	const char *help; /* "VERB: ..." is refused with another first argument than that one of `words` */
 	const char *words; /* what its value may be: see below; NULL: anything */
 };
 
@@ -33,6 +33,11 @@ struct cli_option {
  * `words` of a value or argument, for completion: alternatives with | between them, each a word that is meant literally, or one of
  *     @vm @running @ckpt @disk @file @dir @command @any    names of VMs, of those that run, of checkpoints (tags, ids, VMs), VM:DISK and CKPT:DISK, ...
  * Of a command's arguments: one such for each, with a space between; the last one holds for all that follow.
+ */
+
+/*
+ * `json`: names of fields. Behind one its fields, in {} of an object, in [] of each object of a list; a ? behind one that is not always there; "..." for more
+ * that docs/control.md tells of; | between documents of which it is one.
  */
 
 struct cli {
@@ -53,6 +58,7 @@ struct cli_command {
 	/* More, with examples: lines begin without a space, save those that stand as they are. "Example:" or "Examples:" alone begins the last part. */
 	const char *help;
 	const char *words; /* of the arguments, see above; NULL: anything */
+	const char *json;  /* what its document has, see below; NULL: it answers with none */
 	const struct cli_option *options;
 	int min_arguments, max_arguments;
 	bool hidden; /* for vmcp's own scripts, not for people */
@@ -71,6 +77,8 @@ extern const struct cli_option cli_global_options[]; /* that every command takes
 /* NULL: there is none. */
 const struct cli_command *cli_find_command(const char *name);
 int cli_unknown_command(const char *name, struct err *err);
+/* The command's first argument is none of the words that it may be. */
+int cli_unknown_verb(const struct cli *cli, struct err *err);
 /* Value of the option, NULL if it was not given. The name must be in the command's table. */
 const char *cli_value(const struct cli *cli, const char *name);
 bool cli_given(const struct cli *cli, const char *name);
@@ -88,6 +96,8 @@ void cli_allow_many_files(void);
 /* Names of VMs and checkpoints differ: a whole number of seconds such as "30" or "30s" for --timeout. */
 int cli_parse_seconds(const char *option, const char *text, unsigned *out, struct err *err);
 
+/* cmd_read.c: the checkpoint is of a domain that QEMU runs; its memory is QEMU's stream. */
+bool cli_is_of_qemu(const struct store_checkpoint *checkpoint);
 /* cmd_clone.c: `show VM --resources` */
 int cli_show_resources(struct cli *cli, struct err *err);
 

@@ -149,8 +149,11 @@ static int run_config(struct cli *cli, struct err *err)
 		return cli_config_convert(cli, cli->arguments[1], err);
 	if (cli->argument_count == 2 && !strcmp(what, "export"))
 		return cli_config_export(cli, cli->arguments[1], err);
-	err_set(err, ERR_USAGE, EINVAL, "config: '%s' is none of init, convert and export, or its argument is missing", what);
-	return err_hint(err, "usage: vmcp config %s", cli->command->synopsis);
+	if (!strcmp(what, "convert") || !strcmp(what, "export")) {
+		err_set(err, ERR_USAGE, EINVAL, "config %s: something is missing", what);
+		return err_hint(err, "usage: vmcp config %s", cli->command->synopsis);
+	}
+	return cli_unknown_verb(cli, err);
 }
 
 static const struct cli_option config_options[] = {
@@ -183,5 +186,6 @@ const struct cli_command cli_config = {
 	.options = config_options,
 	.min_arguments = 1,
 	.max_arguments = 2,
+	.json = "path | config | xml",
 	.run = run_config,
 };

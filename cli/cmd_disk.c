@@ -7,11 +7,14 @@
 #include <sys/stat.h>
 
 #include "base/buf.h"
+#include "base/nearest.h"
 #include "base/size.h"
 #include "cli/cli.h"
 #include "cowdisk/check.h"
 #include "cowdisk/info.h"
 #include "cowdisk/merge.h"
+
+#define KNOWN_BYTES 160
 
 /* What SRC means. */
 struct source {
@@ -31,16 +34,52 @@ static char *find_in_config(const struct store *store, const char *vm, const cha
 	int length = (int)(end ? (size_t)(end - line) : strlen(line));
 	if (!strncmp(line, "path = ", 7))
 		return xasprintf("%.*s", length - 7, line + 7);
-	return xasprintf("%s/vms/%s/%s.qcow2", store_path(store), vm, disk);
+	return store_vm_disk_path(store_path(store), vm, disk);
+}
+
+static int unknown_disk(const char *owner, const char *what, const struct nearest *nearest, const char *known, struct err *err)
+{
+	err_set(err, ERR_NOT_FOUND, ENOENT, "%s:%s: the %s has no such disk", owner, nearest->wanted, what);
+	if (nearest->name[0])
+		return err_hint(err, "did you mean %s:%s?", owner, nearest->name);
+	return *known ? err_hint(err, "its disks: %s", known) : err_hint(err, "it has none");
+}
+
+/* Appends to a list that is shown: cut, where it is long. */
+static void add_known(char known[KNOWN_BYTES], const char *name, struct nearest *nearest)
+{
+	size_t used = strlen(known);
+
+	snprintf(known + used, KNOWN_BYTES - used, "%s%s", used ? ", " : "", name);
+	nearest_try(nearest, name);
+}
+
+static int no_disk_of_vm(const struct store_vm *vm, const char *disk, struct err *err)
+{
+	struct nearest nearest = nearest_to(disk);
+	char known[KNOWN_BYTES] = "", name[STORE_NAME_BYTES];
+
+	for (const char *at = vm->config_text; at && (at = strstr(at, "[disk ")) != NULL; at++)
+		if (sscanf(at, "[disk %63[^]]]", name) == 1)
+			add_known(known, name, &nearest);
+	return unknown_disk(vm->name, "VM", &nearest, known, err);
+}
+
+static int no_disk_of_checkpoint(const char *reference, const struct store_checkpoint *checkpoint, const char *disk, struct err *err)
+{
+	struct nearest nearest = nearest_to(disk);
+	char known[KNOWN_BYTES] = "";
+
+	for (uint32_t i = 0; i < checkpoint->disk_count; i++)
+		add_known(known, checkpoint->disks[i].disk, &nearest);
+	return unknown_disk(reference, "checkpoint", &nearest, known, err);
 }
 
 static int disk_of_vm(struct store *store, const struct store_vm *vm, const char *disk, struct source *out,
 		      struct err *err)
 {
 	out->path = find_in_config(store, vm->name, vm->config_text, disk);
-	if (out->path)
-		return 0;
-	return err_set(err, ERR_NOT_FOUND, ENOENT, "%s:%s: the VM has no such disk", vm->name, disk);
+	return out->path ? 0 : no_disk_of_vm(vm, disk, err);
 }
 
 static int disk_of_checkpoint(struct store *store, const char *reference, const char *disk, struct source *out,
@@ -59,10 +98,10 @@ static int disk_of_checkpoint(struct store *store, const char *reference, const 
 		if (!strcmp(checkpoint.disks[i].disk, disk))
 			rc = store_disk_layer_path(store, checkpoint.disks[i].layer, checkpoint.disks[i].format,
 						   &out->path, err);
+	if (rc == -ENOENT && !out->path)
+		rc = no_disk_of_checkpoint(reference, &checkpoint, disk, err);
 	store_checkpoint_free(&checkpoint);
 	out->sealed = true;
-	if (rc == -ENOENT && !out->path)
-		return err_set(err, ERR_NOT_FOUND, ENOENT, "%s:%s: the checkpoint has no such disk", reference, disk);
 	return rc;
 }
 
@@ -363,8 +402,7 @@ static int run_disk(struct cli *cli, struct err *err)
 		free(source.path);
 		return rc;
 	}
-	err_set(err, ERR_USAGE, EINVAL, "disk: '%s' is none of info, check, export, resize", cli->arguments[0]);
-	return err_hint(err, "usage: vmcp disk %s", cli->command->synopsis);
+	return cli_unknown_verb(cli, err);
 }
 
 static const struct cli_option disk_options[] = {
@@ -390,5 +428,9 @@ const struct cli_command cli_disk = {
 	.min_arguments = 1,
 	.words = "info|check|export|resize @file|@disk @file",
 	.max_arguments = 3,
+	.json =
+		"chain [path, format, size_bytes, file_bytes, occupied_bytes, backing, version?, cluster_bytes?, refcount_bits?, snapshots?, "
+		"compression?, dirty?, corrupt?, bitmaps?] | images, ok, second_opinion? | before, after, images, ok | path, format | path, "
+		"size_bytes",
 	.run = run_disk,
 };

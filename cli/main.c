@@ -14,6 +14,7 @@
 #include "base/fault.h"
 #include "base/file.h"
 #include "base/log.h"
+#include "base/nearest.h"
 #include "cli/cli.h"
 #include "control/client.h"
 
@@ -57,8 +58,30 @@ const struct cli_command *cli_find_command(const char *name)
 
 int cli_unknown_command(const char *name, struct err *err)
 {
+	struct nearest nearest = nearest_to(name);
+
+	for (size_t i = 0; cli_commands[i]; i++)
+		if (!cli_commands[i]->hidden)
+			nearest_try(&nearest, cli_commands[i]->name);
 	err_set(err, ERR_USAGE, EINVAL, "%s: there is no such command", name);
+	if (nearest.name[0])
+		return err_hint(err, "did you mean `vmcp %s`?", nearest.name);
 	return err_hint(err, "`vmcp help` lists them");
+}
+
+int cli_unknown_verb(const struct cli *cli, struct err *err)
+{
+	const struct cli_command *command = cli->command;
+	struct nearest nearest = nearest_to(cli->arguments[0]);
+	CLEANUP_FREE char *words = xasprintf("%.*s", (int)strcspn(command->words, " "), command->words);
+	char *rest;
+
+	err_set(err, ERR_USAGE, EINVAL, "%s: '%s' is none of %s", command->name, cli->arguments[0], words);
+	for (const char *word = strtok_r(words, "|", &rest); word; word = strtok_r(NULL, "|", &rest))
+		nearest_try(&nearest, word);
+	if (nearest.name[0])
+		return err_hint(err, "did you mean `vmcp %s %s`?", command->name, nearest.name);
+	return err_hint(err, "usage: vmcp %s %s", command->name, command->synopsis);
 }
 
 /* --- the command line --- */
@@ -127,6 +150,22 @@ static void take_global(struct cli *cli, int index, const char *value, bool *hel
 	}
 }
 
+/* `word` as it was written: "--liev", "--liev=x", "-x" among other letters. */
+static int unknown_option(const struct cli *cli, const struct cli_option *own, const char *word, struct err *err)
+{
+	const char *name = !strncmp(word, "--", 2) ? word + 2 : "", *command = cli->command ? cli->command->name : "";
+	CLEANUP_FREE char *wanted = xasprintf("%.*s", (int)strcspn(name, "="), name);
+	struct nearest nearest = nearest_to(wanted);
+
+	for (unsigned pass = 0; *wanted && pass < 2; pass++)
+		for (const struct cli_option *o = pass ? cli_global_options : own; o->name; o++)
+			nearest_try(&nearest, o->name);
+	err_set(err, ERR_USAGE, EINVAL, "%s: there is no such option", word);
+	if (nearest.name[0])
+		return err_hint(err, "did you mean --%s? See `vmcp help%s%s`", nearest.name, *command ? " " : "", command);
+	return err_hint(err, "see `vmcp help%s%s`", *command ? " " : "", command);
+}
+
 static int parse_options(struct cli *cli, int argc, char **argv, bool *help, struct err *err)
 {
 	const struct cli_option *own = cli->command && cli->command->options ? cli->command->options : no_options;
@@ -140,9 +179,10 @@ static int parse_options(struct cli *cli, int argc, char **argv, bool *help, str
 	while ((c = getopt_long(argc, argv, shorts, longs, NULL)) != -1) {
 		const char *word = argv[optind - 1];
 
-		if (c == '?' || c == ':') {
-			err_set(err, ERR_USAGE, EINVAL,
-				c == ':' ? "%s: the option needs a value" : "%s: there is no such option", word);
+		if (c == '?')
+			return unknown_option(cli, own, word, err);
+		if (c == ':') {
+			err_set(err, ERR_USAGE, EINVAL, "%s: the option needs a value", word);
 			return err_hint(err, "see `vmcp help%s%s`", cli->command ? " " : "",
 					cli->command ? cli->command->name : "");
 		}
@@ -169,6 +209,41 @@ static int check_arguments(const struct cli *cli, struct err *err)
 	else
 		return 0;
 	return err_hint(err, "usage: vmcp %s %s", command->name, command->synopsis);
+}
+
+/* Whether `word` is one of the alternatives that the command's first argument may be. */
+static bool is_verb(const struct cli_command *command, const char *word, size_t length)
+{
+	const char *at = command->words ? command->words : "";
+
+	while (*at && *at != ' ') {
+		size_t n = strcspn(at, "| ");
+
+		if (n == length && !strncmp(at, word, n))
+			return true;
+		at += n + (at[n] == '|');
+	}
+	return false;
+}
+
+/* Options whose help begins with a verb and a colon are for that verb. */
+static int check_verb_options(const struct cli *cli, struct err *err)
+{
+	const struct cli_command *command = cli->command;
+	const char *verb = cli->argument_count ? cli->arguments[0] : "";
+	unsigned count = command->options && is_verb(command, verb, strlen(verb)) ? option_count(command->options) : 0;
+
+	for (unsigned i = 0; i < count; i++) {
+		const char *help = command->options[i].help;
+		size_t length = strcspn(help, ":");
+
+		if (!cli->values[i] || !help[length] || !is_verb(command, help, length) || (length == strlen(verb) && !strncmp(help, verb, length)))
+			continue;
+		err_set(err, ERR_USAGE, EINVAL, "--%s: has no effect with %s %s: it is for %s %.*s", command->options[i].name, command->name, verb, command->name,
+			(int)length, help);
+		return err_hint(err, "leave --%s out", command->options[i].name);
+	}
+	return 0;
 }
 
 const char *cli_value(const struct cli *cli, const char *name)
@@ -339,6 +414,8 @@ static int run(struct cli *cli, int argc, char **argv, struct err *err)
 		return 0;
 	}
 	rc = check_arguments(cli, err);
+	if (!rc)
+		rc = check_verb_options(cli, err);
 	return rc ? rc : cli->command->run(cli, err);
 }
 

@@ -15,7 +15,7 @@ void identity_own_disks(struct machine_config *config, const char *store_path, c
 		if (disk->readonly)
 			continue;
 		free(disk->path);
-		disk->path = xasprintf("%s/vms/%s/%s.qcow2", store_path, vm, disk->name);
+		disk->path = store_vm_disk_path(store_path, vm, disk->name);
 		free(disk->base);
 		disk->base = NULL;
 	}
@@ -74,9 +74,9 @@ static void list_card(const struct config_net *net, struct store_resource **list
 		list_forward(net, i, list, count);
 }
 
-static void list_disk(const struct config_disk *disk, const char *folder, struct store_resource **list, size_t *count)
+static void list_disk(const struct config_disk *disk, const char *store_path, const char *vm, struct store_resource **list, size_t *count)
 {
-	CLEANUP_FREE char *own = disk->path ? NULL : xasprintf("%s/%s.qcow2", folder, disk->name);
+	CLEANUP_FREE char *own = disk->path ? NULL : store_vm_disk_path(store_path, vm, disk->name);
 
 	store_resources_add(list, count, "disk", disk->name, disk->name, own ? own : disk->path, false);
 	if (disk->base)
@@ -96,7 +96,7 @@ void identity_list(struct machine_config *config, const char *store_path, const 
 	for (unsigned i = 0; i < config->net_count; i++)
 		list_card(&config->nets[i], list, count);
 	for (unsigned i = 0; i < config->disk_count; i++)
-		list_disk(&config->disks[i], folder, list, count);
+		list_disk(&config->disks[i], store_path, config->name, list, count);
 	snprintf(cid, sizeof(cid), "%u", config->vsock_cid);
 	if (config->vsock_cid)
 		store_resources_add(list, count, "cid", "vsock", cid, vsock, true);

@@ -65,7 +65,7 @@ static json_t *planner_to_json(const struct ckpt_result *r)
 			 "log_read_ns", number((uint64_t)costs->log_read_ns), "protect_page_ns", number((uint64_t)costs->protect_page_ns),
 			 "fault_ns", number((uint64_t)costs->fault_ns), "written_pages_per_s", number((uint64_t)costs->written_pages_per_s),
 			 "saved_bytes_per_s", number((uint64_t)costs->saved_bytes_per_s), "free_bytes", number(r->free_bytes),
-			 "buffer_bytes", number(plan->buffer_pages * 4096), "stage_ns", number(plan->stage_ns),
+			 "buffer_bytes", number(plan->buffer_pages * PAGE_BYTES), "stage_ns", number(plan->stage_ns),
 			 "left_pages", number(plan->left_pages), "pause_ns", number(plan->pause_ns), "save_ns", number(plan->save_ns),
 			 "faults", number(plan->faults));
 }

@@ -14,6 +14,7 @@
 #include "base/duration.h"
 #include "base/bytes.h"
 #include "base/file.h"
+#include "base/nearest.h"
 #include "machine/config_internal.h"
 
 #define CONFIG_MAX_BYTES (1u << 20)
@@ -45,66 +46,19 @@ int config_fail_file(struct config_reading *r, const char *key, const char *path
 	return err_sys(r->err, errno, "%s:%u: %s: %s", r->what, r->line, key, path);
 }
 
-/* Edit distance of two short words; keys are few and short, so the plain quadratic form does. */
-static unsigned distance(const char *a, const char *b)
-{
-	unsigned row[64];
-	size_t n = strlen(b);
-
-	if (n >= ARRAY_LENGTH(row))
-		return UINT_MAX;
-	for (size_t j = 0; j <= n; j++)
-		row[j] = (unsigned)j;
-	for (size_t i = 1; a[i - 1]; i++) {
-		unsigned diagonal = row[0];
-
-		row[0] = (unsigned)i;
-		for (size_t j = 1; j <= n; j++) {
-			unsigned above = row[j];
-			unsigned best = diagonal + (tolower((unsigned char)a[i - 1]) != b[j - 1]);
-
-			if (above + 1 < best)
-				best = above + 1;
-			if (row[j - 1] + 1 < best)
-				best = row[j - 1] + 1;
-			row[j] = best;
-			diagonal = above;
-		}
-	}
-	return row[n];
-}
-
-/* A word is meant by another one if at most a third of it differs, and one letter more. */
-static const char *nearest_of(const char *name, const char *const *known, size_t count)
-{
-	const char *nearest = NULL;
-	unsigned best = UINT_MAX;
-
-	for (size_t i = 0; i < count; i++) {
-		unsigned d = distance(name, known[i]);
-
-		if (d < best && d <= 1 + strlen(known[i]) / 3) {
-			best = d;
-			nearest = known[i];
-		}
-	}
-	return nearest;
-}
-
 int config_unknown_key(struct config_reading *r, const char *name, const struct config_key *keys, size_t count)
 {
-	const char *names[16];
+	struct nearest nearest = nearest_to(name);
 	char list[200] = "";
 	size_t used = 0;
 
 	for (size_t i = 0; i < count; i++) {
-		names[i] = keys[i].name;
+		nearest_try(&nearest, keys[i].name);
 		if (used < sizeof(list))
-			used += (size_t)snprintf(list + used, sizeof(list) - used, "%s%s", i ? ", " : "", names[i]);
+			used += (size_t)snprintf(list + used, sizeof(list) - used, "%s%s", i ? ", " : "", keys[i].name);
 	}
-	const char *nearest = nearest_of(name, names, count);
 	config_fail(r, name, "unknown key");
-	return nearest ? err_hint(r->err, "did you mean '%s'?", nearest) : err_hint(r->err, "known here: %s", list);
+	return nearest.name[0] ? err_hint(r->err, "did you mean '%s'?", nearest.name) : err_hint(r->err, "known here: %s", list);
 }
 
 /* --- text --- */
@@ -183,13 +137,13 @@ static const struct {
 
 static int unknown_section(struct config_reading *r, const char *word, const char *name)
 {
-	static const char *const words[] = {"vm", "disk", "net", "checkpoint"};
-	const char *nearest = nearest_of(word, words, ARRAY_LENGTH(words));
+	struct nearest nearest = nearest_to(word);
 
+	for (size_t i = 0; i < ARRAY_LENGTH(section_kinds); i++)
+		nearest_try(&nearest, section_kinds[i].word);
 	config_fail(r, "syntax", "unknown section [%s%s%s]", word, *name ? " " : "", name);
-	if (nearest)
-		return err_hint(r->err, "did you mean [%s%s]?", nearest,
-				nearest[0] == 'd' || nearest[0] == 'n' ? " NAME" : "");
+	if (nearest.name[0])
+		return err_hint(r->err, "did you mean [%s%s]?", nearest.name, nearest.name[0] == 'd' || nearest.name[0] == 'n' ? " NAME" : "");
 	return err_hint(r->err, "known: [vm], [disk NAME], [net NAME], [checkpoint]");
 }
 

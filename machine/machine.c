@@ -109,7 +109,7 @@ static int place_base_disk(struct machine *machine, struct config_disk *disk, st
 	struct stat st;
 
 	if (!disk->path)
-		disk->path = xasprintf("%s/vms/%s/%s.qcow2", store_path(machine->options.store), machine->options.config->name, disk->name);
+		disk->path = store_vm_disk_path(store_path(machine->options.store), machine->options.config->name, disk->name);
 	if (machine->options.from || stat(disk->path, &st) == 0)
 		return 0;
 	int rc = cow_open(machine->io, disk->base, COW_OPEN_READONLY, &base, err);

@@ -23,7 +23,6 @@ void xml_free(struct xml_node *root)
 	free(root);
 }
 
-
 const char *xml_attribute(const struct xml_node *node, const char *name)
 {
 	for (const struct xml_attribute *a = node ? node->attributes : NULL; a; a = a->next)

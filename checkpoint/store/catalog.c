@@ -2,20 +2,17 @@
  * The catalogue: an SQLite database in WAL mode that answers what exists without reading manifests. It can be made anew from them, so most
  * of its transactions need not wait for the disk (synchronous = NORMAL); a commit and a tag do (FULL).
  */
-#include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/bytes.h"
 #include "base/clock.h"
 #include "base/fault.h"
 #include "checkpoint/store/store_internal.h"
 
 #define BUSY_MS	       10000
 #define SCHEMA_VERSION 3
-#define PREFIX_DIGITS  4
 #define SET_WAL	       "PRAGMA journal_mode = WAL"
 
 /* What version 1 had; `refs` has another shape since. */
@@ -234,7 +231,7 @@ static int enter_row(struct store *store, const struct store_checkpoint *c, stru
 	return rc;
 }
 
-static int enter_tag(struct store *store, const char *id, const char *tag, struct err *err)
+int catalog_enter_tag_locked(struct store *store, const char *id, const char *tag, struct err *err)
 {
 	char other[STORE_ID_BYTES] = "";
 	sqlite3_stmt *s;
@@ -326,7 +323,7 @@ int catalog_enter_inside_locked(struct store *store, const struct store_checkpoi
 	if (!rc)
 		rc = refs_enter_locked(store, c, layers, err);
 	if (!rc && c->tag[0])
-		rc = enter_tag(store, c->id, c->tag, err);
+		rc = catalog_enter_tag_locked(store, c->id, c->tag, err);
 	if (!rc && position == CATALOG_VM_MOVES)
 		rc = set_position_locked(store, c->vm, c->id, err);
 	if (!rc && position == CATALOG_VM_MADE)
@@ -424,171 +421,6 @@ int store_checkpoint_list(struct store *store, const char *vm, struct store_chec
 		*count = 0;
 	}
 out:
-	pthread_mutex_unlock(&store->lock);
-	return rc;
-}
-
-/* --- references to checkpoints --- */
-
-/* The first column of the only row that a query with one text (and perhaps one number) gives. 0 none, 1 one, 2 several, -errno. */
-static int find_locked(struct store *store, const char *sql, const char *text, int64_t number, char id[STORE_ID_BYTES],
-		       struct err *err)
-{
-	sqlite3_stmt *s;
-	int rc = catalog_prepare_locked(store, sql, &s, err);
-
-	if (rc)
-		return rc;
-	sqlite3_bind_text(s, 1, text, -1, SQLITE_STATIC);
-	if (sqlite3_bind_parameter_count(s) > 1)
-		sqlite3_bind_int64(s, 2, number);
-	rc = catalog_step_locked(store, s, err);
-	if (rc == 1) {
-		catalog_text(s, 0, id, STORE_ID_BYTES);
-		rc = catalog_step_locked(store, s, err);
-		rc = rc < 0 ? rc : rc + 1;
-	}
-	sqlite3_finalize(s);
-	return rc;
-}
-
-static int find_newest_locked(struct store *store, const char *reference, char id[STORE_ID_BYTES], struct err *err)
-{
-	const char *tilde = strchr(reference, '~');
-	char name[STORE_NAME_BYTES];
-	long back = 0;
-	char *end;
-
-	if (tilde) {
-		back = strtol(tilde + 1, &end, 10);
-		if (!isdigit((unsigned char)tilde[1]) || *end || back > 1000000000)
-			return 0;
-	}
-	size_t length = tilde ? (size_t)(tilde - reference) : strlen(reference);
-	if (length >= sizeof(name))
-		return 0;
-	memcpy(name, reference, length);
-	name[length] = '\0';
-	return find_locked(
-		store,
-		"SELECT id FROM checkpoints WHERE vm = ?1 ORDER BY created_wall_ns DESC, seq DESC LIMIT 1 OFFSET ?2",
-		name, back, id, err);
-}
-
-static int not_found(struct store *store, const char *reference, struct err *err)
-{
-	char name[STORE_ID_BYTES];
-
-	err_set(err, ERR_NOT_FOUND, ENOENT, "checkpoint '%s': there is none", reference);
-	if (find_locked(store, "SELECT name FROM vms WHERE name = ?1", reference, 0, name, NULL) == 1)
-		err_hint(err, "the VM %s has no checkpoint yet: take one with `vmcp checkpoint --live %s`", reference,
-			 reference);
-	else
-		err_hint(err, "`vmcp log` lists them; an id, 4 or more of its first digits, a tag, a VM's name or VM~N "
-			      "is meant");
-	return -ENOENT;
-}
-
-int store_resolve(struct store *store, const char *reference, char id[STORE_ID_BYTES], struct err *err)
-{
-	int rc;
-
-	id[0] = '\0';
-	pthread_mutex_lock(&store->lock);
-	rc = find_locked(store, "SELECT id FROM checkpoints WHERE id = ?1", reference, 0, id, err);
-	if (rc == 0)
-		rc = find_locked(store, "SELECT checkpoint FROM tags WHERE tag = ?1", reference, 0, id, err);
-	if (rc == 0)
-		rc = find_newest_locked(store, reference, id, err);
-	/* A prefix: from the reference up to its successor, by the index on id. */
-	if (rc == 0 && strlen(reference) >= PREFIX_DIGITS && strlen(reference) < STORE_ID_BYTES &&
-	    strspn(reference, "0123456789abcdef") == strlen(reference))
-		rc = find_locked(store, "SELECT id FROM checkpoints WHERE id >= ?1 AND id < ?1 || 'g'", reference, 0,
-				 id, err);
-	if (rc == 0)
-		rc = not_found(store, reference, err);
-	else if (rc == 2) {
-		err_set(err, ERR_USAGE, EINVAL, "checkpoint '%s': more than one id begins so", reference);
-		err_hint(err, "give more digits: see `vmcp log`");
-		rc = -EINVAL;
-	} else if (rc == 1)
-		rc = 0;
-	pthread_mutex_unlock(&store->lock);
-	return rc;
-}
-
-int catalog_find_tag(struct store *store, const char *tag, char id[STORE_ID_BYTES], struct err *err)
-{
-	pthread_mutex_lock(&store->lock);
-	int rc = find_locked(store, "SELECT checkpoint FROM tags WHERE tag = ?1", tag, 0, id, err);
-	pthread_mutex_unlock(&store->lock);
-	return rc;
-}
-
-int store_tag(struct store *store, const char *id, const char *tag, struct err *err)
-{
-	char found[STORE_ID_BYTES];
-	int rc = store_check_name("tag", tag, err);
-
-	if (rc)
-		return rc;
-	pthread_mutex_lock(&store->lock);
-	rc = find_locked(store, "SELECT id FROM checkpoints WHERE id = ?1", id, 0, found, err);
-	if (rc == 0)
-		rc = not_found(store, id, err);
-	else if (rc > 0)
-		rc = catalog_run_locked(store, "PRAGMA synchronous = FULL", err);
-	if (!rc) {
-		rc = enter_tag(store, id, tag, err);
-		catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
-	}
-	pthread_mutex_unlock(&store->lock);
-	return rc;
-}
-
-int store_untag(struct store *store, const char *tag, struct err *err)
-{
-	sqlite3_stmt *s;
-	int rc = store_check_name("tag", tag, err), changed = 0;
-
-	if (rc)
-		return rc;
-	pthread_mutex_lock(&store->lock);
-	rc = catalog_run_locked(store, "PRAGMA synchronous = FULL", err);
-	if (!rc)
-		rc = catalog_prepare_locked(store, "DELETE FROM tags WHERE tag = ?", &s, err);
-	if (!rc) {
-		sqlite3_bind_text(s, 1, tag, -1, SQLITE_STATIC);
-		rc = catalog_step_locked(store, s, err);
-		changed = rc ? 0 : sqlite3_changes(store->db);
-		sqlite3_finalize(s);
-	}
-	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
-	pthread_mutex_unlock(&store->lock);
-	if (rc || changed)
-		return rc;
-	err_set(err, ERR_NOT_FOUND, ENOENT, "tag '%s': there is none", tag);
-	return err_hint(err, "`vmcp log` shows them all");
-}
-
-int store_count_tags(struct store *store, const char *id, uint64_t *count, char first[STORE_NAME_BYTES], struct err *err)
-{
-	sqlite3_stmt *s;
-
-	*count = 0;
-	first[0] = '\0';
-	pthread_mutex_lock(&store->lock);
-	int rc = catalog_prepare_locked(store, "SELECT COUNT(*), MIN(tag) FROM tags WHERE checkpoint = ?", &s, err);
-	if (!rc) {
-		sqlite3_bind_text(s, 1, id, -1, SQLITE_STATIC);
-		rc = catalog_step_locked(store, s, err);
-		if (rc == 1) {
-			*count = (uint64_t)sqlite3_column_int64(s, 0);
-			catalog_text(s, 1, first, STORE_NAME_BYTES);
-			rc = 0;
-		}
-		sqlite3_finalize(s);
-	}
 	pthread_mutex_unlock(&store->lock);
 	return rc;
 }

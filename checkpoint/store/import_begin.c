@@ -230,7 +230,7 @@ static int place_disks(struct import *im, const struct transfer_disk *before, ui
 			disks[i].path = xstrdup(known);
 		else
 			disks[i].path = disk->readonly ? store_own_disk(im->store, c->vm, c->id, disk->name)
-						       : xasprintf("%s/vms/%s/%s.qcow2", store_path(im->store), c->vm, disk->name);
+						       : store_vm_disk_path(store_path(im->store), c->vm, disk->name);
 	}
 	return 0;
 }

@@ -64,6 +64,8 @@ int store_vm_lock(struct store *store, const char *name, struct store_vm_lock **
 void store_vm_unlock(struct store_vm_lock *lock);
 /* Folder of the VM (made by store_vm_lock), as a descriptor to be closed by the caller. The control socket is `control.sock` in it. */
 int store_vm_dir(struct store *store, const char *name, struct err *err);
+/* Where the image of a disk is that is the VM's own (malloc): over a shared base, of a clone, of an import. `store`: as store_path says it. */
+char *store_vm_disk_path(const char *store, const char *vm, const char *disk);
 int store_vm_put(struct store *store, const struct store_vm *vm, struct err *err); /* inserts or replaces the record */
 int store_vm_set_state(struct store *store, const char *name, const char *state, struct err *err);
 /* One line, "" for none. store_vm_put clears it. */

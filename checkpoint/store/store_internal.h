@@ -41,7 +41,9 @@ int catalog_step_locked(struct store *store, sqlite3_stmt *statement, struct err
 int catalog_error_locked(struct store *store, const char *what, struct err *err);
 /* Copies column `column` as text; "" for NULL. Too long: cut, as only our own writes are that long. */
 void catalog_text(sqlite3_stmt *statement, int column, char *out, size_t size);
-/* 1 and the checkpoint that has the tag, 0: none, -errno. */
+/* -EEXIST: another checkpoint has it. */
+int catalog_enter_tag_locked(struct store *store, const char *id, const char *tag, struct err *err);
+/* catalog_names.c: 1 and the checkpoint that has the tag, 0: none, -errno. */
 int catalog_find_tag(struct store *store, const char *tag, char id[STORE_ID_BYTES], struct err *err);
 enum catalog_position {
 	CATALOG_VM_STAYS,

@@ -377,6 +377,32 @@ static void expect_found(const char *reference, const char *wanted)
 	cr_expect_str_eq(id, wanted, "'%s'", reference);
 }
 
+static void expect_meant(const char *reference, const char *meant)
+{
+	struct err err = ERR_INIT;
+	char id[STORE_ID_BYTES];
+
+	cr_expect_eq(store_resolve(store_test_store, reference, id, &err), -ENOENT, "'%s'", reference);
+	cr_expect_not_null(strstr(err.hint, meant), "'%s': '%s' is not in '%s'", reference, meant, err.hint);
+}
+
+Test(store, what_is_meant_is_suggested)
+{
+	struct err err = ERR_INIT;
+	char id[STORE_ID_BYTES];
+
+	store_test_must_take(&(struct store_test_plan){.tag = "before-upgrade"}, id);
+	store_test_must_take(&(struct store_test_plan){.parent = id}, id);
+	expect_meant("before-upgarde", "'before-upgrade'");
+	expect_meant("before", "'before-upgrade'");
+	expect_meant("wbe", "'web'");
+	expect_meant("wbe~1", "'web~1'");
+	expect_meant("web~7", "web~1");
+	expect_meant("nobody", "vmcp log");
+	cr_expect_eq(store_untag(store_test_store, "before_upgrade", &err), -ENOENT);
+	cr_expect_not_null(strstr(err.hint, "'before-upgrade'"), "%s", err.hint);
+}
+
 Test(store, references_resolve)
 {
 	char ids[3][STORE_ID_BYTES], prefix[STORE_ID_BYTES];

@@ -7,6 +7,7 @@
 
 #include "base/bytes.h"
 #include "base/file.h"
+#include "base/nearest.h"
 #include "checkpoint/store/resources.h"
 #include "checkpoint/store/store_internal.h"
 
@@ -23,6 +24,8 @@ void store_vm_free(struct store_vm *vm)
 	free(vm->config_text);
 	*vm = (struct store_vm){0};
 }
+
+char *store_vm_disk_path(const char *store, const char *vm, const char *disk) { return xasprintf("%s/vms/%s/%s.qcow2", store, vm, disk); }
 
 int store_vm_dir(struct store *store, const char *name, struct err *err)
 {
@@ -225,12 +228,14 @@ int store_vm_list(struct store *store, struct store_vm **list, size_t *count, st
 
 static int unknown_vm(struct store *store, const char *name, struct err *err)
 {
+	struct nearest nearest = nearest_to(name);
 	struct store_vm *list = NULL;
 	char known[160] = "";
 	size_t count = 0, used = 0;
 
 	list_locked(store, &list, &count, NULL);
 	for (size_t i = 0; i < count; i++) {
+		nearest_try(&nearest, list[i].name);
 		if (used < sizeof(known))
 			used += (size_t)snprintf(known + used, sizeof(known) - used, "%s%s", i ? ", " : "",
 						 list[i].name);
@@ -238,7 +243,9 @@ static int unknown_vm(struct store *store, const char *name, struct err *err)
 	}
 	free(list);
 	err_set(err, ERR_NOT_FOUND, ENOENT, "VM %s: there is none of that name", name);
-	if (count)
+	if (nearest.name[0])
+		err_hint(err, "did you mean '%s'?", nearest.name);
+	else if (count)
 		err_hint(err, "known: %s", known);
 	else
 		err_hint(err, "start one with `vmcp run guest.cfg`");
