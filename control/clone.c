@@ -72,8 +72,10 @@ static int origin_open(struct origin *origin, const char *store_path, const char
 		rc = store_checkpoint_get(origin->store, id, &origin->checkpoint, err);
 	if (!rc)
 		rc = read_config(&origin->checkpoint, &origin->config, err);
-	if (!rc && origin->config.qemu)
-		rc = err_set(err, ERR_STATE, ENOTSUP, "checkpoint %.8s: is of a domain that QEMU runs: vmcp cannot clone it", id);
+	if (!rc && origin->config.qemu) {
+		err_set(err, ERR_STATE, ENOTSUP, "checkpoint %.8s: is of a domain that QEMU runs, and only QEMU can go on with it", id);
+		rc = err_hint(err, "a domain of its own can have its disks: `vmcp disk export %.8s:DISK FILE`", id);
+	}
 	if (!rc)
 		rc = read_rules(origin, rules_what, rules, err);
 	return rc;
@@ -218,7 +220,7 @@ static int reserve(const struct origin *origin, const struct clone_options *opti
 	int rc = reserve_name(origin, options, number, clone, err);
 
 	if (!rc)
-		rc = store_vm_uuid(origin->store, clone->name, clone->uuid, err);
+		rc = store_vm_uuid(origin->store, clone->name, "", clone->uuid, err);
 	if (!rc)
 		rc = read_config(&origin->checkpoint, &config, err);
 	if (!rc)

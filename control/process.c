@@ -221,7 +221,7 @@ static int bind_resources(struct process *process, struct err *err)
 	struct store_resource *list = NULL;
 	size_t count = 0, failed = 0;
 	const char *name = process->config.name;
-	int rc = store_vm_uuid(process->store, name, process->record.uuid, err);
+	int rc = store_vm_uuid(process->store, name, process->config.uuid, process->record.uuid, err);
 
 	if (rc)
 		return rc;
@@ -630,6 +630,8 @@ static int configure(struct process *process, struct err *err)
 		rc = config_set_nets(&process->config, options->net, err);
 	if (!rc && options->name) {
 		rc = store_check_name("--name", options->name, err);
+		if (strcmp(process->config.name, options->name) != 0)
+			process->config.uuid[0] = '\0'; /* not that domain, but one like it */
 		if (!rc)
 			snprintf(process->config.name, sizeof(process->config.name), "%s", options->name);
 	}

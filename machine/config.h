@@ -18,6 +18,7 @@
 #define CONFIG_MAX_DISKS 26
 #define CONFIG_MAX_NETS 8
 #define CONFIG_NAME_BYTES 64
+#define CONFIG_UUID_BYTES 37
 #define CONFIG_KEEP	  20 /* periodic checkpoints, where nothing else is said */
 #define CONFIG_MAX_KEEP	  1000000u
 #define CONFIG_MIN_EVERY_NS 10000000ull
@@ -46,6 +47,7 @@ struct config_net {
 
 struct machine_config {
 	char name[CONFIG_NAME_BYTES];
+	char uuid[CONFIG_UUID_BYTES]; /* of the libvirt domain that it was read from; "": of none. In no guest.cfg: a VM keeps its own in the store */
 	char *source;  /* absolute path of the file, "" if it came from a checkpoint */
 	uint64_t memory_bytes;
 	enum mem_backing memory_backing;

@@ -155,6 +155,27 @@ static int read_name(struct domain_reading *r, const struct xml_node *node)
 	return domain_put(r, &r->vm, "name", name);
 }
 
+/* 32 hexadecimal digits, with dashes and blanks where one likes, as libvirt takes them. */
+static int read_uuid(struct domain_reading *r, const struct xml_node *node)
+{
+	size_t used = 0, digits = 0;
+
+	for (const char *c = node->text; *c; c++) {
+		if (*c == '-' || isspace((unsigned char)*c))
+			continue;
+		if (!isxdigit((unsigned char)*c) || digits == 32) {
+			digits = 0;
+			break;
+		}
+		if (digits == 8 || digits == 12 || digits == 16 || digits == 20)
+			r->uuid[used++] = '-';
+		r->uuid[used++] = (char)tolower((unsigned char)*c);
+		digits++;
+	}
+	r->uuid[digits == 32 ? used : 0] = '\0';
+	return digits == 32 ? 0 : domain_tell(r, node, "'%.100s' is no UUID: vmcp chooses one", node->text);
+}
+
 /* libvirt's units: powers of 1000 with a B behind, powers of 1024 else. */
 static bool parse_memory(const struct xml_node *node, uint64_t *bytes)
 {
@@ -421,7 +442,7 @@ static int read_devices(struct domain_reading *r, const struct xml_node *node) {
 
 /* What has no function is libvirt's own book-keeping. */
 static const struct domain_rule domain_rules[] = {
-	{"name", read_name}, {"uuid", NULL}, {"title", NULL}, {"description", NULL}, {"metadata", NULL}, {"resource", NULL}, {"seclabel", NULL},
+	{"name", read_name}, {"uuid", read_uuid}, {"title", NULL}, {"description", NULL}, {"metadata", NULL}, {"resource", NULL}, {"seclabel", NULL},
 	{"memory", read_memory}, {"currentMemory", read_current_memory}, {"vcpu", read_vcpu}, {"memoryBacking", read_backing}, {"cpu", read_cpu},
 	{"os", read_os}, {"features", read_features}, {"clock", read_clock}, {"on_poweroff", read_event}, {"on_reboot", read_event},
 	{"on_crash", read_event}, {"pm", read_pm}, {"devices", read_devices}, {"launchSecurity", refuse_launch_security},
@@ -517,6 +538,8 @@ static int translate_and_read(struct domain_reading *r, const char *folder, cons
 		return rc;
 	text->length--;
 	rc = config_read_made(r->what, folder, (const char *)text->data, files, out, r->err);
+	if (!rc)
+		memcpy(out->uuid, r->uuid, sizeof(out->uuid));
 	if (rc || !files)
 		return rc;
 	rc = check_formats(r, out);

@@ -15,6 +15,7 @@ struct domain_reading {
 	struct buf vm, disks, nets; /* the sections of the guest.cfg */
 	bool vsock, rng, serial, huge;
 	unsigned disk_count, net_count;
+	char uuid[CONFIG_UUID_BYTES]; /* "" if it says none */
 	enum domain_format formats[CONFIG_MAX_DISKS];
 	struct err *err; /* never NULL */
 };

@@ -80,10 +80,12 @@ Test(domain, plain)
 
 Test(domain, machine)
 {
-	domain_becomes("<vcpu placement='static'>4</vcpu><uuid>x</uuid><metadata><a/></metadata><features><acpi/><apic/></features>"
+	domain_becomes("<vcpu placement='static'>4</vcpu><uuid>4dea22b3-1d52-d8f3-2516-782e98ab3fa0</uuid><metadata><a/></metadata><features><acpi/><apic/></features>"
 		       "<clock offset='utc'/><on_reboot>restart</on_reboot><cpu mode='host-passthrough'/>",
 		       "cpus = 4\n");
 	cr_assert_str_eq(told, "");
+	domain_becomes("<uuid>x</uuid>", "");
+	says("uuid: 'x' is no UUID");
 	domain_becomes("<memoryBacking><hugepages/></memoryBacking><devices><memballoon model='virtio'/></devices>", "memory_backing = hugetlb\n");
 	says("memballoon: not with huge pages");
 	domain_becomes("<cpu><model>Skylake-Server</model></cpu>", "cpu_model = x86-64-v3\n");

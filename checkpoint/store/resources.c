@@ -343,16 +343,18 @@ static int is_taken_locked(struct store *store, const char *uuid, struct err *er
 		TEXTS(uuid), 0, NULL, NULL, err);
 }
 
-static int choose_uuid_locked(struct store *store, const char *vm, char uuid[37], struct err *err)
+static int choose_uuid_locked(struct store *store, const char *vm, const char *wanted, char uuid[37], struct err *err)
 {
 	int rc = known_uuid_locked(store, vm, uuid, err);
 
 	if (rc)
 		return rc < 0 ? rc : 0;
-	do {
+	snprintf(uuid, 37, "%s", wanted);
+	rc = *wanted ? is_taken_locked(store, uuid, err) : 1;
+	while (rc == 1) {
 		new_uuid(uuid);
 		rc = is_taken_locked(store, uuid, err);
-	} while (rc == 1);
+	}
 	const struct store_resource one = {
 		.type = UUID_TYPE, .name = (char *)"vm", .guest = (char *)"", .host = uuid, .exclusive = true};
 	if (!rc)
@@ -360,12 +362,12 @@ static int choose_uuid_locked(struct store *store, const char *vm, char uuid[37]
 	return rc ? rc : enter_locked(store, vm, &one, err);
 }
 
-int store_vm_uuid(struct store *store, const char *vm, char uuid[37], struct err *err)
+int store_vm_uuid(struct store *store, const char *vm, const char *wanted, char uuid[37], struct err *err)
 {
 	pthread_mutex_lock(&store->lock);
 	int rc = begin_locked(store, err);
 	if (!rc)
-		rc = end_locked(store, choose_uuid_locked(store, vm, uuid, err), FAULT_RESOURCES_BIND, err);
+		rc = end_locked(store, choose_uuid_locked(store, vm, wanted, uuid, err), FAULT_RESOURCES_BIND, err);
 	pthread_mutex_unlock(&store->lock);
 	return rc;
 }

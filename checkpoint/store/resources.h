@@ -57,10 +57,10 @@ int store_resources_list(struct store *store, const char *vm, struct store_resou
 int store_resources_collect(struct store *store, uint64_t *freed, struct err *err);
 
 /*
- * The VM's uuid: the one that it has; else a new one, which no VM and no checkpoint of this store has, and which is the VM's from then on as long as it
- * has resources or a record. The caller holds the VM's lock or its reservation.
+ * The VM's uuid: the one that it has; else `wanted` ("" for none), if no VM and no checkpoint of this store has that; else a new one, which none has. It is the
+ * VM's from then on as long as it has resources or a record. The caller holds the VM's lock or its reservation.
  */
-int store_vm_uuid(struct store *store, const char *vm, char uuid[37], struct err *err);
+int store_vm_uuid(struct store *store, const char *vm, const char *wanted, char uuid[37], struct err *err);
 
 /* Keeps a name for a VM that is about to be started by another process: until store_vm_unlock or death. -EBUSY, ERR_STATE: it is reserved or runs. */
 int store_vm_reserve(struct store *store, const char *name, struct store_vm_lock **out, struct err *err);

@@ -189,19 +189,32 @@ Test(resources, uuids_are_of_one_vm)
 {
 	char a[37], b[37], again[37];
 	struct err err = ERR_INIT;
-	cr_assert_eq(store_vm_uuid(store_test_store, "a", a, &err), 0, "%s", err.message);
-	cr_assert_eq(store_vm_uuid(store_test_store, "b", b, &err), 0);
+	cr_assert_eq(store_vm_uuid(store_test_store, "a", "", a, &err), 0, "%s", err.message);
+	cr_assert_eq(store_vm_uuid(store_test_store, "b", "", b, &err), 0);
 	cr_expect(strlen(a) == 36 && a[14] == '4' && strchr("89ab", a[19]), "%s", a);
 	cr_expect_str_neq(a, b);
-	cr_assert_eq(store_vm_uuid(store_test_store, "a", again, &err), 0);
+	cr_assert_eq(store_vm_uuid(store_test_store, "a", "", again, &err), 0);
 	cr_expect_str_eq(again, a, "as long as it is its own");
 	/* One that has a record keeps that; where two have the same, as after an import of a copy, the one that starts gets another. */
 	cr_assert_eq(store_test_put_vm(store_test_store, "known"), 0);
-	cr_assert_eq(store_vm_uuid(store_test_store, "known", again, &err), 0);
+	cr_assert_eq(store_vm_uuid(store_test_store, "known", "", again, &err), 0);
 	cr_expect_str_eq(again, VM_UUID);
 	cr_assert_eq(store_test_put_vm(store_test_store, "copy"), 0);
-	cr_assert_eq(store_vm_uuid(store_test_store, "copy", again, &err), 0);
+	cr_assert_eq(store_vm_uuid(store_test_store, "copy", "", again, &err), 0);
 	cr_expect_str_neq(again, VM_UUID);
+}
+
+Test(resources, a_wanted_uuid_is_given_to_who_has_none)
+{
+	static const char wanted[] = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0", other[] = "5dea22b3-1d52-d8f3-2516-782e98ab3fa0";
+	char uuid[37];
+	struct err err = ERR_INIT;
+	cr_assert_eq(store_vm_uuid(store_test_store, "a", wanted, uuid, &err), 0, "%s", err.message);
+	cr_expect_str_eq(uuid, wanted);
+	cr_assert_eq(store_vm_uuid(store_test_store, "a", other, uuid, &err), 0);
+	cr_expect_str_eq(uuid, wanted, "it keeps what it has");
+	cr_assert_eq(store_vm_uuid(store_test_store, "b", wanted, uuid, &err), 0);
+	cr_expect(strlen(uuid) == 36 && strcmp(uuid, wanted) != 0, "another VM has it: %s", uuid);
 }
 
 Test(resources, names_are_reserved_once)
@@ -240,7 +253,7 @@ Test(resources, many_at_once)
 			size_t count = 0, failed;
 			char name[16], uuid[37];
 			snprintf(name, sizeof(name), "p%u-%u", p, i);
-			if (store_vm_reserve(store, name, &lock, NULL) || store_vm_uuid(store, name, uuid, NULL))
+			if (store_vm_reserve(store, name, &lock, NULL) || store_vm_uuid(store, name, "", uuid, NULL))
 				_exit(2);
 			struct store_resource *one =
 				store_resources_add(&list, &count, "port", "lan", "", "tcp:", true);

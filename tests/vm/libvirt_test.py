@@ -120,6 +120,9 @@ def test_run_domain_xml(env):
     first, second = env.image("a b.qcow2", "16M"), env.image("second.raw", "16M", "raw")
     path = env.write("tiny.xml", domain_xml(env, disks=disk_xml(first) + disk_xml(second, "vdb", "raw"), cmdline=BUSY,
                                             devices="<graphics type='vnc'/><interface type='user'><model type='virtio'/></interface>"))
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    env.write("tiny.xml", text.replace("<name>", "<uuid>4DEA22B31D52-D8F3-2516-782e98ab3fa0</uuid><name>"))
     guest = env.spawn_tiny("run", path)
     check("graphics: 'vnc' is not honoured" in env.stderr_text() and "vdb: raw" in env.stderr_text(), f"not told: {env.stderr_text()}")
     for number in range(3):
@@ -128,6 +131,10 @@ def test_run_domain_xml(env):
         env.vmcp("revert", taken["id"])
         guest.check()
         guest.epoch(number + 1)
+    uuid = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"
+    check_equal(env.vmcp_json("show", taken["id"])["vm_uuid"], uuid, "the domain's uuid, in the checkpoint")
+    check_equal(env.vmcp_json("show", "tiny", "--resources")["uuid"], uuid, "and of the VM")
+    check(f"<uuid>{uuid}</uuid>" in env.vmcp("config", "export", "--libvirt", "tiny").out, "and exported")
     env.vmcp("kill", "tiny")
     run("qemu-img", "check", first)
     # Its raw disk is a qcow2 image by now; the domain, which still says raw, is not run on it.
