@@ -88,7 +88,7 @@ static void look_at_chunk(struct balloon *b, uint32_t chunk)
 
 static const char *start_device(struct balloon *b, struct ram *ram)
 {
-	if (virtio_start(&b->virtio, ID_BALLOON, ID_BALLOON_OLD) != VIRTIO_GOOD || !b->virtio.device)
+	if (virtio_start(&b->virtio, ID_BALLOON, ID_BALLOON_OLD, 0) != VIRTIO_GOOD || !b->virtio.device)
 		return "no-balloon-found";
 	if (!(virtio_offered(&b->virtio) & FEATURE_REPORT) ||
 	    virtio_accept(&b->virtio, FEATURE_TELL | FEATURE_REPORT) != VIRTIO_GOOD)

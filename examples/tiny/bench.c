@@ -21,7 +21,7 @@ const char *bench_kind_name(enum bench_kind kind) { return kind_names[kind]; }
 
 const char *bench_start(struct bench *bench, struct ram *ram)
 {
-	const char *wrong = virtio_blk_start(&bench->blk, ram);
+	const char *wrong = virtio_blk_start(&bench->blk, ram, 0);
 	uint8_t *data;
 	unsigned int i;
 

@@ -15,25 +15,44 @@
 
 enum sector_word { WORD_MAGIC, WORD_OWNER, WORD_STAMP, WORD_NUMBER };
 
+/* The largest area of each device that both have. */
+static const char *start_devices(struct disk *disk, struct ram *ram, const struct options *options)
+{
+	uint64_t sectors = options->disk_blocks * DISK_BLOCK_SECTORS / options->disks;
+	unsigned int i;
+
+	disk->devices = (unsigned int)options->disks;
+	disk->depth = (unsigned int)options->queue_depth;
+	for (i = 0; i < disk->devices; i++) {
+		const char *wrong = virtio_blk_start(&disk->blk[i], ram, i);
+
+		if (wrong)
+			return wrong;
+		if (sectors > disk->blk[i].capacity_sectors)
+			sectors = disk->blk[i].capacity_sectors;
+		if (disk->depth > disk->blk[i].slots)
+			disk->depth = disk->blk[i].slots;
+	}
+	sectors &= ~(uint64_t)(DISK_LARGEST_SECTORS - 1);
+	disk->device_sectors = (uint32_t)sectors;
+	disk->sectors = disk->device_sectors * disk->devices;
+	return sectors ? NULL : "disk-too-small";
+}
+
 const char *disk_start(struct disk *disk, struct ram *ram, const struct options *options)
 {
-	uint64_t sectors = options->disk_blocks * DISK_BLOCK_SECTORS;
+	uint64_t sectors;
 	const char *wrong;
 	unsigned int i;
 	uint8_t *data;
 
 	memset(disk, 0, sizeof(*disk));
-	wrong = virtio_blk_start(&disk->blk, ram);
+	wrong = start_devices(disk, ram, options);
 	if (wrong)
 		return wrong;
-	if (sectors > disk->blk.capacity_sectors)
-		sectors = disk->blk.capacity_sectors & ~(uint64_t)(DISK_LARGEST_SECTORS - 1);
-	if (sectors < DISK_LARGEST_SECTORS)
-		return "disk-too-small";
-	disk->sectors = (uint32_t)sectors;
+	sectors = disk->sectors;
 	disk->mixed = options->disk_mixed;
 	disk->seed = options->seed;
-	disk->depth = options->queue_depth < disk->blk.slots ? (unsigned int)options->queue_depth : disk->blk.slots;
 	disk->issued = ram_take(ram, sectors * sizeof(uint64_t));
 	disk->completed = ram_take(ram, sectors * sizeof(uint64_t));
 	data = ram_take(ram, (uint64_t)disk->depth * DATA_BYTES);
@@ -104,6 +123,15 @@ static void check_sector(struct disk *disk, const uint64_t *words, uint32_t sect
 	}
 }
 
+static void notify(struct disk *disk)
+{
+	unsigned int i;
+
+	for (i = 0; i < disk->devices; i++)
+		virtio_blk_notify(&disk->blk[i]);
+}
+
+/* Flushes go to the devices in turn. */
 static void submit(struct disk *disk, struct disk_slot *slot, enum virtio_blk_kind kind)
 {
 	uint32_t split = 0;
@@ -112,7 +140,8 @@ static void submit(struct disk *disk, struct disk_slot *slot, enum virtio_blk_ki
 		split = (1 + (uint32_t)random_below(&disk->random, slot->sectors - 1)) * VIRTIO_BLK_SECTOR_BYTES;
 	slot->issued_tsc = cpu_tsc();
 	disk->in_flight++;
-	virtio_blk_submit(&disk->blk, (unsigned int)(slot - disk->slot), kind, slot->first, slot->data,
+	slot->device = kind == VIRTIO_BLK_FLUSH ? (unsigned int)(disk->flushes % disk->devices) : slot->first / disk->device_sectors;
+	virtio_blk_submit(&disk->blk[slot->device], (unsigned int)(slot - disk->slot), kind, slot->first % disk->device_sectors, slot->data,
 			  slot->sectors * VIRTIO_BLK_SECTOR_BYTES, split);
 }
 
@@ -174,12 +203,15 @@ static void finish(struct disk *disk, struct disk_slot *slot, bool good)
 /* Takes one finished request, if there is one. */
 static bool reap(struct disk *disk)
 {
-	unsigned int slot;
+	unsigned int slot, device = 0;
 	bool good;
 
-	if (!disk->in_flight || !virtio_blk_poll(&disk->blk, &slot, &good))
+	if (!disk->in_flight)
 		return false;
-	if (slot >= disk->depth || disk->slot[slot].purpose == DISK_FREE)
+	while (!virtio_blk_poll(&disk->blk[device], &slot, &good))
+		if (++device == disk->devices)
+			return false;
+	if (slot >= disk->depth || disk->slot[slot].purpose == DISK_FREE || disk->slot[slot].device != device)
 		disk->errors++; /* the device returned what it does not have */
 	else
 		finish(disk, &disk->slot[slot], good);
@@ -231,7 +263,7 @@ static bool pick_idle_range(struct disk *disk, struct disk_slot *slot)
 
 	for (i = 0; i < PICKS_AT_MOST; i++) {
 		pick_range(disk, &slot->first, &slot->sectors);
-		if (!is_busy(disk, slot->first, slot->sectors))
+		if (slot->first / disk->device_sectors == (slot->first + slot->sectors - 1) / disk->device_sectors && !is_busy(disk, slot->first, slot->sectors))
 			return true;
 	}
 	return false;
@@ -244,7 +276,7 @@ static bool issue_one(struct disk *disk, struct stamp_source *stamps)
 
 	if (!slot)
 		return false;
-	if (disk->blk.has_flush && disk->since_flush >= FLUSH_EACH) {
+	if (disk->blk[0].has_flush && disk->since_flush >= FLUSH_EACH) {
 		issue_flush(disk, slot);
 		return false;
 	}
@@ -267,7 +299,7 @@ bool disk_turn(struct disk *disk, struct stamp_source *stamps, bool may_issue)
 	if (may_issue && disk->writing)
 		wrote = issue_one(disk, stamps);
 	if (disk->in_flight == disk->depth || disk->in_flight <= before) /* full, or nothing more comes now */
-		virtio_blk_notify(&disk->blk);
+		notify(disk);
 	return wrote;
 }
 
@@ -289,7 +321,7 @@ static struct disk_slot *wait_for_slot(struct disk *disk, const struct clock *cl
 	struct disk_slot *slot;
 
 	while (!(slot = free_slot(disk))) {
-		virtio_blk_notify(&disk->blk);
+		notify(disk);
 		if (!reap(disk)) {
 			if (is_lost(disk, clock))
 				return NULL;
@@ -301,7 +333,7 @@ static struct disk_slot *wait_for_slot(struct disk *disk, const struct clock *cl
 
 bool disk_drain(struct disk *disk, const struct clock *clock)
 {
-	virtio_blk_notify(&disk->blk);
+	notify(disk);
 	while (disk->in_flight) {
 		if (!reap(disk)) {
 			if (is_lost(disk, clock))

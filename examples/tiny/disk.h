@@ -2,7 +2,7 @@
  * The work on the disk. Unit: the sector of 512 bytes; words 0-3 are magic, seed and number (mixed), stamp and
  * number, the rest follows from (seed, number, stamp). For each sector the ledger has the stamp of the last write
  * issued and of the last write completed. Two requests that touch the same sector are never in flight together, so
- * what a sector must hold is known whenever no write to it is in flight.
+ * what a sector must hold is known whenever no write to it is in flight. Of two devices the second one's sectors follow the first one's.
  */
 #ifndef TINY_DISK_H
 #define TINY_DISK_H
@@ -18,6 +18,7 @@
 #define DISK_BLOCK_BYTES     4096u
 #define DISK_BLOCK_SECTORS   8u
 #define DISK_LARGEST_SECTORS 128u /* one request: 64 KiB */
+#define DISK_DEVICES	     2u
 
 enum disk_purpose { DISK_FREE, DISK_WRITE, DISK_READ, DISK_FLUSH };
 
@@ -25,6 +26,7 @@ struct disk_slot {
 	enum disk_purpose purpose;
 	uint32_t first; /* sector */
 	uint32_t sectors;
+	unsigned int device;
 	uint64_t stamp;
 	uint64_t issued_tsc;
 	uint8_t *data;
@@ -42,7 +44,9 @@ struct disk {
 	bool writing; /* false: no new requests */
 	bool mixed;
 	uint64_t seed;
-	uint32_t sectors; /* of the area in use, which begins at sector 0 */
+	unsigned int devices;
+	uint32_t device_sectors; /* of the area in use of each, which begins at its sector 0 */
+	uint32_t sectors;	 /* of all */
 	unsigned int depth;
 	unsigned int in_flight;
 	uint64_t *issued; /* stamps; 0 = never written, content unknown */
@@ -54,7 +58,7 @@ struct disk {
 	bool fault_seen;
 	struct disk_fault fault; /* the first of them */
 	struct random random;
-	struct virtio_blk blk;
+	struct virtio_blk blk[DISK_DEVICES];
 	struct disk_slot slot[VIRTIO_BLK_SLOTS];
 };
 

@@ -113,13 +113,13 @@ static void start_work(struct tiny *tiny)
 	const char *wrong;
 
 	clock_start(&tiny->clock, options->tsc_khz);
-	if (options->disk) {
+	if (options->disks) {
 		wrong = disk_start(&tiny->disk, &tiny->ram, options);
 		if (wrong)
 			tiny_fail(tiny, wrong, NULL);
 	}
 	if (options->bench) {
-		wrong = options->disk ? "disk-and-bench" : bench_start(&tiny->bench, &tiny->ram);
+		wrong = options->disks ? "disk-and-bench" : bench_start(&tiny->bench, &tiny->ram);
 		if (wrong)
 			tiny_fail(tiny, wrong, NULL);
 	}

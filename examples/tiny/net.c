@@ -81,7 +81,7 @@ static void offer_buffer(struct net *net, unsigned int i)
 
 const char *net_start(struct net *net, struct ram *ram)
 {
-	const char *wrong = wrong_words[virtio_start(&net->virtio, ID_NET_MODERN, ID_NET_EITHER)];
+	const char *wrong = wrong_words[virtio_start(&net->virtio, ID_NET_MODERN, ID_NET_EITHER, 0)];
 	unsigned int i;
 
 	if (!wrong && !net->virtio.device)

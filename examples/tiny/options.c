@@ -80,7 +80,7 @@ static bool parse_word(struct options *o, const char *word)
 	if ((value = text_after(word, "full=")))
 		return parse_flag(value, &o->full);
 	if ((value = text_after(word, "disk=")))
-		return parse_flag(value, &o->disk);
+		return parse_limited(value, 0, 2, &o->disks);
 	if ((value = text_after(word, "bench=")))
 		return parse_flag(value, &o->bench);
 	if ((value = text_after(word, "disk_fill=")))

@@ -15,7 +15,7 @@ struct options {
 	uint64_t rate; /* pages written per second, 0 = as fast as it goes */
 	enum mem_mode mode;
 	bool full; /* rewrite the whole page at each step */
-	bool disk;
+	uint64_t disks; /* in use, at most 2 */
 	bool bench; /* of the disk, which is then for nothing else */
 	bool balloon;
 	bool net;

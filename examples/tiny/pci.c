@@ -48,7 +48,7 @@ static void pci_write32(struct pci_function at, uint8_t offset, uint32_t value)
 	outl(PORT_DATA, value);
 }
 
-bool pci_find(uint16_t vendor, uint16_t id_a, uint16_t id_b, struct pci_function *found)
+bool pci_find(uint16_t vendor, uint16_t id_a, uint16_t id_b, unsigned int number, struct pci_function *found)
 {
 	struct pci_function at;
 	uint16_t id;
@@ -58,7 +58,7 @@ bool pci_find(uint16_t vendor, uint16_t id_a, uint16_t id_b, struct pci_function
 		for (at.function = 0; at.function < 8; at.function++) {
 			ids = pci_read32(at, OFFSET_IDS);
 			id = (uint16_t)(ids >> 16);
-			if ((ids & 0xffff) == vendor && (id == id_a || id == id_b)) {
+			if ((ids & 0xffff) == vendor && (id == id_a || id == id_b) && !number--) {
 				*found = at;
 				return true;
 			}

@@ -14,8 +14,8 @@ uint32_t pci_read32(struct pci_function at, uint8_t offset);
 uint16_t pci_read16(struct pci_function at, uint8_t offset);
 uint8_t pci_read8(struct pci_function at, uint8_t offset);
 
-/* The first function of this vendor with one of the two device ids. */
-bool pci_find(uint16_t vendor, uint16_t id_a, uint16_t id_b, struct pci_function *found);
+/* Function `number`, from 0, of those of this vendor with one of the two device ids. */
+bool pci_find(uint16_t vendor, uint16_t id_a, uint16_t id_b, unsigned int number, struct pci_function *found);
 
 /* Lets the function answer memory accesses and access memory; no interrupt line. */
 void pci_enable(struct pci_function at);

@@ -84,12 +84,12 @@ static bool reset(struct virtio *virtio)
 	return false;
 }
 
-enum virtio_wrong virtio_start(struct virtio *virtio, uint16_t id_modern, uint16_t id_either)
+enum virtio_wrong virtio_start(struct virtio *virtio, uint16_t id_modern, uint16_t id_either, unsigned int number)
 {
 	struct pci_function at;
 
 	memset(virtio, 0, sizeof(*virtio));
-	if (!pci_find(VENDOR_VIRTIO, id_modern, id_either, &at))
+	if (!pci_find(VENDOR_VIRTIO, id_modern, id_either, number, &at))
 		return VIRTIO_NOT_FOUND;
 	if (!find_places(virtio, at))
 		return VIRTIO_NOT_MODERN;

@@ -59,8 +59,8 @@ struct virtio_queue {
 
 enum virtio_wrong { VIRTIO_GOOD, VIRTIO_NOT_FOUND, VIRTIO_NOT_MODERN, VIRTIO_NO_RESET, VIRTIO_NOT_1, VIRTIO_REFUSES };
 
-/* Finds the first device with one of the two ids and resets it: it knows that it has a driver. */
-enum virtio_wrong virtio_start(struct virtio *virtio, uint16_t id_modern, uint16_t id_either);
+/* Finds device `number`, from 0, of those with one of the two ids and resets it: it knows that it has a driver. */
+enum virtio_wrong virtio_start(struct virtio *virtio, uint16_t id_modern, uint16_t id_either, unsigned int number);
 
 /* Features 0 to 31 that the device offers. */
 uint32_t virtio_offered(struct virtio *virtio);

@@ -54,12 +54,12 @@ static const char *set_up_queue(struct virtio_blk *blk, struct ram *ram)
 	return NULL;
 }
 
-const char *virtio_blk_start(struct virtio_blk *blk, struct ram *ram)
+const char *virtio_blk_start(struct virtio_blk *blk, struct ram *ram, unsigned int number)
 {
 	const char *wrong;
 
 	memset(blk, 0, sizeof(*blk));
-	wrong = wrong_words[virtio_start(&blk->virtio, ID_BLK_MODERN, ID_BLK_EITHER)];
+	wrong = wrong_words[virtio_start(&blk->virtio, ID_BLK_MODERN, ID_BLK_EITHER, number)];
 	if (!wrong && !blk->virtio.device)
 		wrong = wrong_words[VIRTIO_NOT_MODERN];
 	if (!wrong)

@@ -34,8 +34,8 @@ struct virtio_blk {
 	volatile uint8_t *status;	   /* likewise */
 };
 
-/* Returns NULL, or what is wrong. */
-const char *virtio_blk_start(struct virtio_blk *blk, struct ram *ram);
+/* Disk `number`, from 0. Returns NULL, or what is wrong. */
+const char *virtio_blk_start(struct virtio_blk *blk, struct ram *ram, unsigned int number);
 
 /* Puts a request into the ring without telling the device. split_bytes > 0: the data go as two descriptors. */
 void virtio_blk_submit(struct virtio_blk *blk, unsigned int slot, enum virtio_blk_kind kind, uint64_t sector,
