@@ -118,13 +118,42 @@ static void print_taken(const struct cli *cli, const json_t *result)
 	fprintf(stderr, "vmcp: durable after %s; the VM stood still for %s\n", durable, pause);
 }
 
+/* What vmcp's own VMs can, and QEMU cannot. */
+static int check_domain_options(const struct cli *cli, struct err *err)
+{
+	static const struct {
+		const char *option, *why;
+	} own[] = {
+		{"full", "QEMU saves all memory each time"},
+		{"instant", "QEMU's instant is the one at which it begins"},
+		{"max-rate", "QEMU saves as fast as it can"},
+		{"wait", "it is durable when the command ends"},
+		{"timeout", "Ctrl-C cancels it"},
+	};
+
+	for (size_t i = 0; i < ARRAY_LENGTH(own); i++)
+		if (cli_given(cli, own[i].option)) {
+			err_set(err, ERR_USAGE, EINVAL, "--%s: has no effect with --connect: %s", own[i].option, own[i].why);
+			return err_hint(err, "leave --%s out", own[i].option);
+		}
+	if (cli->argument_count == 1)
+		return 0;
+	err_set(err, ERR_USAGE, EINVAL, "checkpoint: --connect needs the name of a domain");
+	return err_hint(err, "vmcp checkpoint --live --connect qemu:///system DOMAIN");
+}
+
 /* Of a domain that QEMU runs below libvirt: this process takes it. */
 static int take_domain(struct cli *cli, json_t **result, struct err *err)
 {
 	struct cli_progress progress = cli_progress_begin(cli, "checkpoint");
+	int rc = check_domain_options(cli, err);
+
+	if (rc)
+		return rc;
 	const struct control_domain_take take = {
 		.connect = cli_value(cli, "connect"),
 		.domain = cli->arguments[0],
+		.live = cli_given(cli, "live"),
 		.tag = cli_value(cli, "tag"),
 		.message = cli_value(cli, "message"),
 		.cancel = &cli_interrupted,
@@ -133,11 +162,7 @@ static int take_domain(struct cli *cli, json_t **result, struct err *err)
 	};
 	struct store *store;
 
-	if (cli->argument_count != 1 || !cli_given(cli, "live")) {
-		err_set(err, ERR_USAGE, EINVAL, "checkpoint: --connect needs --live and a domain: QEMU saves it while it runs");
-		return err_hint(err, "vmcp checkpoint --live --connect qemu:///system DOMAIN");
-	}
-	int rc = store_open(cli->store_path, true, &store, err);
+	rc = store_open(cli->store_path, true, &store, err);
 	if (rc)
 		return rc;
 	cli_catch_interrupts();
@@ -307,8 +332,14 @@ static int run_revert(struct cli *cli, struct err *err)
 	struct store *store;
 	json_t *result;
 	bool alive;
-	int rc = cli_open_store(cli, &store, err);
+	int rc = 0;
 
+	if (connect && cli_given(cli, "vm")) {
+		err_set(err, ERR_USAGE, EINVAL, "--vm: has no effect with --connect: the domain that the checkpoint was taken of is taken back");
+		rc = err_hint(err, "leave --vm out");
+	}
+	if (!rc)
+		rc = cli_open_store(cli, &store, err);
 	if (rc)
 		return rc;
 	rc = find_target(cli, store, id, name, &alive, err);
@@ -407,6 +438,11 @@ const struct cli_command cli_checkpoint = {
 	.options = checkpoint_options,
 	.words = "@running",
 	.max_arguments = 1,
+	.json =
+		"id, vm, vmm?, parent, tag, message, created, live, durability, pause_ns, pause {quiesce_ns, state_ns, disks_ns, memory_ns, "
+		"resume_ns}, memory {total_pages, saved_pages, zero_pages, parent_pages, cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, "
+		"cow_fault_p999_ns?, cow_fault_max_ns, throttled?, throttled_ns?, written_bytes, plan?, plan_reason?, planner?, armed_again_pages?, "
+		"stage_ns?, stage_passes?}, disks [name, layer, inflight_writes, inflight_reads], captured_ns?, durable_ns",
 	.run = run_checkpoint,
 };
 const struct cli_command cli_cancel = {.name = "cancel",
@@ -418,6 +454,7 @@ const struct cli_command cli_cancel = {.name = "cancel",
 				       .options = none,
 				       .words = "@running",
 				       .max_arguments = 1,
+				       .json = "vm, id, phase, revert, waits_for?",
 				       .run = run_cancel};
 const struct cli_command cli_revert = {
 	.name = "revert",
@@ -435,6 +472,7 @@ const struct cli_command cli_revert = {
 	.min_arguments = 1,
 	.words = "@ckpt",
 	.max_arguments = 1,
+	.json = "vm, checkpoint, mode, restored_pages, revert_ns, parts?, pid?",
 	.run = run_revert,
 };
 static const struct cli_option tag_options[] = {
@@ -448,4 +486,5 @@ const struct cli_command cli_tag = {.name = "tag",
 				    .min_arguments = 1,
 				    .words = "@ckpt @any",
 				    .max_arguments = 2,
+				    .json = "id, tag | deleted",
 				    .run = run_tag};

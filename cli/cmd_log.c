@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "base/clock.h"
 #include "cli/cli.h"
 #include "cli/log_tree.h"
@@ -288,7 +289,7 @@ static int run_log(struct cli *cli, struct err *err)
 /* --- show --- */
 
 /* Whose machine it is, and who can go on with it: the configuration says so where it is not vmcp. */
-static const char *vmm_of(const struct store_checkpoint *c) { return c->config_text && strstr(c->config_text, "\nmade_by = qemu\n") ? "qemu" : "vmcp"; }
+static const char *vmm_of(const struct store_checkpoint *c) { return cli_is_of_qemu(c) ? "qemu" : "vmcp"; }
 
 static json_t *show_to_json(const struct store_checkpoint *c)
 {
@@ -306,7 +307,7 @@ static json_t *show_to_json(const struct store_checkpoint *c)
 	}
 	json_t *memory =
 		json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I}", "layer", c->memory_layer, "size_bytes",
-			  (json_int_t)c->memory_bytes, "total_pages", (json_int_t)(c->memory_bytes / 4096),
+			  (json_int_t)c->memory_bytes, "total_pages", (json_int_t)(c->memory_bytes / PAGE_BYTES),
 			  "saved_pages", (json_int_t)c->saved_pages, "zero_pages", (json_int_t)c->zero_pages,
 			  "parent_pages", (json_int_t)c->parent_pages, "written_bytes", (json_int_t)c->written_bytes);
 	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:s, s:s}", "id",
@@ -438,6 +439,7 @@ const struct cli_command cli_log = {.name = "log",
 				    .options = log_options,
 				    .words = "@vm",
 				    .max_arguments = 1,
+				    .json = "checkpoints [id, vm, parent, children, created, tag, message, size_bytes, durability, periodic], vms [name, state, at]",
 				    .run = run_log};
 const struct cli_command cli_show = {.name = "show",
 				     .synopsis = "CKPT | VM --resources",
@@ -446,4 +448,9 @@ const struct cli_command cli_show = {.name = "show",
 				     .min_arguments = 1,
 				     .words = "@ckpt",
 				     .max_arguments = 1,
+				     .json =
+					     "id, vm, vm_uuid, parent, tag, message, created, live, periodic, durability, cpus, pause_ns, durable_ns, size_bytes, memory {layer, "
+					     "size_bytes, total_pages, saved_pages, zero_pages, parent_pages, written_bytes}, disks [name, layer, format, size_bytes, "
+					     "layer_bytes, inflight_writes, inflight_reads], vmm, config | id, vm, durability, parent, created_wall_ns, phase, done_pages, "
+					     "total_pages | vm, uuid, generation_id, resources [type, name, guest, host, exclusive], hosts [type, host, refs, vms [vm, name, guest]]",
 				     .run = run_show};

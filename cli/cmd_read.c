@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "checkpoint/store/diff.h"
 #include "checkpoint/store/dump.h"
 #include "cli/cli.h"
@@ -164,12 +165,28 @@ static int diff_disks(struct store *store, struct diff *diff, struct err *err)
 	return rc;
 }
 
+bool cli_is_of_qemu(const struct store_checkpoint *checkpoint)
+{
+	return checkpoint->config_text && strstr(checkpoint->config_text, "\nmade_by = qemu\n");
+}
+
+/* What QEMU saved is a stream of its own, no pages at their places. */
+static int refuse_qemu(const struct store_checkpoint *checkpoint, const char *what, const char *hint, struct err *err)
+{
+	if (!cli_is_of_qemu(checkpoint))
+		return 0;
+	err_set(err, ERR_STATE, ENOTSUP, "%s: checkpoint %.8s is of a domain that QEMU runs, and its memory is a stream that only QEMU reads", what, checkpoint->id);
+	return err_hint(err, "%s", hint);
+}
+
 static int diff_held(struct store *store, const char *a, const char *b, struct diff *diff, struct err *err)
 {
 	int rc = store_checkpoint_get(store, a, &diff->sides[0], err);
 
 	if (!rc)
 		rc = store_checkpoint_get(store, b, &diff->sides[1], err);
+	for (unsigned i = 0; i < 2 && !rc; i++)
+		rc = refuse_qemu(&diff->sides[i], "diff", "its disks can be compared: `vmcp disk export CKPT:DISK FILE` of both, then `qemu-img compare`", err);
 	if (rc)
 		return rc;
 	diff->memory = (struct memory_diff){.cancel = &cli_interrupted, .progress = show_progress, .opaque = &diff->watched};
@@ -229,7 +246,7 @@ static json_t *diff_to_json(const struct diff *diff)
 	}
 	return json_pack("{s:s, s:s, s:{s:I, s:I, s:I, s:I, s:o}, s:o}", "a", diff->sides[0].id, "b", diff->sides[1].id, "memory", "total_pages",
 			 (json_int_t)memory->total_pages[1], "differing_pages", (json_int_t)memory->differing_pages, "differing_bytes",
-			 (json_int_t)memory->differing_pages * 4096, "compared_pages", (json_int_t)memory->compared_pages, "ranges",
+			 (json_int_t)memory->differing_pages * PAGE_BYTES, "compared_pages", (json_int_t)memory->compared_pages, "ranges",
 			 ranges_to_json("gpa", memory->ranges, memory->range_count), "disks", disks);
 }
 
@@ -263,7 +280,7 @@ static void print_diff(const struct diff *diff)
 	const struct memory_diff *memory = &diff->memory;
 	char size[16];
 
-	cli_format_size(size, memory->differing_pages * 4096);
+	cli_format_size(size, memory->differing_pages * PAGE_BYTES);
 	printf("memory  %llu of %llu pages differ (%s)\n", (unsigned long long)memory->differing_pages,
 	       (unsigned long long)memory->total_pages[1], size);
 	print_ranges(memory->ranges, memory->range_count);
@@ -323,6 +340,7 @@ static int run_dump(struct cli *cli, struct err *err)
 {
 	struct watched watched = watch(cli);
 	struct dump dump = {.path = cli->arguments[1], .cancel = &cli_interrupted, .progress = show_progress, .opaque = &watched};
+	struct store_checkpoint checkpoint;
 	char id[STORE_ID_BYTES], size[16];
 	struct store *store;
 
@@ -336,6 +354,12 @@ static int run_dump(struct cli *cli, struct err *err)
 		return rc;
 	cli_allow_many_files();
 	rc = store_resolve(store, cli->arguments[0], id, err);
+	if (!rc)
+		rc = store_checkpoint_get(store, id, &checkpoint, err);
+	if (!rc) {
+		rc = refuse_qemu(&checkpoint, "dump", "take the domain back to it, then `virsh dump --memory-only DOMAIN FILE`", err);
+		store_checkpoint_free(&checkpoint);
+	}
 	if (!rc)
 		rc = store_dump(store, id, &dump, err);
 	store_close(store);
@@ -373,6 +397,9 @@ const struct cli_command cli_diff = {
 	.min_arguments = 2,
 	.words = "@ckpt",
 	.max_arguments = 2,
+	.json =
+		"a, b, memory {total_pages, differing_pages, differing_bytes, compared_pages, ranges [gpa, length_bytes]}, disks [name, state, "
+		"differing_bytes, compared_bytes, ranges [offset_bytes, length_bytes], files? [path, change, size_bytes]]",
 	.run = run_diff,
 };
 const struct cli_command cli_dump = {
@@ -387,5 +414,6 @@ const struct cli_command cli_dump = {
 	.min_arguments = 2,
 	.words = "@ckpt @file",
 	.max_arguments = 2,
+	.json = "id, path, cpus, memory_bytes, written_bytes",
 	.run = run_dump,
 };

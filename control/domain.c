@@ -2,6 +2,7 @@
 
 #include <signal.h>
 
+#include "base/bytes.h"
 #include "control/protocol.h"
 #include "machine/domain.h"
 #include "machine/qemu.h"
@@ -20,7 +21,7 @@ static void place_disks(struct store *store, struct machine_config *config)
 {
 	for (unsigned i = 0; i < config->disk_count; i++)
 		if (!config->disks[i].path)
-			config->disks[i].path = xasprintf("%s/vms/%s/%s.qcow2", store_path(store), config->name, config->disks[i].name);
+			config->disks[i].path = store_vm_disk_path(store_path(store), config->name, config->disks[i].name);
 }
 
 int control_domain_export(struct store *store, const char *vm, struct buf *xml, struct err *err)
@@ -46,7 +47,8 @@ int control_domain_export(struct store *store, const char *vm, struct buf *xml, 
 static void show_progress(void *opaque, const char *phase, uint64_t done, uint64_t total)
 {
 	const struct control_domain_take *take = opaque;
-	json_t *params = json_pack("{s:s, s:I, s:I}", "phase", phase, "done_pages", (json_int_t)(done / 4096), "total_pages", (json_int_t)(total / 4096));
+	json_t *params = json_pack("{s:s, s:I, s:I}", "phase", phase, "done_pages", (json_int_t)(done / PAGE_BYTES),
+				   "total_pages", (json_int_t)(total / PAGE_BYTES));
 
 	take->progress(take->opaque, params);
 	json_decref(params);
@@ -67,13 +69,16 @@ static json_t *disks_to_json(const struct qemu_result *r)
 
 static json_t *taken_to_json(const struct control_domain_take *take, const struct qemu_result *r)
 {
-	json_t *pause = json_pack("{s:I, s:I, s:I}", "quiesce_ns", number(r->stop_ns), "disks_ns", number(r->turn_ns), "resume_ns", number(r->start_ns));
-	json_t *memory = json_pack("{s:I, s:I, s:I, s:I}", "total_pages", number(r->saved_pages + r->zero_pages), "saved_pages", number(r->saved_pages),
-				   "zero_pages", number(r->zero_pages), "written_bytes", number(r->stream_bytes));
+	/* QEMU does not say how long the devices' states take it. */
+	json_t *pause = json_pack("{s:I, s:n, s:I, s:I, s:I}", "quiesce_ns", number(r->stop_ns), "state_ns", "disks_ns", number(r->turn_ns), "memory_ns",
+				  number(r->save_ns), "resume_ns", number(r->start_ns));
+	json_t *memory = json_pack("{s:I, s:I, s:I, s:I, s:n, s:n, s:n, s:n, s:I}", "total_pages", number(r->saved_pages + r->zero_pages), "saved_pages",
+				   number(r->saved_pages), "zero_pages", number(r->zero_pages), "parent_pages", number(0), "cow_faults", "cow_fault_p50_ns",
+				   "cow_fault_p99_ns", "cow_fault_max_ns", "written_bytes", number(r->stream_bytes));
 
 	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:s, s:I, s:o, s:o, s:o, s:I}", "id", r->id, "vm", r->vm, "vmm", "qemu", "parent",
 			 control_text_or_null(r->parent), "tag", control_text_or_null(take->tag), "message", control_text_or_null(take->message), "created",
-			 control_time_to_json(r->created_wall_ns), "live", true, "durability", "durable", "pause_ns", number(r->pause_ns), "pause", pause, "memory",
+			 control_time_to_json(r->created_wall_ns), "live", take->live, "durability", "durable", "pause_ns", number(r->pause_ns), "pause", pause, "memory",
 			 memory, "disks", disks_to_json(r), "durable_ns", number(r->durable_ns));
 }
 
@@ -84,6 +89,7 @@ int control_domain_checkpoint(struct store *store, const struct control_domain_t
 		.domain = take->domain,
 		.tag = take->tag,
 		.message = take->message,
+		.live = take->live,
 		.cancel = take->cancel,
 		.progress = take->progress ? show_progress : NULL,
 		.opaque = (void *)(uintptr_t)take,

@@ -18,6 +18,7 @@ int control_domain_export(struct store *store, const char *vm, struct buf *xml, 
 /* Checkpoints of domains that QEMU runs below libvirt: machine/qemu.h. *result is a new reference, with the fields of `checkpoint --json` and `revert --json`. */
 struct control_domain_take {
 	const char *connect, *domain, *tag, *message;
+	bool live;
 	const volatile bool *cancel;
 	control_progress_fn *progress; /* or NULL */
 	void *opaque;

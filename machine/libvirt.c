@@ -34,6 +34,7 @@
 	X(virDomainRestoreFlags)                                                                                                            \
 	X(virDomainDefineXML)                                                                                                           \
 	X(virConnectClose)                                                                                                                  \
+	X(virConnectIsAlive)                                                                                                                \
 	X(virDomainLookupByName)                                                                                                            \
 	X(virDomainLookupByUUIDString)                                                                                                      \
 	X(virDomainIsActive)                                                                                                                \
@@ -123,9 +124,11 @@ static const char *last_words(const struct libvirt *libvirt, int *code)
 static int failed(const struct libvirt *libvirt, const char *what, const char *name, struct err *err)
 {
 	int code;
-	const char *why = last_words(libvirt, &code);
+	CLEANUP_FREE char *why = xstrdup(last_words(libvirt, &code)); /* the next call forgets it */
 	enum err_class class = class_of(code);
 
+	if (!libvirt_is_alive(libvirt))
+		return err_set(err, ERR_HOST, ECONNRESET, "%s %s: libvirt's daemon has ended", what, name);
 	return err_set(err, class, number_of(class), "%s %s: %s", what, name, why);
 }
 
@@ -192,6 +195,8 @@ void libvirt_close(struct libvirt *libvirt)
 	free(libvirt->uri);
 	free(libvirt);
 }
+
+bool libvirt_is_alive(const struct libvirt *libvirt) { return libvirt->fn.virConnectIsAlive(libvirt->connection) != 0; }
 
 /* --- what is asked --- */
 
@@ -301,6 +306,7 @@ typedef __typeof__(virDomainQemuMonitorCommandWithFiles) monitor_command;
 struct libvirt_guest {
 	const struct libvirt *libvirt;
 	virDomainPtr domain;
+	char *name; /* to ask for it would forget what went wrong */
 	monitor_command *command; /* NULL until it is looked for */
 };
 
@@ -309,11 +315,14 @@ int libvirt_guest_find(struct libvirt *libvirt, const char *domain, struct libvi
 	struct libvirt_guest *guest = xcalloc(1, sizeof(*guest));
 	int rc = find_domain(libvirt, domain, &guest->domain, err);
 
-	guest->libvirt = libvirt;
 	*out = rc ? NULL : guest;
-	if (rc)
+	if (rc) {
 		free(guest);
-	return rc;
+		return rc;
+	}
+	guest->libvirt = libvirt;
+	guest->name = xstrdup(libvirt->fn.virDomainGetName(guest->domain));
+	return 0;
 }
 
 void libvirt_guest_free(struct libvirt_guest *guest)
@@ -321,10 +330,11 @@ void libvirt_guest_free(struct libvirt_guest *guest)
 	if (!guest)
 		return;
 	guest->libvirt->fn.virDomainFree(guest->domain);
+	free(guest->name);
 	free(guest);
 }
 
-const char *libvirt_guest_name(const struct libvirt_guest *guest) { return guest->libvirt->fn.virDomainGetName(guest->domain); }
+const char *libvirt_guest_name(const struct libvirt_guest *guest) { return guest->name; }
 
 static int guest_failed(const struct libvirt_guest *guest, struct err *err) { return failed(guest->libvirt, "domain", libvirt_guest_name(guest), err); }
 

@@ -18,6 +18,7 @@ struct libvirt;
 /* `uri` as virsh takes it; NULL or "": libvirt's own default. Wrong URI: ERR_USAGE; no library, no daemon, no permission: ERR_HOST. */
 int libvirt_open(const char *uri, struct libvirt **out, struct err *err);
 void libvirt_close(struct libvirt *libvirt); /* NULL is allowed */
+bool libvirt_is_alive(const struct libvirt *libvirt); /* false: its daemon is gone */
 
 /* The definition that the next start of the domain would have (malloc), and whether it runs. Unknown: ERR_NOT_FOUND. */
 int libvirt_domain_xml(struct libvirt *libvirt, const char *domain, char **xml, bool *active, struct err *err);

@@ -9,6 +9,8 @@
  *     start                 QEMU begins a background snapshot: it saves the devices, protects memory, and lets the processors run: the pause ends
  *     persist               QEMU writes memory into the layer file; checksums, index, manifest, commit
  *
+ * One that is not live is a plain migration into the layer file between turn and start, which needs nothing of the kernel.
+ *
  * A failure before `turn` has no effect; later on the domain runs on, and what its overlays hold is merged back into the images that it had.
  *
  * The stream that QEMU writes is kept as the pages of a memory layer, so that verify, export, import, rm and gc need to know nothing of it; the section `qemu` of the
@@ -29,6 +31,7 @@
 struct qemu_request {
 	const char *connect, *domain; /* URI, and name or UUID */
 	const char *tag, *message;    /* or NULL */
+	bool live;		      /* else the domain stands still until QEMU has written all memory */
 	const volatile bool *cancel;  /* or NULL */
 	void (*progress)(void *opaque, const char *phase, uint64_t done_bytes, uint64_t total_bytes); /* or NULL; total 0: not known */
 	void *opaque;
@@ -38,8 +41,8 @@ struct qemu_result {
 	char id[STORE_ID_BYTES], parent[STORE_ID_BYTES];
 	char vm[STORE_NAME_BYTES];
 	uint64_t created_wall_ns;
-	/* From the request to stop to the first answer that the processors run: stop, turn and start. */
-	uint64_t pause_ns, stop_ns, turn_ns, start_ns;
+	/* From the request to stop to the first answer that the processors run: stop, turn, save (the handing over of it, where it is live) and start. */
+	uint64_t pause_ns, stop_ns, turn_ns, save_ns, start_ns;
 	uint64_t stream_bytes, saved_pages, zero_pages, durable_ns;
 	uint32_t disk_count;
 	struct store_disk_layer disks[CONFIG_MAX_DISKS];

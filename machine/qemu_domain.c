@@ -200,7 +200,16 @@ int qemu_make_overlay(const char *path, const char *layer_path, bool qcow2, uint
 	const struct cow_create create = {
 		.size_bytes = size_bytes, .backing = layer_path, .backing_format = qcow2 ? COW_FORMAT_QCOW2 : COW_FORMAT_RAW};
 
-	return cow_create(path, &create, err);
+	struct stat st;
+	int rc = cow_create(path, &create, err);
+
+	if (rc)
+		return rc;
+	if (stat(layer_path, &st) == 0 && chown(path, st.st_uid, st.st_gid) == 0 && chmod(path, st.st_mode & 0777) == 0)
+		return 0;
+	rc = err_sys(err, errno, "%s: owner and mode of its layer", path);
+	unlink(path);
+	return rc;
 }
 
 /* --- the section --- */

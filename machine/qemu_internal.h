@@ -30,7 +30,7 @@ char *qemu_escape(const char *text);
 /* "IMAGE.vmcp-1a2b3c4d" (malloc): an overlay of checkpoint or start `id`, beside the image, whose own mark goes. */
 char *qemu_overlay_path(const char *image, const char *id);
 bool qemu_is_overlay(const char *path);
-/* A new overlay on a layer: size of the virtual disk as the layer's. */
+/* A new overlay on a layer: size of the virtual disk, owner and mode as the layer's, as what QEMU may do with the one it may do with the other. A failure leaves none. */
 int qemu_make_overlay(const char *path, const char *layer_path, bool qcow2, uint64_t size_bytes, struct err *err);
 int qemu_image_size(const char *path, bool qcow2, uint64_t *size_bytes, struct err *err);
 

@@ -103,7 +103,6 @@ static int make_disk(struct revert *r, const struct store_disk_layer *layer, con
 	CLEANUP_FREE char *layer_path = NULL;
 	const char *path = path_of(r, layer->disk);
 	bool qcow2 = !strcmp(layer->format, "qcow2");
-	struct stat st;
 	int rc = path ? store_disk_layer_path(r->store, layer->layer, layer->format, &layer_path, err)
 		      : err_set(err, ERR_DAMAGED, EINVAL, "its configuration has no such disk");
 
@@ -118,8 +117,6 @@ static int make_disk(struct revert *r, const struct store_disk_layer *layer, con
 		return rc;
 	}
 	r->overlays[r->overlay_count++] = overlay;
-	if (stat(layer_path, &st) || chown(overlay, st.st_uid, st.st_gid) || chmod(overlay, st.st_mode & 0777))
-		return err_sys(err, errno, "%s: owner and mode of the layer", overlay);
 	return replace_image(r, layer->disk, overlay, err);
 }
 

@@ -1,10 +1,7 @@
 #include <errno.h>
-#include <fcntl.h>
-#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -14,51 +11,16 @@
 #include "base/bytes.h"
 #include "base/clock.h"
 #include "base/fault.h"
-#include "base/file.h"
 #include "base/log.h"
-#include "checkpoint/file_sum.h"
-#include "checkpoint/index.h"
-#include "checkpoint/sums.h"
-#include "machine/qemu_internal.h"
-#include "vmm/memory.h"
-#include "vmm/vm.h"
+#include "machine/qemu_take_internal.h"
 
-#define MEMORY_STEP  (2ull << 20)
-#define POLL_NS	     20000000
+#define POLL_NS	      20000000
 #define START_SECONDS 60 /* for the processors to run again, once QEMU was told to save */
-#define READ_PAGES   256u
-
-struct disk {
-	const struct qemu_disk *disk;
-	struct store_disk_layer layer;
-	char *overlay, *layer_path;
-	bool made;
-};
-
-struct take {
-	struct store *store;
-	const struct qemu_request *request;
-	struct qemu_result *result;
-	struct libvirt *libvirt;
-	struct libvirt_guest *guest;
-	struct store_vm_lock *lock;
-	struct store_pin *parent_pin;
-	struct store_draft *draft;
-	struct qemu_domain domain;
-	struct libvirt_guest_state state;
-	char *xml; /* as it ran before */
-	struct disk disks[CONFIG_MAX_DISKS];
-	unsigned disk_count;
-	char layer[STORE_ID_BYTES];
-	int fd, sums_fd;
-	uint64_t start_ns, pages;
-	bool capability, stopped, turned, saving;
-};
 
 /* --- QEMU's monitor --- */
 
 /* `command` is stolen. *result is a new reference; NULL: not wanted. */
-static int qmp(struct take *take, json_t *command, int fd, json_t **result, struct err *err)
+static int qmp(struct qemu_take *take, json_t *command, int fd, json_t **result, struct err *err)
 {
 	CLEANUP_FREE char *text = command ? json_dumps(command, JSON_COMPACT) : NULL, *answer_text = NULL;
 	const char *why = "it cannot be understood";
@@ -78,7 +40,7 @@ static int qmp(struct take *take, json_t *command, int fd, json_t **result, stru
 	return rc;
 }
 
-static int set_capability(struct take *take, bool on, struct err *err)
+static int set_capability(struct qemu_take *take, bool on, struct err *err)
 {
 	return qmp(take, json_pack("{s:s, s:{s:[{s:s, s:b}]}}", "execute", "migrate-set-capabilities", "arguments", "capabilities", "capability",
 				   "background-snapshot", "state", on),
@@ -86,7 +48,7 @@ static int set_capability(struct take *take, bool on, struct err *err)
 }
 
 /* "" if nothing was ever saved. */
-static int save_status(struct take *take, char status[32], uint64_t *left, char why[200], struct err *err)
+static int save_status(struct qemu_take *take, char status[32], uint64_t *left, char why[200], struct err *err)
 {
 	json_t *answer;
 	int rc = qmp(take, json_pack("{s:s}", "execute", "query-migrate"), -1, &answer, err);
@@ -106,7 +68,7 @@ static bool is_over(const char *status)
 	return !*status || !strcmp(status, "none") || !strcmp(status, "completed") || !strcmp(status, "failed") || !strcmp(status, "cancelled");
 }
 
-static int is_running(struct take *take, bool *running, struct err *err)
+static int is_running(struct qemu_take *take, bool *running, struct err *err)
 {
 	json_t *answer;
 	int rc = qmp(take, json_pack("{s:s}", "execute", "query-status"), -1, &answer, err);
@@ -118,12 +80,12 @@ static int is_running(struct take *take, bool *running, struct err *err)
 	return 0;
 }
 
-static int check_cancel(const struct take *take, struct err *err)
+int qemu_check_cancel(const struct qemu_take *take, struct err *err)
 {
 	return take->request->cancel && *take->request->cancel ? err_set(err, ERR_FAILED, ECANCELED, "domain %s: cancelled", take->result->vm) : 0;
 }
 
-static void tell(const struct take *take, const char *phase, uint64_t done, uint64_t total)
+void qemu_tell(const struct qemu_take *take, const char *phase, uint64_t done, uint64_t total)
 {
 	if (take->request->progress)
 		take->request->progress(take->request->opaque, phase, done, total);
@@ -138,7 +100,7 @@ static void rest(void)
 
 /* --- before anything is changed --- */
 
-static int find_guest(struct take *take, struct err *err)
+static int find_guest(struct qemu_take *take, struct err *err)
 {
 	const char *name;
 	int rc = libvirt_open_writable(take->request->connect, &take->libvirt, err);
@@ -160,12 +122,12 @@ static int find_guest(struct take *take, struct err *err)
 	}
 	if (take->state.running)
 		return 0;
-	err_set(err, ERR_STATE, EBUSY, "domain %s: is paused, and QEMU's way of saving would let it run", name);
+	err_set(err, ERR_STATE, EBUSY, "domain %s: is paused, and a checkpoint would let it run", name);
 	return err_hint(err, "`virsh resume %s`", name);
 }
 
 /* The tree of that name must be this domain's. */
-static int find_parent(struct take *take, struct err *err)
+static int find_parent(struct qemu_take *take, struct err *err)
 {
 	struct store_vm known;
 	char *parent = take->result->parent;
@@ -184,7 +146,7 @@ static int find_parent(struct take *take, struct err *err)
 	return rc;
 }
 
-static int check_jobs(struct take *take, struct err *err)
+static int check_jobs(struct qemu_take *take, struct err *err)
 {
 	char status[32], why[200];
 	uint64_t left;
@@ -206,7 +168,7 @@ static int check_jobs(struct take *take, struct err *err)
 }
 
 /* QEMU tries the kernel at once, and refuses what does not go together. */
-static int ask_for_snapshots(struct take *take, struct err *err)
+static int ask_for_snapshots(struct qemu_take *take, struct err *err)
 {
 	struct err why = ERR_INIT;
 
@@ -214,14 +176,15 @@ static int ask_for_snapshots(struct take *take, struct err *err)
 	if (set_capability(take, true, &why) == 0 && set_capability(take, false, &why) == 0)
 		return 0;
 	err_set(err, ERR_HOST, ENOTSUP, "%s", why.message);
-	return err_hint(err, "QEMU 6.0 or later needs userfaultfd with write protection: `sysctl vm.unprivileged_userfaultfd=1` where it does not run as root (docs/libvirt.md)");
+	return err_hint(err, "QEMU 6.0 or later and userfaultfd with write protection are needed: `sysctl vm.unprivileged_userfaultfd=1` where QEMU does not run as root. Without --live "
+			     "the domain stands still while it is saved");
 }
 
 /* --- staging: the domain is not touched --- */
 
-static int stage_disk(struct take *take, const struct qemu_disk *disk, struct err *err)
+static int stage_disk(struct qemu_take *take, const struct qemu_disk *disk, struct err *err)
 {
-	struct disk *d = &take->disks[take->disk_count++];
+	struct qemu_take_disk *d = &take->disks[take->disk_count++];
 	CLEANUP_FREE char *real = realpath(disk->path, NULL);
 	struct store_disk_layer *layer = &d->layer;
 
@@ -245,17 +208,7 @@ static int stage_disk(struct take *take, const struct qemu_disk *disk, struct er
 	return rc;
 }
 
-/* What QEMU may do with the image it may do with the overlay. */
-static int hand_over(const struct disk *d, struct err *err)
-{
-	struct stat st;
-
-	if (stat(d->disk->path, &st) || chown(d->overlay, st.st_uid, st.st_gid) || chmod(d->overlay, st.st_mode & 0777))
-		return err_sys(err, errno, "%s: owner and mode of the image", d->overlay);
-	return 0;
-}
-
-static int stage(struct take *take, struct err *err)
+static int stage(struct qemu_take *take, struct err *err)
 {
 	int rc = store_draft_begin(take->store, &take->draft, err);
 
@@ -267,8 +220,6 @@ static int stage(struct take *take, struct err *err)
 		if (take->domain.disks[i].left_alone)
 			continue;
 		rc = stage_disk(take, &take->domain.disks[i], err);
-		if (!rc)
-			rc = hand_over(&take->disks[take->disk_count - 1], err);
 		if (rc)
 			err_prefix(err, "disk %s", take->domain.disks[i].target);
 	}
@@ -277,12 +228,12 @@ static int stage(struct take *take, struct err *err)
 			 NULL, err);
 	if (!rc)
 		rc = qmp(take, json_pack("{s:s, s:{s:s}}", "execute", "getfd", "arguments", "fdname", "vmcp"), take->fd, NULL, err);
-	return rc ? rc : check_cancel(take, err);
+	return rc ? rc : qemu_check_cancel(take, err);
 }
 
 /* --- the pause --- */
 
-static int describe_turn(const struct take *take, struct buf *xml, struct err *err)
+static int describe_turn(const struct qemu_take *take, struct buf *xml, struct err *err)
 {
 	int rc = buf_append(xml, "<domainsnapshot><disks>", 23, err);
 	unsigned k = 0;
@@ -303,7 +254,7 @@ static int describe_turn(const struct take *take, struct buf *xml, struct err *e
 	return rc ? rc : buf_append(xml, "</disks></domainsnapshot>", 26, err);
 }
 
-static int wait_running(struct take *take, struct err *err)
+static int wait_running(struct qemu_take *take, struct err *err)
 {
 	uint64_t limit = clock_now_ns() + START_SECONDS * 1000000000ull, left;
 	char status[32], why[200];
@@ -323,60 +274,20 @@ static int wait_running(struct take *take, struct err *err)
 	return rc;
 }
 
-static int take_in_pause(struct take *take, struct err *err)
-{
-	CLEANUP_BUF struct buf xml = BUF_INIT;
-	int rc = describe_turn(take, &xml, err);
-	uint64_t begin, stopped, turned, running;
-
-	if (rc)
-		return rc;
-	take->capability = true;
-	rc = set_capability(take, true, err);
-	begin = clock_now_ns();
-	take->result->created_wall_ns = clock_wall_ns();
-	take->stopped = true;
-	if (!rc)
-		rc = libvirt_guest_suspend(take->guest, err);
-	stopped = clock_now_ns();
-	if (!rc && take->disk_count)
-		rc = libvirt_guest_overlay(take->guest, (const char *)xml.data, err);
-	if (rc)
-		return rc;
-	take->turned = take->disk_count > 0;
-	turned = clock_now_ns();
-	rc = fault_check(FAULT_QEMU_TURNED, err);
-	if (!rc) {
-		take->saving = true;
-		rc = qmp(take, json_pack("{s:s, s:{s:s}}", "execute", "migrate", "arguments", "uri", "fd:vmcp"), -1, NULL, err);
-	}
-	if (!rc)
-		rc = wait_running(take, err);
-	if (rc)
-		return rc;
-	take->stopped = false;
-	running = clock_now_ns();
-	take->result->stop_ns = stopped - begin;
-	take->result->turn_ns = turned - stopped;
-	take->result->start_ns = running - turned;
-	take->result->pause_ns = running - begin;
-	return 0;
-}
-
-static int wait_saved(struct take *take, struct err *err)
+static int wait_saved(struct qemu_take *take, struct err *err)
 {
 	char status[32] = "", why[200];
 	uint64_t left, most = 0;
-	int rc;
+	int rc = fault_check(FAULT_QEMU_SAVING, err);
 
-	for (;;) {
+	while (!rc) {
 		rc = save_status(take, status, &left, why, err);
 		if (!rc && !is_over(status))
-			rc = check_cancel(take, err);
+			rc = qemu_check_cancel(take, err);
 		if (rc || is_over(status))
 			break;
 		most = max_u64(most, left);
-		tell(take, "memory", most - left, most);
+		qemu_tell(take, "memory", most - left, most);
 		rest();
 	}
 	take->saving = rc != 0;
@@ -385,190 +296,57 @@ static int wait_saved(struct take *take, struct err *err)
 	return rc ? rc : fault_check(FAULT_QEMU_SAVED, err);
 }
 
-/* --- persist --- */
-
-struct maps {
-	uint64_t *scope, *saved, *zero, *sums;
-};
-
-static int read_back(struct take *take, const struct maps *maps, struct err *err)
+static int take_in_pause(struct qemu_take *take, struct err *err)
 {
-	uint64_t file_pages = div_round_up(take->result->stream_bytes, PAGE_BYTES);
-	CLEANUP_FREE uint8_t *data = malloc(READ_PAGES * PAGE_BYTES);
-	int rc = data ? 0 : err_sys(err, ENOMEM, "checksums");
+	CLEANUP_BUF struct buf xml = BUF_INIT;
+	int rc = describe_turn(take, &xml, err);
+	uint64_t begin, stopped, turned, saved, running;
 
-	for (uint64_t page = 0; page < take->pages; page++)
-		maps->scope[page / 64] |= 1ull << (page % 64);
-	for (uint64_t at = 0, n; !rc && at < file_pages; at += n) {
-		n = min_u64(READ_PAGES, file_pages - at);
-		rc = file_pread_full(take->fd, data, n * PAGE_BYTES, at * PAGE_BYTES, err);
-		for (uint64_t i = 0; !rc && i < n; i++) {
-			const uint8_t *page = data + i * PAGE_BYTES;
-			uint64_t number = at + i, bit = 1ull << (number % 64);
-
-			if (bytes_are_zero(page, PAGE_BYTES)) {
-				maps->zero[number / 64] |= bit;
-				continue;
-			}
-			maps->saved[number / 64] |= bit;
-			maps->sums[number] = page_sum(number, page);
-			take->result->saved_pages++;
-		}
-		tell(take, "checksums", at * PAGE_BYTES, take->result->stream_bytes);
-		rc = rc ? rc : check_cancel(take, err);
-	}
-	for (uint64_t page = file_pages; page < take->pages; page++)
-		maps->zero[page / 64] |= 1ull << (page % 64);
-	take->result->zero_pages = take->pages - take->result->saved_pages;
-	return rc;
-}
-
-static int put_index(struct take *take, const struct maps *maps, struct err *err)
-{
-	const struct page_index_saved saved = {take->layer, maps->scope, (const _Atomic uint64_t *)maps->zero};
-	CLEANUP_BUF struct buf text = BUF_INIT;
-	struct page_index index = {0};
-	int rc = page_sums_write(take->sums_fd, maps->saved, NULL, maps->sums, take->pages, err);
-
-	if (!rc)
-		rc = page_index_build(&index, &saved, NULL, take->pages, err);
-	if (!rc)
-		rc = page_index_encode(&index, &text, err);
-	page_index_free(&index);
-	return rc ? rc : store_draft_put(take->draft, "index", text.data, text.length, err);
-}
-
-/* The stream as pages of a layer: its length is rounded up to what memory of a VM may have. */
-static int put_stream(struct take *take, struct err *err)
-{
-	CLEANUP_BUF struct buf state = BUF_INIT;
-	struct stat st;
-
-	if (fstat(take->fd, &st) || ftruncate(take->fd, (off_t)round_up((uint64_t)st.st_size, PAGE_BYTES)))
-		return err_sys(err, errno, "layer of the stream");
-	take->result->stream_bytes = (uint64_t)st.st_size;
-	take->pages = max_u64(round_up((uint64_t)st.st_size, MEMORY_STEP), MEM_MIN_BYTES) / PAGE_BYTES;
-	size_t words = (size_t)div_round_up(take->pages, 64);
-	CLEANUP_FREE uint64_t *bits = calloc(3 * words, sizeof(uint64_t)), *sums = calloc(take->pages, sizeof(uint64_t));
-	if (!bits || !sums)
-		return err_sys(err, ENOMEM, "map of %llu pages", (unsigned long long)take->pages);
-	const struct maps maps = {bits, bits + words, bits + 2 * words, sums};
-	int rc = read_back(take, &maps, err);
-	if (!rc)
-		rc = put_index(take, &maps, err);
-	if (!rc)
-		rc = qemu_state_encode(take->xml, take->result->stream_bytes, &state, err);
-	return rc ? rc : store_draft_put(take->draft, "state", state.data, state.length, err);
-}
-
-static int measure_layers(struct take *take, struct err *err)
-{
-	for (unsigned i = 0; i < take->disk_count; i++) {
-		struct disk *d = &take->disks[i];
-		CLEANUP_CLOSE int fd = open(d->layer_path, O_RDONLY | O_CLOEXEC);
-		struct stat st;
-
-		if (fd < 0 || fstat(fd, &st) || fsync(fd))
-			return err_sys(err, errno, "%s", d->layer_path);
-		d->layer.file_bytes = (uint64_t)st.st_size;
-		int rc = file_sum(fd, d->layer.file_bytes, NULL, NULL, &d->layer.xxh3, err);
-		if (rc)
-			return err_prefix(err, "disk %s: layer", d->layer.disk);
-		take->result->disks[i] = d->layer;
-	}
-	take->result->disk_count = take->disk_count;
-	return 0;
-}
-
-/* What lists, imports and exports know a checkpoint's machine by. */
-static int describe_machine(const struct take *take, char **text, struct err *err)
-{
-	struct machine_config config = {.memory_bytes = take->pages * PAGE_BYTES, .cpus = (unsigned)min_u64(max_u64(take->domain.cpus, 1), VM_MAX_CPUS), .qemu = true};
-	CLEANUP_BUF struct buf out = BUF_INIT;
-
-	snprintf(config.name, sizeof(config.name), "%s", take->result->vm);
-	config.source = xstrdup("");
-	config.cmdline = xstrdup("");
-	config.cpu_model = xstrdup("host");
-	config.libvirt = xstrdup("");
-	for (unsigned i = 0; i < take->disk_count; i++) {
-		struct config_disk *disk = &config.disks[config.disk_count++];
-
-		snprintf(disk->name, sizeof(disk->name), "%s", take->disks[i].layer.disk);
-		disk->path = xstrdup(take->disks[i].disk->path);
-	}
-	int rc = config_to_text(&config, &out, err);
-	if (!rc)
-		rc = buf_append(&out, NULL, 1, err);
-	config_free(&config);
-	if (!rc)
-		*text = xstrdup((const char *)out.data);
-	return rc;
-}
-
-static int put_record(const struct take *take, const char *text, struct err *err)
-{
-	struct store_vm vm = {.memory_bytes = take->pages * PAGE_BYTES, .cpus = take->domain.cpus, .started_wall_ns = clock_wall_ns()};
-
-	snprintf(vm.name, sizeof(vm.name), "%s", take->result->vm);
-	snprintf(vm.uuid, sizeof(vm.uuid), "%s", take->state.uuid);
-	snprintf(vm.at, sizeof(vm.at), "%s", take->result->parent);
-	snprintf(vm.state, sizeof(vm.state), "stopped");
-	vm.config_text = xstrdup(text);
-	int rc = store_vm_put(take->store, &vm, err);
-	free(vm.config_text);
-	if (!rc)
-		rc = store_vm_set_note(take->store, vm.name, "a domain of libvirt, which vmcp does not run", err);
-	return rc;
-}
-
-static int commit(struct take *take, struct err *err)
-{
-	struct qemu_result *result = take->result;
-	struct store_checkpoint checkpoint = {.created_wall_ns = result->created_wall_ns, .live = true};
-	struct stat st;
-	int rc = describe_machine(take, &checkpoint.config_text, err);
-
-	if (!rc)
-		rc = put_record(take, checkpoint.config_text, err);
-	if (!rc)
-		rc = fault_check(FAULT_QEMU_BEFORE_COMMIT, err);
-	if (rc) {
-		free(checkpoint.config_text);
+	if (rc)
 		return rc;
+	take->capability = take->request->live;
+	if (take->capability)
+		rc = set_capability(take, true, err);
+	else
+		set_capability(take, false, NULL); /* one that was given up may have left it on */
+	begin = clock_now_ns();
+	take->result->created_wall_ns = clock_wall_ns();
+	take->stopped = true;
+	if (!rc)
+		rc = libvirt_guest_suspend(take->guest, err);
+	stopped = clock_now_ns();
+	if (!rc && take->disk_count)
+		rc = libvirt_guest_overlay(take->guest, (const char *)xml.data, err);
+	/* A daemon that ended meanwhile may have turned them. */
+	take->turned = take->disk_count > 0 && (!rc || !libvirt_is_alive(take->libvirt));
+	if (rc)
+		return rc;
+	turned = clock_now_ns();
+	rc = fault_check(FAULT_QEMU_TURNED, err);
+	if (!rc) {
+		take->saving = true;
+		rc = qmp(take, json_pack("{s:s, s:{s:s}}", "execute", "migrate", "arguments", "uri", "fd:vmcp"), -1, NULL, err);
 	}
-	checkpoint.memory_bytes = take->pages * PAGE_BYTES;
-	checkpoint.saved_pages = result->saved_pages;
-	checkpoint.zero_pages = result->zero_pages;
-	checkpoint.written_bytes = result->stream_bytes;
-	checkpoint.pause_ns = result->pause_ns;
-	checkpoint.durable_ns = clock_now_ns() - take->start_ns;
-	checkpoint.cpus = take->domain.cpus;
-	checkpoint.disk_count = take->disk_count;
-	checkpoint.disks = xcalloc(take->disk_count + 1, sizeof(*checkpoint.disks));
-	checkpoint.message = take->request->message ? xstrdup(take->request->message) : NULL;
-	checkpoint.size_bytes = fstat(take->fd, &st) ? 0 : (uint64_t)st.st_blocks * 512;
-	snprintf(checkpoint.id, sizeof(checkpoint.id), "%s", result->id);
-	snprintf(checkpoint.parent, sizeof(checkpoint.parent), "%s", result->parent);
-	snprintf(checkpoint.vm, sizeof(checkpoint.vm), "%s", result->vm);
-	snprintf(checkpoint.vm_uuid, sizeof(checkpoint.vm_uuid), "%s", take->state.uuid);
-	snprintf(checkpoint.tag, sizeof(checkpoint.tag), "%s", take->request->tag ? take->request->tag : "");
-	snprintf(checkpoint.memory_layer, sizeof(checkpoint.memory_layer), "%s", take->layer);
-	for (unsigned i = 0; i < take->disk_count; i++) {
-		checkpoint.disks[i] = take->disks[i].layer;
-		checkpoint.size_bytes += stat(take->disks[i].layer_path, &st) ? 0 : (uint64_t)st.st_blocks * 512;
-	}
-	struct store_draft *draft = take->draft;
-	take->draft = NULL; /* freed in every case */
-	rc = store_draft_commit(draft, &checkpoint, err);
-	store_checkpoint_free(&checkpoint);
-	result->durable_ns = clock_now_ns() - take->start_ns;
-	return rc;
+	if (!rc && !take->request->live)
+		rc = wait_saved(take, err);
+	saved = clock_now_ns();
+	if (!rc)
+		rc = take->request->live ? wait_running(take, err) : libvirt_guest_resume(take->guest, err);
+	if (rc)
+		return rc;
+	take->stopped = false;
+	running = clock_now_ns();
+	take->result->stop_ns = stopped - begin;
+	take->result->turn_ns = turned - stopped;
+	take->result->save_ns = saved - turned;
+	take->result->start_ns = running - saved;
+	take->result->pause_ns = running - begin;
+	return 0;
 }
 
 /* --- a failure --- */
 
-static void end_saving(struct take *take)
+static void end_saving(struct qemu_take *take)
 {
 	char status[32] = "active", why[200];
 	uint64_t left;
@@ -578,10 +356,17 @@ static void end_saving(struct take *take)
 		rest();
 }
 
-static void turn_back(struct take *take)
+static void turn_back(struct qemu_take *take, struct err *err)
 {
+	if (take->turned && !libvirt_is_alive(take->libvirt)) {
+		/* Nobody is left to merge them, and nothing is lost: a chain that is longer by an image. */
+		if (take->draft)
+			store_draft_switched(take->draft);
+		err_hint(err, "the domain goes on without it, on its overlays, and so will the next checkpoint: `systemctl start libvirtd`");
+		return;
+	}
 	for (unsigned i = 0; i < take->disk_count; i++) {
-		struct disk *d = &take->disks[i];
+		struct qemu_take_disk *d = &take->disks[i];
 		struct err why = ERR_INIT;
 
 		if (take->turned && libvirt_guest_merge(take->guest, d->layer.disk, &why)) {
@@ -595,19 +380,23 @@ static void turn_back(struct take *take)
 }
 
 /* The guest first. */
-static void fail(struct take *take)
+static void fail(struct qemu_take *take, struct err *err)
 {
 	bool running = false;
 	struct err why = ERR_INIT;
 
 	if (take->saving)
 		end_saving(take);
-	if (take->stopped && (is_running(take, &running, NULL) || !running) && libvirt_guest_resume(take->guest, &why))
-		log_error("domain %s: stands still: %s (`virsh resume %s` lets it run)", take->result->vm, why.message, take->result->vm);
-	turn_back(take);
+	if (take->stopped && (is_running(take, &running, NULL) || !running) && libvirt_guest_resume(take->guest, &why)) {
+		if (libvirt_is_alive(take->libvirt))
+			log_error("domain %s: stands still: %s (`virsh resume %s` lets it run)", take->result->vm, why.message, take->result->vm);
+		else
+			err_hint(err, "the domain stands still, and nothing is lost: `systemctl start libvirtd`, then `virsh resume %s`", take->result->vm);
+	}
+	turn_back(take, err);
 }
 
-static void close_take(struct take *take)
+static void close_take(struct qemu_take *take)
 {
 	if (take->capability)
 		set_capability(take, false, NULL);
@@ -630,7 +419,7 @@ static void close_take(struct take *take)
 
 int qemu_checkpoint(struct store *store, const struct qemu_request *request, struct qemu_result *result, struct err *err)
 {
-	struct take take = {.store = store, .request = request, .result = result, .fd = -1, .sums_fd = -1, .start_ns = clock_now_ns()};
+	struct qemu_take take = {.store = store, .request = request, .result = result, .fd = -1, .sums_fd = -1, .start_ns = clock_now_ns()};
 
 	*result = (struct qemu_result){0};
 	int rc = find_guest(&take, err);
@@ -642,22 +431,22 @@ int qemu_checkpoint(struct store *store, const struct qemu_request *request, str
 		rc = libvirt_guest_xml(take.guest, false, &take.xml, err);
 	if (!rc)
 		rc = qemu_domain_read(result->vm, take.xml, &take.domain, err);
-	if (!rc)
+	if (!rc && request->live)
 		rc = ask_for_snapshots(&take, err);
 	if (!rc)
 		rc = stage(&take, err);
 	if (!rc)
 		rc = take_in_pause(&take, err);
-	if (!rc)
+	if (!rc && request->live)
 		rc = wait_saved(&take, err);
 	if (!rc)
-		rc = put_stream(&take, err);
+		rc = qemu_put_stream(&take, err);
 	if (!rc)
-		rc = measure_layers(&take, err);
+		rc = qemu_measure_layers(&take, err);
 	if (!rc)
-		rc = commit(&take, err);
+		rc = qemu_commit(&take, err);
 	if (rc)
-		fail(&take);
+		fail(&take, err);
 	close_take(&take);
 	return rc;
 }

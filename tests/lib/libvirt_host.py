@@ -16,10 +16,9 @@ from vmcp_test import Skip, check
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
 FOLDERS = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
 
-# QEMU runs as root here.
-QEMU_CONF = """user = "root"
-group = "root"
-dynamic_ownership = 0
+QEMU_CONF = """user = "{user}"
+group = "{user}"
+dynamic_ownership = {ownership}
 remember_owner = 0
 security_driver = "none"
 stdio_handler = "file"
@@ -75,11 +74,14 @@ def add_user(path, line):
 
 
 class Daemon:
-    def __init__(self, folder):
+    """QEMU runs as root, or as libvirt-qemu, whom libvirt then gives the images."""
+
+    def __init__(self, folder, user="root"):
         need("libvirtd", "virsh")
         enter()
         self.folder = tempfile.mkdtemp(prefix="libvirtd-", dir=folder)
-        for name, text in (("qemu.conf", QEMU_CONF), ("libvirtd.conf", LIBVIRTD_CONF)):
+        qemu_conf = QEMU_CONF.format(user=user, ownership=int(user != "root"))
+        for name, text in (("qemu.conf", qemu_conf), ("libvirtd.conf", LIBVIRTD_CONF)):
             with open(f"/etc/libvirt/{name}", "w", encoding="utf-8") as file:
                 file.write(text)
         self.start()

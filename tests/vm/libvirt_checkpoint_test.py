@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Checkpoints of domains that QEMU runs below a real libvirtd, with the tiny guest: it boots under QEMU's TCG too."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,20 +14,20 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import vmcp_test  # noqa: E402
 from libvirt_host import Daemon, need, run, virsh  # noqa: E402
 from libvirt_test import disk_xml, domain_console, domain_xml, one_error  # noqa: E402
-from vmcp_test import check, check_equal  # noqa: E402
+from vmcp_test import Skip, check, check_equal  # noqa: E402
 
 URI = "qemu:///system"
 ROUNDS = int(os.environ.get("VMCP_TEST_LIBVIRT_ROUNDS", "3"))
-BUSY = "set=16M rate=2000 disk=1 disk_blocks=1024 qd=8 report=0"
+BUSY = "set=16M rate=2000 disk=2 disk_blocks=1024 qd=8 report=0"  # half of the blocks are on each of two disks
 
 
 class Domain:
-    """A domain `web` with two disks, running, its guest at work on the first."""
+    """A domain `web` with two disks, running, its guest at work on both."""
 
-    def __init__(self, env):
+    def __init__(self, env, user="root"):
         self.env = env
         self.images = [env.image("first.qcow2", "32M"), env.image("second.qcow2", "32M")]
-        self.daemon = Daemon(env.dir)
+        self.daemon = Daemon(env.dir, user)
         seed = env.image("seed.qcow2", "1M")
         xml = domain_xml(env, "web", disk_xml(self.images[0]) + disk_xml(self.images[1], "vdb") +
                          disk_xml(seed, "vdc").replace("<target", "<readonly/><target"), "<controller type='usb' model='none'/>", BUSY, 64)
@@ -48,12 +50,16 @@ class Domain:
     def backing(self, path):
         return run("qemu-img", "info", "-U", "--backing-chain", path).stdout
 
+    @staticmethod
+    def pid():
+        with open("/run/libvirt/qemu/web.pid", encoding="utf-8") as file:
+            return int(file.read())
+
     def consistent(self):
         """libvirt's view, live and for the next start, is the files that QEMU has open."""
         live = self.disks()
         check_equal(self.disks("--inactive"), live, "disks of the next start")
-        with open("/run/libvirt/qemu/web.pid", encoding="utf-8") as file:
-            pid = int(file.read())
+        pid = self.pid()
         opened = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
         for path in live:
             check(path in opened, f"QEMU does not have {path} open: {opened}")
@@ -78,8 +84,8 @@ def with_domain(function):
     return test
 
 
-def take(env, *more, **how):
-    return env.vmcp_json("--quiet", "checkpoint", "--live", "--connect", URI, "web", *more, **how)
+def take(env, *more, live=True, **how):
+    return env.vmcp_json("--quiet", "checkpoint", *(["--live"] if live else []), "--connect", URI, "web", *more, complete=True, **how)
 
 
 @with_domain
@@ -87,10 +93,13 @@ def test_rounds(env, domain):
     """Checkpoint, damage, revert; the disks as libvirt, QEMU and the files have them; then the store's own commands."""
     taken, pauses = [], []
     for number in range(ROUNDS):
-        one = take(env)
+        live = number != 1  # one stands still meanwhile
+        one = take(env, live=live)
         taken.append(one["id"])
-        pauses.append(one["pause_ns"])
-        check_equal((one["vm"], one["live"], one["durability"], one["vmm"]), ("web", True, "durable", "qemu"), "what was taken")
+        if live:
+            pauses.append(one["pause_ns"])
+        check_equal((one["vm"], one["live"], one["durability"], one["vmm"]), ("web", live, "durable", "qemu"), "what was taken")
+        check(one["pause"]["memory_ns"] <= one["pause_ns"] <= one["durable_ns"], f"times: {one}")
         check_equal(one["parent"], taken[-2] if number else None, "parent")
         check_equal([disk["name"] for disk in one["disks"]], ["vda", "vdb"], "disks")
         domain.check()
@@ -104,6 +113,8 @@ def test_rounds(env, domain):
         domain.guest.epoch(number + 1)
         for path in domain.consistent():
             run("qemu-img", "check", "-U", path)
+            parts = json.loads(run("qemu-img", "map", "-U", "--output=json", path).stdout)
+            check(any(part["depth"] == 0 and part["data"] for part in parts), f"the guest writes nothing to {path}")
     pauses.sort()
     print(f"  pauses: median {pauses[len(pauses) // 2] / 1e6:.1f} ms, longest {pauses[-1] / 1e6:.1f} ms", flush=True)
     ids = list(dict.fromkeys(taken))
@@ -113,6 +124,11 @@ def test_rounds(env, domain):
 
     one_error(env.vmcp("run", "--from", ids[0], status=4), "only QEMU")
     one_error(env.vmcp("revert", ids[0], status=4), "only QEMU")
+    one_error(env.vmcp("clone", ids[0], status=4), "only QEMU")
+    one_error(env.vmcp("dump", ids[0], env.path("core"), status=4), "only QEMU")
+    one_error(env.vmcp("diff", ids[0], ids[1], status=4), "only QEMU")
+    env.vmcp("disk", "export", f"{ids[0]}:vdb", env.path("flat.qcow2"))  # the way out that the hints name
+    run("qemu-img", "check", env.path("flat.qcow2"))
 
     # Through a file into another store, from which the domain goes on.
     env.vmcp("--quiet", "export", ids[1], env.path("file"))
@@ -131,7 +147,9 @@ def refused(env, domain):
     before = virsh("dumpxml", "web"), sorted(os.listdir(env.dir))
 
     one_error(env.vmcp("checkpoint", "--live", "--connect", URI, "nosuch", status=3), "nosuch")
-    one_error(env.vmcp("checkpoint", "--connect", URI, "web", status=2), "--live")
+    for option in (["--full"], ["--instant", "now"], ["--max-rate", "1M"], ["--wait", "durable"], ["--timeout", "9"]):
+        one_error(env.vmcp("checkpoint", "--live", "--connect", URI, "web", *option, status=2), option[0], "has no effect")
+    one_error(env.vmcp("revert", "--connect", URI, "web", "--vm", "other", status=2), "--vm", "has no effect")
     one_error(env.vmcp("checkpoint", "--live", "--connect", URI, status=2), "domain")
     one_error(env.vmcp("checkpoint", "--live", "--connect", "test:///default", "test", status=6), "none of QEMU")
     one_error(env.vmcp("checkpoint", "--live", "--connect", URI, "web", status=1, store="/dev/shm/vmcp-other-fs"), "vda")
@@ -148,8 +166,8 @@ def refused(env, domain):
 def test_failures(env, domain):
     """Refused, or failed at a fault point: the domain runs on with the disks that it had."""
     refused(env, domain)
-    for point in (302, 100, 355, 356, 357):
-        result = env.vmcp("--quiet", "checkpoint", "--live", "--connect", URI, "web", status=None, env={"VMCP_FAULT": f"{point}:1:eio"})
+    for point, live in ((302, True), (100, False), (355, True), (355, False), (362, True), (362, False), (356, True), (357, False)):
+        result = env.vmcp("--quiet", "checkpoint", *(["--live"] if live else []), "--connect", URI, "web", status=None, env={"VMCP_FAULT": f"{point}:1:eio"})
         check_equal(result.status, 1, f"{point}: {result}")
         check_equal(domain.consistent(), domain.images, f"{point}: disks")
         domain.check()
@@ -165,6 +183,47 @@ def test_failures(env, domain):
     domain.consistent()
     virsh("destroy", "web")
     one_error(env.vmcp("checkpoint", "--live", "--connect", URI, "web", status=4), "off")
+
+
+def test_unprivileged(env):
+    """QEMU as the user that libvirt's packages make for it: what docs/libvirt.md says must be set is enough, and is needed."""
+    need("libvirtd", "virsh", "qemu-img", "qemu-system-x86_64")
+    reachable(env)
+    domain = Domain(env, user="libvirt-qemu")
+    try:
+        with open(f"/proc/{domain.pid()}/status", encoding="utf-8") as file:
+            check("\nUid:\t64055\t" in file.read(), "QEMU does not run as libvirt-qemu")
+        with open("/proc/sys/vm/unprivileged_userfaultfd", encoding="utf-8") as file:
+            allowed = file.read().strip() == "1"
+        if allowed:
+            take(env)
+        else:
+            one_error(env.vmcp("checkpoint", "--live", "--connect", URI, "web", status=6), "ackground-snapshot")
+        taken = take(env, live=False)["id"]
+        domain.check()
+        domain.consistent()
+        # The store's folders are its user's alone: QEMU, started anew, cannot get at the layers.
+        one_error(env.vmcp("--quiet", "revert", "--connect", URI, taken, status=1), "ermission denied")
+        for folder in (env.store, os.path.join(env.store, "layers")):
+            os.chmod(folder, 0o711)
+        env.vmcp("--quiet", "revert", "--connect", URI, taken)
+        domain.attach()
+        domain.check()
+        domain.consistent()
+        print(f"  userfaultfd without privileges: {'tried' if allowed else 'not allowed on this host, and refused so'}", flush=True)
+    finally:
+        domain.close()
+
+
+def reachable(env):
+    """QEMU's user must come to the images, and to a kernel that libvirt gives to it."""
+    folder = os.path.dirname(env.dir)
+    while folder != "/":
+        if not os.stat(folder).st_mode & 0o001:
+            raise Skip(f"other users cannot pass {folder}")
+        folder = os.path.dirname(folder)
+    os.chmod(env.dir, 0o711)
+    env.tiny = shutil.copy(env.tiny, env.path("tiny.elf"))
 
 
 def start_with(env, fault):
@@ -202,6 +261,16 @@ def test_deaths(env, domain):
     domain.daemon.start()
     check(process.returncode == 0, f"all that is left to do needs no libvirt: {process.returncode} {out} {err}")
     domain.check()
+    # While QEMU saves: the checkpoint is none, the domain runs on, on its overlays, and whoever comes next finds it so.
+    process = start_with(env, "362:1:sleep=2000")
+    domain.daemon.stop(signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    check(process.returncode == 6 and err.count(b"\n") == 2 and b"daemon has ended" in err, f"not one error: {process.returncode} {out} {err}")
+    domain.check()
+    domain.daemon.start()
+    domain.consistent()
+    check_equal([one["id"] for one in env.vmcp_json("log")["checkpoints"] if one["vm"] == "web"][0], taken, "the newest checkpoint")
+    between = take(env)["id"]
     # In the pause: it cannot let the guest run any more, and says how.
     process = start_with(env, "355:1:sleep=2000")
     domain.daemon.stop(signal.SIGKILL)
@@ -213,7 +282,7 @@ def test_deaths(env, domain):
     domain.consistent()
     last = take(env)["id"]
     check(all(one["ok"] for one in env.vmcp_json("verify")["checkpoints"]), "verify")
-    for one in (taken, last):
+    for one in (taken, between, last):
         env.vmcp("--quiet", "revert", "--connect", URI, one)
         domain.attach()
         domain.check()
