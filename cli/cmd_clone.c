@@ -314,6 +314,7 @@ const struct cli_command cli_clone = {
 	.options = clone_options,
 	.words = "@ckpt",
 	.max_arguments = 1,
+	.json = "vms [name, pid, clone_ns, identity {uuid, generation_id, resources [type, name, guest, host, exclusive]}]",
 	.run = run_clone,
 };
 const struct cli_command cli_template = {
@@ -328,5 +329,6 @@ const struct cli_command cli_template = {
 	.min_arguments = 2,
 	.words = "@ckpt @any",
 	.max_arguments = 2,
+	.json = "id, template",
 	.run = run_template,
 };

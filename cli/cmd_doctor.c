@@ -170,4 +170,5 @@ const struct cli_command cli_doctor = {.name = "doctor",
 				       .synopsis = "",
 				       .summary = "what this host can do, and how to mend what it lacks",
 				       .options = none,
+				       .json = "kvm, kernel, uffd_features, uffd_wp_shmem, io_uring, pagemap_scan, dirty_ring, findings [what, ok, value, cost, mend]",
 				       .run = run};

@@ -153,6 +153,7 @@ const struct cli_command cli_export = {
 	.min_arguments = 2,
 	.words = "@ckpt @file",
 	.max_arguments = 2,
+	.json = "id, vm, tag, since, file, file_bytes, content_bytes, pages, disk_bytes, resumed_bytes",
 	.run = run_export,
 };
 
@@ -222,5 +223,6 @@ const struct cli_command cli_import = {
 	.min_arguments = 1,
 	.words = "@file",
 	.max_arguments = 1,
+	.json = "id, vm, tag, since, present, file_bytes, content_bytes, pages, shared_pages, disk_bytes",
 	.run = run_import,
 };

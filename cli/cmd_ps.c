@@ -152,5 +152,6 @@ const struct cli_command cli_ps = {
 	.summary = "the VMs of the store, running or not",
 	.help = "Of one that crashed also why, the last lines of its console, and how to get it back.",
 	.options = none,
+	.json = "vms [name, state, pid, uptime_ns, memory_bytes, cpus, last_checkpoint, note, console?]",
 	.run = run_ps,
 };

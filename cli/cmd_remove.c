@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "checkpoint/store/resources.h"
 #include "cli/cli.h"
 #include "control/client.h"
@@ -17,8 +18,8 @@
 
 static void show_progress(void *opaque, uint64_t done, uint64_t total)
 {
-	json_t *params = json_pack("{s:s, s:I, s:I}", "phase", "merging disk layers", "done_pages", (json_int_t)(done / 4096),
-				   "total_pages", (json_int_t)(total / 4096));
+	json_t *params = json_pack("{s:s, s:I, s:I}", "phase", "merging disk layers", "done_pages", (json_int_t)(done / PAGE_BYTES),
+				   "total_pages", (json_int_t)(total / PAGE_BYTES));
 
 	cli_progress_show(opaque, params);
 	json_decref(params);
@@ -249,6 +250,7 @@ const struct cli_command cli_rm = {
 	.min_arguments = 1,
 	.words = "@ckpt",
 	.max_arguments = CLI_MAX_ARGUMENTS,
+	.json = "removed, freed_bytes, memory_layers, disk_layers, merged_layers",
 	.run = run_rm,
 };
 const struct cli_command cli_gc = {
@@ -259,5 +261,8 @@ const struct cli_command cli_gc = {
 		"killed left, and disk layers of removed checkpoints; frees ports, devices and names of VMs that were killed. Those that disks still stand on are merged; below a disk of a\n"
 		"VM that runs it is that VM that does so, in the background. Safe at any time; Ctrl-C ends it.",
 	.options = gc_options,
+	.json =
+		"freed_bytes, memory_layers, disk_layers, kept_disk_layers, merged_layers, forgotten, freed_resources, rebuilt? {checkpoints, vms, "
+		"tags, lost_vms, lost_tags, lost_images}",
 	.run = run_gc,
 };

@@ -97,5 +97,8 @@ const struct cli_command cli_run = {
 	.options = options,
 	.words = "@file",
 	.max_arguments = 1,
+	.json =
+		"vm, pid, socket, boot_ns | vm, from, memory_bytes, cpus, cpu_model, memory_backing, kernel, initrd, cmdline, rng, balloon, disks "
+		"[name, path, base, readonly], nets [name, mode], every_ns, keep, config",
 	.run = run,
 };

@@ -258,5 +258,6 @@ const struct cli_command cli_stats = {
 	.words = "@running",
 	.options = stats_options,
 	.max_arguments = 1,
+	.json = "vm, ...",
 	.run = run_stats,
 };

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "base/clock.h"
 #include "base/duration.h"
 #include "base/terminal.h"
@@ -213,7 +214,7 @@ static void put_vm(const struct top *top, FILE *out, const struct sample *s)
 
 	cli_format_size(memory, s->vm.memory_bytes);
 	format_count(exits, rate(top, s, NULL, "exits"));
-	cli_format_size(written, figure(s->stats, "written_pages_per_s") * 4096);
+	cli_format_size(written, figure(s->stats, "written_pages_per_s") * PAGE_BYTES);
 	format_latency(pause, latency(s, "pause", "p99_ns"));
 	format_latency(fault, latency(s, "cow_fault", "p99_ns"));
 	cli_format_size(disk, rate(top, s, "disks", "read_bytes") + rate(top, s, "disks", "written_bytes"));
@@ -519,5 +520,8 @@ const struct cli_command cli_top = {
 	.words = "@running",
 	.options = options,
 	.max_arguments = 1,
+	.json =
+		"vms [name, state, cpu_percent, memory_bytes, exits_per_s, written_pages_per_s, pause_p99_ns, cow_fault_p99_ns, "
+		"disk_read_bytes_per_s, disk_written_bytes_per_s, net_bytes_per_s, operation]",
 	.run = run,
 };

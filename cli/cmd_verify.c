@@ -229,5 +229,8 @@ const struct cli_command cli_verify = {
 	.options = verify_options,
 	.words = "@ckpt",
 	.max_arguments = CLI_MAX_ARGUMENTS,
+	.json =
+		"checkpoints [id, ok, errors], damages [file, offset_bytes, length_bytes, message, checkpoints], unrecorded, files, read_bytes, "
+		"verify_ns, catalog? {ok, errors}",
 	.run = run_verify,
 };

@@ -213,6 +213,7 @@ const struct cli_command cli_pause = {.name = "pause",
 				      .options = none,
 				      .words = "@running",
 				      .max_arguments = 1,
+				      .json = "vm, state",
 				      .run = run_pause};
 const struct cli_command cli_resume = {.name = "resume",
 				       .synopsis = "[VM]",
@@ -220,6 +221,7 @@ const struct cli_command cli_resume = {.name = "resume",
 				       .options = none,
 				       .words = "@running",
 				       .max_arguments = 1,
+				       .json = "vm, state",
 				       .run = run_resume};
 const struct cli_command cli_suspend = {
 	.name = "suspend",
@@ -231,6 +233,7 @@ const struct cli_command cli_suspend = {
 	.options = none,
 	.words = "@running",
 	.max_arguments = 1,
+	.json = "id, vm, ...",
 	.run = run_suspend,
 };
 const struct cli_command cli_stop = {.name = "stop",
@@ -239,6 +242,7 @@ const struct cli_command cli_stop = {.name = "stop",
 				     .options = stop_options,
 				     .words = "@running",
 				     .max_arguments = 1,
+				     .json = "vm, state, how",
 				     .run = run_stop};
 const struct cli_command cli_kill = {.name = "kill",
 				     .synopsis = "[VM]",
@@ -246,6 +250,7 @@ const struct cli_command cli_kill = {.name = "kill",
 				     .options = none,
 				     .words = "@running",
 				     .max_arguments = 1,
+				     .json = "vm, state, how",
 				     .run = run_kill};
 const struct cli_command cli_balloon = {
 	.name = "balloon",
@@ -257,4 +262,5 @@ const struct cli_command cli_balloon = {
 	.min_arguments = 1,
 	.words = "@running",
 	.max_arguments = 2,
+	.json = "vm, target_bytes",
 	.run = run_balloon};

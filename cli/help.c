@@ -139,9 +139,9 @@ static json_t *options_to_json(const struct cli_option *options)
 
 static json_t *command_to_json(const struct cli_command *command)
 {
-	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:i, s:i, s:o}", "name", command->name, "synopsis", command->synopsis, "summary",
-			 command->summary, "help", control_text_or_null(command->help), "words", control_text_or_null(command->words), "min_arguments",
-			 command->min_arguments, "max_arguments", command->max_arguments, "options", options_to_json(command->options));
+	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:i, s:i, s:o}", "name", command->name, "synopsis", command->synopsis, "summary",
+			 command->summary, "help", control_text_or_null(command->help), "words", control_text_or_null(command->words), "json",
+			 control_text_or_null(command->json), "min_arguments", command->min_arguments, "max_arguments", command->max_arguments, "options", options_to_json(command->options));
 }
 
 static json_t *all_to_json(void)
@@ -190,9 +190,9 @@ const struct cli_command cli_help = {
 	.name = "help",
 	.synopsis = "[COMMAND]",
 	.summary = "what vmcp can do, or what one command does",
-	.help = "With --json the tables that the commands are made of: options, arguments, and what may be written for each.",
+	.help = "With --json the tables that the commands are made of: options, arguments, what may be written for each, and the fields of answers.",
 	.words = "@command",
 	.max_arguments = 1,
 	.run = run_help,
 };
-const struct cli_command cli_version = {.name = "version", .synopsis = "", .summary = "the version of vmcp", .run = run_version};
+const struct cli_command cli_version = {.name = "version", .synopsis = "", .summary = "the version of vmcp", .json = "version", .run = run_version};

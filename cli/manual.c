@@ -133,6 +133,25 @@ static void put_status(FILE *out)
 		     "done about it. With\n.B \\-\\-json\nit is also a document on standard output, with the fields code, message and hint.\n");
 }
 
+/* Alternatives on lines of their own. */
+static void put_json(FILE *out, const char *json)
+{
+	if (!json)
+		return;
+	fprintf(out, ".SH JSON\nWith\n.B \\-\\-json\nthe answer has the fields\n");
+	while (*json) {
+		size_t length = strcspn(json, "|");
+
+		fprintf(out, ".IP\n");
+		put_text(out, json, length);
+		fputc('\n', out);
+		json += length;
+		json += strspn(json, "| ");
+	}
+	fprintf(out, ".PP\nIn {} are those of an object, in [] those of each object of a list; ? stands behind what is not always there. Times end with _ns, sizes with "
+		     "_bytes. More fields may come.\n");
+}
+
 static void put_command(FILE *out, const struct cli_command *command)
 {
 	CLEANUP_FREE char *name = xasprintf("vmcp-%s", command->name);
@@ -147,6 +166,7 @@ static void put_command(FILE *out, const struct cli_command *command)
 	put_options(out, command->options);
 	fprintf(out, ".SS Everywhere\n");
 	put_options(out, cli_global_options);
+	put_json(out, command->json);
 	put_status(out);
 	fprintf(out, ".SH SEE ALSO\n.BR vmcp (1)\n");
 }

@@ -15,6 +15,7 @@ import tarfile
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.join(HERE, "..", "..")
 sys.path.insert(0, os.path.join(HERE, "..", "lib"))
+import json_fields  # noqa: E402
 import vmcp_test  # noqa: E402
 from vmcp_test import Skip, check, check_equal  # noqa: E402
 
@@ -24,6 +25,18 @@ PROMISED = {
     "run": "--name --detach --from", "ps": "", "console": "", "pause": "", "resume": "", "stop": "--timeout", "kill": "",
     "checkpoint": "--live --message --tag --wait", "revert": "", "log": "--graph", "show": "", "tag": "", "rm": "", "gc": "", "verify": "", "diff": "",
     "export": "", "import": "", "dump": "", "disk": "--format", "cancel": "", "stats": "", "doctor": "", "version": "", "help": "",
+}
+# And of their documents.
+PROMISED_FIELDS = {
+    "run": "vm, pid, socket, boot_ns",
+    "checkpoint": "id, vm, parent, tag, message, created, live, durability, pause_ns, pause {quiesce_ns, state_ns, disks_ns, memory_ns, resume_ns}, "
+                  "memory {total_pages, saved_pages, zero_pages, parent_pages, cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, cow_fault_max_ns, written_bytes}, "
+                  "disks [name, layer, inflight_writes, inflight_reads], durable_ns",
+    "revert": "vm, checkpoint, mode, restored_pages, revert_ns",
+    "log": "checkpoints [id, vm, parent, children, created, tag, message, size_bytes, durability], vms [name, state, at]",
+    "ps": "vms [name, state, pid, memory_bytes, cpus, last_checkpoint]",
+    "clone": "vms [name, pid, clone_ns, identity {}]",
+    "verify": "checkpoints [id, ok, errors]",
 }
 EVERYWHERE = ["--json", "--store", "--quiet", "--verbose", "--help"]
 
@@ -52,6 +65,15 @@ def test_promises(env):
         check(set(options.split()) <= set(known[name]), f"{name}: {options} are not all of {known[name]}")
     for name in known:
         check_equal(env.vmcp_json("help", name)["name"], name, "help of one")
+    told = {command["name"]: command["json"] for command in document["commands"]}
+    for name, promise in PROMISED_FIELDS.items():
+        check(is_within(json_fields.parse(promise)[0], json_fields.parse(told[name])[0]), f"{name}: {promise} is not all in {told[name]}")
+    check_equal([name for name, fields in told.items() if not fields], ["console", "help"], "commands without a document of fields")
+
+
+def is_within(promised, told):
+    return all(name in told and not told[name][0] and (not below or (told[name][1] and is_within(below, told[name][1]) and told[name][2] == of_list))
+               for name, (_, below, of_list) in promised.items())
 
 
 def test_tables_hold_together(env):
@@ -132,6 +154,8 @@ def test_man(env):
         for line in (command["help"] or "").splitlines():
             if line.startswith(" "):
                 check(" ".join(line.split()).replace("`", "") in flat, f"{path}: '{line}' is not there")
+        for fields in (command["json"] or "").split("|"):
+            check(" ".join(fields.split()) in flat, f"{path}: the fields {fields} are not there")
         for heading in ("NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "SEE ALSO"):
             check(f"\n{heading}" in text, f"{path}: no {heading}")
         check(f"vmcp-{command['name']}(1)" in overview, f"{command['name']} is not in vmcp(1)")
@@ -225,6 +249,60 @@ def test_documents(env):
         except vmcp_test.Failed:
             continue
         raise vmcp_test.Failed(f"{wrong}: this test takes it")
+
+
+# --- what goes wrong
+
+
+def wrong(env, status, *words):
+    """Two lines on stderr, the document on stdout, and the status that the class of the error has."""
+    plain, told = env.vmcp(*words, status=status), env.vmcp("--json", *words, status=status)
+    lines = plain.err.splitlines()
+    check(len(lines) == 2 and lines[0].startswith("vmcp: ") and lines[1].startswith("hint: "), f"not an error and a hint: {plain}")
+    error = told.json["error"]
+    check_equal(sorted(error), ["code", "hint", "message"], "fields of an error")
+    check_equal((f"vmcp: {error['message']}", f"hint: {error['hint']}"), tuple(lines), "the document against the lines")
+    check_equal(error["code"], {2: "usage", 3: "not-found", 4: "state", 5: "damaged", 6: "host"}[status], "code")
+    return lines[1]
+
+
+def test_exit_statuses(env):
+    """Each status, by what needs no KVM."""
+    golden_store(env)
+    env.vmcp("show", "first")
+    wrong(env, 2, "show")
+    wrong(env, 2, "checkpoint", "--max-rate", "fast", "tiny")
+    wrong(env, 3, "show", "nosuch")
+    wrong(env, 3, "run", env.path("nosuch.cfg"))
+    wrong(env, 4, "checkpoint", "tiny")
+    env.write("damaged.vmcp", "x" * 4096)
+    check_equal(env.vmcp("import", "--check", env.path("damaged.vmcp"), status=None).status, 5, "a file that is none of ours")
+    layer = os.path.join(env.store, "layers", sorted(name for name in os.listdir(os.path.join(env.store, "layers")) if name.endswith(".mem"))[0])
+    with open(layer, "r+b") as file:
+        file.write(b"\xff" * 4096)
+    check_equal(env.vmcp("verify", status=None).status, 5, "verify of a damaged layer")
+
+
+def test_did_you_mean(env):
+    """Of commands, options, words, VMs, tags and disks the nearest one is named."""
+    golden_store(env)
+    for status, words, meant in ((2, ["chekpoint"], "`vmcp checkpoint`"), (2, ["sp"], "`vmcp ps`"), (2, ["help", "rveert"], "`vmcp revert`"),
+                                 (2, ["log", "--grpah"], "--graph"), (2, ["ps", "--jsno"], "--json"), (2, ["config", "inti"], "`vmcp config init`"),
+                                 (2, ["disk", "chekc", "x"], "`vmcp disk check`"), (3, ["stats", "tniy"], "'tiny'"), (3, ["show", "brnach"], "'branch'"),
+                                 (3, ["show", "tnyi~1"], "'tiny~1'"), (3, ["revert", "Frist"], "'first'"), (3, ["tag", "--delete", "brench"], "'branch'"),
+                                 (3, ["disk", "info", "first:dtaa"], "first:data"), (3, ["disk", "info", "tiny:dat"], "tiny:data"),
+                                 (3, ["show", "tiny~99"], "tiny~")):
+        check(meant in wrong(env, status, *words), f"{words}: {meant} is not in the hint")
+    for words in (["frobnicate"], ["log", "--frobnicate"], ["stats", "frobnicate"], ["show", "frobnicate"], ["disk", "info", "first:frobnicate"]):
+        hint = wrong(env, 3 if words[0] in ("stats", "show", "disk") else 2, *words)
+        check("did you mean" not in hint, f"{words}: {hint}")
+
+
+def test_options_of_verbs(env):
+    """An option that is for another verb of its command is refused, not passed over."""
+    for words in (["config", "init", "-", "--connect", "test:///default"], ["config", "convert", "a.xml", "--memory", "1G"], ["config", "export", "tiny", "--force"],
+                  ["disk", "info", "x", "--repair"], ["disk", "export", "a", "b", "--second-opinion"]):
+        wrong(env, 2, *words)
 
 
 # --- completion

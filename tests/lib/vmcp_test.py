@@ -6,6 +6,7 @@ has failed; `raise Skip("why")` skips. The last line is "N passed, N failed, N s
 Environment: VMCP_BIN (the program), VMCP_TINY (tiny.elf), VMCP_TMP (where stores and images go; default: a folder below $TMPDIR).
 """
 
+import functools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import time
 import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import json_fields  # noqa: E402
 from guest_console import ConsoleError, GuestConsole  # noqa: E402
 
 MIB = 1 << 20
@@ -40,6 +42,13 @@ def check(condition, text):
 def check_equal(got, want, what):
     if got != want:
         raise Failed(f"{what}: got {got!r}, want {want!r}")
+
+
+@functools.lru_cache(maxsize=None)
+def fields_of(vmcp_bin, command):
+    """What the command's table says of its document; None: nothing."""
+    done = subprocess.run([vmcp_bin, "help", command, "--json"], stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=True)
+    return json.loads(done.stdout).get("json")
 
 
 class CommandResult:
@@ -82,8 +91,18 @@ class Env:
         check(status is None or result.status == status, f"want exit {status}: {result}")
         return result
 
-    def vmcp_json(self, *args, **kwargs):
-        return self.vmcp("--json", *args, **kwargs).json
+    def vmcp_json(self, *args, complete=False, **kwargs):
+        """The document, which has the fields that the command's table says; with `complete` no others."""
+        result = self.vmcp("--json", *args, **kwargs)
+        if result.status == 0:
+            command = next(word for word in map(str, args) if not word.startswith("-"))
+            fields = fields_of(self.vmcp_bin, command)
+            try:
+                if fields:
+                    json_fields.compare(result.json, fields, complete)
+            except json_fields.Mismatch as error:
+                raise Failed(f"{command} --json: {error}: {result}") from error
+        return result.json
 
     def image(self, name, size="64M", fmt="qcow2", *options):
         subprocess.run(["qemu-img", "create", "-q", "-f", fmt, *options, self.path(name), size], check=True)

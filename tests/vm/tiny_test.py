@@ -876,6 +876,30 @@ def test_json_contract(env):
     check_equal(sorted(error["error"]), ["code", "hint", "message"], "error")
 
 
+def test_json_documents(env):
+    """Documents have the fields that the commands' tables tell of, and no others; these tables are in manual pages too."""
+    def told(*words, **how):
+        return env.vmcp_json(*words, complete=True, **how)
+
+    disk = env.image("disk.qcow2", "16M")
+    config = env.tiny_config(memory="32M", cmdline="set=8M rate=500 disk=1 disk_blocks=256 report=0", disks=[("data", disk)])
+    told("version")
+    told("doctor")
+    told("config", "init", env.path("new.cfg"))
+    told("run", "--dry-run", config)
+    told("run", "--detach", config)
+    env.attach_tiny("tiny").check()
+    first, second = told("checkpoint", "--live", "--tag", "first")["id"], told("checkpoint", "tiny", "-m", "second")["id"]
+    for words in (["ps"], ["top", "--interval", "100ms"], ["stats", "tiny"], ["log"], ["show", first], ["show", "tiny", "--resources"], ["tag", second, "second"],
+                  ["pause", "tiny"], ["resume", "tiny"], ["revert", first], ["diff", first, second], ["verify"], ["export", first, env.path("one.vmcp")],
+                  ["import", "--check", env.path("one.vmcp")], ["dump", first, env.path("core")], ["disk", "info", f"{first}:data"],
+                  ["disk", "check", f"{first}:data"], ["disk", "export", f"{first}:data", env.path("flat.qcow2")], ["disk", "resize", env.path("flat.qcow2"), "32M"],
+                  ["template", first, "origin"], ["clone", "origin", "--name", "twin"], ["kill", "twin"], ["stop", "tiny", "--timeout", "1"],
+                  ["revert", first], ["suspend", "tiny"], ["kill", "tiny"], ["tag", "--delete", "second"], ["config", "export", "--libvirt", "tiny"],
+                  ["disk", "check", "--repair", "tiny:data"], ["rm", second], ["gc"], ["gc", "--rebuild"]):
+        told(*words)
+
+
 def test_cancel(env):
     """A checkpoint that is cancelled leaves nothing behind, and the VM unharmed."""
     disk = env.image("disk.qcow2")
