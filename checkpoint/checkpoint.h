@@ -138,7 +138,7 @@ struct ckpt_progress {
 	uint64_t created_wall_ns; /* the instant that it shows, once it is captured */
 	char id[STORE_ID_BYTES];  /* of the checkpoint that is made, or gone back to */
 	const char *phase; /* "stage", "pause", "memory", "in-flight I/O", "disks", "commit"; of a revert: "check", "in-flight I/O" */
-	uint64_t done_pages, total_pages;
+	uint64_t done_pages, total_pages; /* that are in the file or zero, of those to be saved; the VM's, before it is known which */
 	char waits_for[WAIT_TEXT_BYTES]; /* what it has waited for a while by now: disk, request, range, age; "": nothing */
 };
 void ckpt_progress(struct ckpt_engine *engine, struct ckpt_progress *out);

@@ -5,6 +5,7 @@
 
 #include "base/clock.h"
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "base/log.h"
 #include "checkpoint/engine_internal.h"
 #include "checkpoint/operation.h"
@@ -304,8 +305,10 @@ void ckpt_progress(struct ckpt_engine *engine, struct ckpt_progress *out)
 	*out = engine->progress;
 	pthread_mutex_unlock(&engine->lock);
 	memcow_get_stats(engine->memcow, &stats);
-	out->total_pages = stats.total_pages;
-	out->done_pages = out->active && !out->reverts && strcmp(out->phase, "stage") != 0 ? stats.saved_pages + stats.zero_pages : 0;
+	bool saves = out->active && !out->reverts && strcmp(out->phase, "stage") != 0;
+	out->total_pages = saves ? stats.scope_pages : stats.total_pages;
+	/* Saved is what was handed to the writer, which may be held back; written is more where pages are written again. */
+	out->done_pages = saves ? min_u64(stats.saved_pages, stats.written_bytes / PAGE_BYTES) + stats.zero_pages : 0;
 }
 
 int engine_read_index(struct ckpt_engine *engine, const struct store_checkpoint *checkpoint, struct page_index *out,

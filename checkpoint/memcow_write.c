@@ -205,6 +205,8 @@ static void keep_rate(struct writer *w, uint64_t bytes)
 	       !pool_is_short(w->cow->pool)) {
 		struct timespec step = {.tv_nsec = (long)min_u64(due_ns - now, RATE_STEP_NS)};
 		nanosleep(&step, NULL);
+		if (w->inflight > 0)
+			reap(w, false); /* its buffers are wanted */
 	}
 }
 
@@ -212,12 +214,14 @@ static void write_all(struct writer *w)
 {
 	w->start_ns = clock_now_ns();
 	for (;;) {
+		bool took = false;
 		int r = w->err.number == 0 ? fault_check(FAULT_MEMCOW_WRITE, &w->err) : 0;
 		if (r != 0)
 			memcow_fail(w->cow, &w->err);
 		if (!w->segment && w->err.number == 0 && w->inflight < QUEUE_DEPTH) {
 			w->segment = pool_pop(w->cow->pool, w->inflight == 0);
 			w->next = 0;
+			took = w->segment != NULL;
 			if (w->segment && w->segment->count > 0) {
 				plan_segment(w, w->segment);
 				keep_rate(w, w->segment->count * (uint64_t)PAGE_BYTES);
@@ -231,7 +235,8 @@ static void write_all(struct writer *w)
 		}
 		if (w->err.number != 0)
 			w->segment = NULL; /* what is left of it is not submitted any more */
-		bool more = w->segment != NULL;
+		/* Where it was asleep for too long, on a busy host, what is due by now goes out together. */
+		bool more = w->segment != NULL || (took && w->cow->max_rate != 0);
 		submit_segment(w);
 		priority_give_way_each(w->cow->room_each_ns, &w->room);
 		if (w->inflight > 0)
