@@ -1,5 +1,11 @@
 #!/usr/bin/env python3
-"""The command blocks of README and tutorial, word by word, with the tiny guest in the place of the Debian one that they make."""
+"""The command blocks of README and tutorial, word by word, with the tiny guest in the place of the Debian one that they make.
+
+VMCP_TUTORIAL_GUEST: a folder that examples/debian-guest/build.sh made. Then the guest is that one, and what the tutorial lets people type on its console is typed;
+tests/with-kvm is where that can run:
+
+    VMCP_TUTORIAL_GUEST=$PWD/build/debian-guest tests/with-kvm --mem 6144 --timeout 1800 python3 tests/vm/tutorial_test.py tutorial readme
+"""
 
 import os
 import re
@@ -11,6 +17,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.join(HERE, "..", "..")
 sys.path.insert(0, os.path.join(HERE, "..", "lib"))
 import vmcp_test  # noqa: E402
+from debian_guest import GUEST_WORDS  # noqa: E402
+from guest_console import GuestConsole  # noqa: E402
 from vmcp_test import check, check_equal  # noqa: E402
 
 # What makes the guest, for this test: a kernel that boots on any KVM, and an image.
@@ -19,6 +27,30 @@ mkdir -p "$1"; cp {tiny} "$1/vmlinuz"; : >"$1/initrd.img"; head -c 4096 /dev/zer
 qemu-img create -q -f qcow2 "$1/root.qcow2" 64M
 printf '[vm]\\nname = debian\\nmemory = 128M\\nkernel = vmlinuz\\n[disk root]\\npath = root.qcow2\\n' >"$1/guest.cfg"
 """
+
+
+MAKE_DEBIAN = """#!/bin/sh -e
+mkdir -p "$1"; cp {guest}/vmlinuz {guest}/initrd.img {guest}/root.qcow2 {guest}/guest.cfg "$1"
+"""
+REAL = os.environ.get("VMCP_TUTORIAL_GUEST")
+# With a real guest: the words that its kernel needs in a software machine; what is typed on the console of web, which is the shell's answer when it comes.
+CONSOLE = """
+vmcp() {{
+    command vmcp "$@"
+    case "$1 $2" in "config init") sed -i 's|^cmdline = .*|&{words}|' "$3" ;; esac
+}}
+at_console() {{ python3 {this} --type "$1"; }}
+"""
+CONSOLE_S = 400
+CRASH = "rm -rf /usr /etc; echo c > /proc/sysrq-trigger"  # word by word what the tutorial says
+# Behind the blocks that have these words.
+TYPED = {
+    "vmcp run --dry-run guest/web.cfg": "at_console true",
+    'before the agent"\nvmcp log\n': f"at_console '{CRASH}'",
+    "vmcp show good": "at_console 'ls -d /etc/passwd /usr/share >/dev/null'",
+    "vmcp diff good web": "at_console 'dmesg | tail -n 3'",
+    "vmcp log --svg": "at_console true",
+}
 
 
 def blocks(name):
@@ -30,19 +62,37 @@ def run_blocks(env, texts, extra=""):
     """All in one bash, which stops at the first command that fails; returns what it printed."""
     env.store = env.path("store")
     os.makedirs(env.path("examples/debian-guest"), exist_ok=True)
-    script = env.write("examples/debian-guest/build.sh", MAKE_GUEST.format(tiny=env.tiny))
+    script = env.write("examples/debian-guest/build.sh", MAKE_DEBIAN.format(guest=REAL) if REAL else MAKE_GUEST.format(tiny=env.tiny))
     os.chmod(script, 0o755)
+    if REAL:
+        extra += CONSOLE.format(this=os.path.abspath(__file__), words=GUEST_WORDS)
+        texts = [text + "".join(f"{typed}\n" for words, typed in TYPED.items() if words in text) for text in texts]
     path = os.path.dirname(env.vmcp_bin) + ":" + os.environ["PATH"]
     done = subprocess.run(["bash", "-exuo", "pipefail", "-c", extra + "\n".join(texts)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          timeout=300, cwd=env.dir, env=dict(os.environ, PATH=path, HOME=env.dir, VMCP_STORE=env.store), check=False)
+                          timeout=1700 if REAL else 300, cwd=env.dir, env=dict(os.environ, PATH=path, HOME=env.dir, VMCP_STORE=env.store), check=False)
     text = done.stdout.decode("utf-8", "replace")
     check(done.returncode == 0, f"exit {done.returncode}:\n{text}")
     return text
 
 
+def type_at_console(command):
+    """As the script's own helper: one command on the console of web; returns its status."""
+    with GuestConsole.spawn(["vmcp", "console", "web"]) as guest:
+        guest.sync(CONSOLE_S)
+        if command == CRASH:
+            guest.send(command + "\n")
+            guest.wait_for("Kernel panic", CONSOLE_S)
+            return 0
+        status, output = guest.run(command, CONSOLE_S)
+        print(output)
+        return status
+
+
 def test_tutorial(env):
     texts = blocks("docs/tutorial.md")
     check(len(texts) > 10, f"only {len(texts)} blocks in the tutorial")
+    with open(os.path.join(ROOT, "docs", "tutorial.md"), encoding="utf-8") as file:
+        check(f"    {CRASH}\n" in file.read(), "the tutorial damages its guest in another way by now")
     text = run_blocks(env, texts)
     for words in ("web is back at", "in-place", "tag: good", "tried.vmcp", "disk root  "):
         check(words in text, f"'{words}' is not in what the tutorial prints:\n{text}")
@@ -107,4 +157,6 @@ def test_c_example(env):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--type"]:
+        sys.exit(type_at_console(sys.argv[2]))
     vmcp_test.main(__name__)
