@@ -79,7 +79,8 @@ int qemu_put_stream(struct qemu_take *take, struct err *err)
 	CLEANUP_BUF struct buf state = BUF_INIT;
 	struct stat st;
 
-	if (fstat(take->fd, &st) || ftruncate(take->fd, (off_t)round_up((uint64_t)st.st_size, PAGE_BYTES)))
+	/* To its own length first, which gives back what was reserved behind it. */
+	if (fstat(take->fd, &st) || ftruncate(take->fd, st.st_size) || ftruncate(take->fd, (off_t)round_up((uint64_t)st.st_size, PAGE_BYTES)))
 		return err_sys(err, errno, "layer of the stream");
 	take->result->stream_bytes = (uint64_t)st.st_size;
 	take->pages = max_u64(round_up((uint64_t)st.st_size, MEMORY_STEP), MEM_MIN_BYTES) / PAGE_BYTES;

@@ -1,4 +1,5 @@
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +16,7 @@
 #include "machine/qemu_take_internal.h"
 
 #define POLL_NS	      20000000
+#define DEVICES_BYTES (64ull << 20)
 #define START_SECONDS 60 /* for the processors to run again, once QEMU was told to save */
 
 /* --- QEMU's monitor --- */
@@ -208,6 +210,23 @@ static int stage_disk(struct qemu_take *take, const struct qemu_disk *disk, stru
 	return rc;
 }
 
+/* The space that the stream can take: a background snapshot that fails for want of it leaves the guest's memory protected (see end_saving). */
+static int reserve_space(struct qemu_take *take, struct err *err)
+{
+	json_t *answer = NULL;
+	int rc = qmp(take, json_pack("{s:s}", "execute", "query-memory-size-summary"), -1, &answer, err);
+	uint64_t bytes = (uint64_t)json_integer_value(json_object_get(answer, "base-memory")) +
+			 (uint64_t)json_integer_value(json_object_get(answer, "plugged-memory"));
+
+	json_decref(answer);
+	if (rc)
+		return rc;
+	/* Beside the pages: their numbers, memory of devices, states. */
+	if (fallocate(take->fd, FALLOC_FL_KEEP_SIZE, 0, (off_t)(bytes + bytes / 64 + DEVICES_BYTES)) == 0 || (errno != ENOSPC && errno != EDQUOT && errno != EFBIG))
+		return 0;
+	return err_sys(err, errno, "domain %s: the store has no space for its memory", take->result->vm);
+}
+
 static int stage(struct qemu_take *take, struct err *err)
 {
 	int rc = store_draft_begin(take->store, &take->draft, err);
@@ -216,6 +235,8 @@ static int stage(struct qemu_take *take, struct err *err)
 		return rc;
 	snprintf(take->result->id, sizeof(take->result->id), "%s", store_draft_id(take->draft));
 	rc = store_draft_memory_layer(take->draft, take->layer, &take->fd, &take->sums_fd, err);
+	if (!rc)
+		rc = reserve_space(take, err);
 	for (unsigned i = 0; !rc && i < take->domain.disk_count; i++) {
 		if (take->domain.disks[i].left_alone)
 			continue;
@@ -346,12 +367,14 @@ static int take_in_pause(struct qemu_take *take, struct err *err)
 
 /* --- a failure --- */
 
+/* QEMU 7.2 forgets to release memory when a background snapshot is cancelled: the guest would stand in its next write for ever. So that is waited for. */
 static void end_saving(struct qemu_take *take)
 {
 	char status[32] = "active", why[200];
 	uint64_t left;
 
-	qmp(take, json_pack("{s:s}", "execute", "migrate_cancel"), -1, NULL, NULL);
+	if (!take->request->live)
+		qmp(take, json_pack("{s:s}", "execute", "migrate_cancel"), -1, NULL, NULL);
 	while (!is_over(status) && save_status(take, status, &left, why, NULL) == 0)
 		rest();
 }
