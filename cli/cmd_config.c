@@ -29,6 +29,7 @@ static const char disks_rest[] =
 	"# Several disks: the guest sees them in this order, as vda, vdb, ...\n"
 	"# [disk data]\n"
 	"# base = debian.qcow2       # read-only, shared by many VMs; what this VM writes is kept in the store\n"
+	"# detect_zeroes = yes       # a write of nothing but zeroes takes no space\n"
 	"# [disk seed]\n"
 	"# path = seed.iso\n"
 	"# readonly = yes\n\n";

@@ -315,6 +315,17 @@ static void done(struct cow_request *cow, int result)
 	virtio_unlock(blk->vdev);
 }
 
+/* If the guest changes its buffer meanwhile, either is right. */
+static bool is_all_zero(const struct blk_request *r)
+{
+	const struct iovec *iov = r->chain.iov + r->data_first;
+
+	for (unsigned i = 0; i < r->data_count; i++)
+		if (iov[i].iov_len > 0 && !bytes_are_zero(iov[i].iov_base, iov[i].iov_len))
+			return false;
+	return true;
+}
+
 static void submit(struct blk_request *r, enum cow_op op)
 {
 	uint64_t offset;
@@ -328,8 +339,9 @@ static void submit(struct blk_request *r, enum cow_op op)
 		finish(r, BLK_S_OK);
 		return;
 	}
-	r->cow = (struct cow_request){
-		.op = op, .may_unmap = r->flags & RANGE_F_UNMAP, .offset = offset, .length = r->bytes, .done = done};
+	bool zeroes = op == COW_WRITE && r->blk->detect_zeroes && is_all_zero(r);
+	r->cow = (struct cow_request){.op = zeroes ? COW_WRITE_ZEROES : op, .may_unmap = zeroes || r->flags & RANGE_F_UNMAP,
+				      .offset = offset, .length = r->bytes, .done = done};
 	if (op == COW_READ || op == COW_WRITE) {
 		r->cow.iov = r->chain.iov + r->data_first;
 		r->cow.iov_count = r->data_count;
@@ -538,6 +550,7 @@ int virtio_blk_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop
 	blk->turn.fn = turn_ends;
 	blk->queue_count = about.queues;
 	blk->readonly = config->readonly || cow_is_readonly(disk);
+	blk->detect_zeroes = config->detect_zeroes;
 	about.features |= blk->readonly ? F_RO : F_DISCARD | F_WRITE_ZEROES;
 	about.features |= blk->queue_count > 1 ? F_MQ : 0;
 	if (config->serial != NULL)

@@ -27,6 +27,7 @@ struct virtio_blk_config {
 	const char *name;   /* of the disk, for messages: "root" */
 	const char *serial; /* at most 20 bytes reach the guest; NULL: none */
 	bool readonly;
+	bool detect_zeroes; /* a write of nothing but zeroes is carried out as one of zeroes that need no space */
 	unsigned queues; /* 1..VIRTIO_MAX_QUEUES; 0: 1 */
 };
 

@@ -63,7 +63,7 @@ struct virtio_blk {
 	struct virtio_device *vdev; /* immutable, as all down to the next comment */
 	struct cow_disk *disk;
 	unsigned queue_count;
-	bool readonly;
+	bool readonly, detect_zeroes;
 	char id[BLK_ID_BYTES];
 	uint8_t config[BLK_CONFIG_BYTES];
 

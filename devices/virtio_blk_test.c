@@ -79,6 +79,27 @@ Test(virtio_blk, what_ends_together_is_one_interrupt)
 	setup_destroy(s);
 }
 
+Test(virtio_blk, zeroes_are_detected_where_asked_for)
+{
+	for (int detect = 0; detect < 2; detect++) {
+		struct setup *s = setup_create_with(&(struct virtio_blk_config){.name = "root", .detect_zeroes = detect}, false);
+		start(s);
+		memset(at(s, data_of(0)), 0, 4096);
+		cr_expect_eq(do_request(s, OUT, 8, 4096), 0);
+		cr_expect_eq(s->disk.last_op, detect ? COW_WRITE_ZEROES : COW_WRITE);
+		cr_expect(!detect || s->disk.last_may_unmap);
+		cr_expect(filled(s->disk.data + 4096, 0, 4096));
+		memset(at(s, data_of(1)), 0, 4096);
+		*at(s, data_of(1) + 4095) = 1;
+		cr_expect_eq(do_request(s, OUT, 8, 4096), 0);
+		cr_expect_eq(s->disk.last_op, COW_WRITE);
+		cr_expect_eq(s->disk.data[8191], 1);
+		cr_expect_eq(do_request(s, FLUSH, 0, 0), 0);
+		cr_expect_eq(s->disk.last_op, COW_FLUSH);
+		setup_destroy(s);
+	}
+}
+
 /* A driver that notifies only when it is asked to loses nothing, and is seldom asked. */
 Test(virtio_blk, polling)
 {

@@ -31,6 +31,8 @@ struct cow_disk {
 	uint8_t data[DISK_BYTES];
 	struct cow_request *held[1024]; /* owner: I/O thread */
 	unsigned count;
+	enum cow_op last_op;
+	bool last_may_unmap;
 	_Atomic unsigned flushes, submitted;
 };
 
@@ -102,6 +104,8 @@ void cow_submit(struct cow_disk *disk, struct cow_request *request)
 	cr_assert(loop_in_thread(disk->loop));
 	request->disk = disk; /* as the real one, writes into the request */
 	disk->held[disk->count++] = request;
+	disk->last_op = request->op;
+	disk->last_may_unmap = request->may_unmap;
 	disk->submitted++;
 	if (!atomic_load(&disk->hold))
 		loop_post(disk->loop, carry_out_all, disk);

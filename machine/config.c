@@ -567,6 +567,8 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
 			    disk->base ? disk->base : disk->path);
 		if (!rc && disk->readonly)
 			rc = config_append(out, err, "readonly = yes\n");
+		if (!rc && disk->detect_zeroes)
+			rc = config_append(out, err, "detect_zeroes = yes\n");
 	}
 	if (!rc)
 		rc = config_nets_to_text(config, out, err);

@@ -31,6 +31,7 @@ struct config_disk {
 	char *path;		      /* absolute; the file that is the disk. NULL for a `base` disk until the machine places it */
 	char *base;		      /* absolute; read-only base shared by many VMs, or NULL */
 	bool readonly;
+	bool detect_zeroes;
 };
 
 struct config_net {

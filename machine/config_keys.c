@@ -314,6 +314,11 @@ static int set_disk_readonly(struct config_reading *r, void *object, const char 
 	return parse_bool(r, key, value, &((struct config_disk *)object)->readonly);
 }
 
+static int set_disk_detect_zeroes(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	return parse_bool(r, key, value, &((struct config_disk *)object)->detect_zeroes);
+}
+
 bool config_parse_every(const char *text, uint64_t *ns)
 {
 	uint64_t every;
@@ -385,6 +390,7 @@ static const struct config_key disk_keys[] = {
 	{.name = "path", .set = set_disk_path},
 	{.name = "base", .set = set_disk_base},
 	{.name = "readonly", .set = set_disk_readonly},
+	{.name = "detect_zeroes", .set = set_disk_detect_zeroes},
 };
 static const struct config_key checkpoint_keys[] = {
 	{.name = "every", .set = set_every},

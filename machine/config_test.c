@@ -276,7 +276,8 @@ static const struct wrong wrongs[] = {
 	{VM "[disk root]\npath = a.qcow2\nbase = b.qcow2\n", 3, "both path and base", "name one"},
 	{VM "[disk root]\nbase = b.qcow2\nreadonly = yes\n", 3, "excludes", "path = FILE and readonly"},
 	{VM "[disk root]\npath = a.qcow2\nreadonly = maybe\n", 5, "'maybe'", "readonly = yes"},
-	{VM "[disk root]\npath = a.qcow2\nsize = 1G\n", 5, "size: unknown key", "known here: path, base, readonly"},
+	{VM "[disk root]\npath = a.qcow2\ndetect_zeroes = 1\n", 5, "'1'", "detect_zeroes = yes"},
+	{VM "[disk root]\npath = a.qcow2\nsize = 1G\n", 5, "size: unknown key", "known here: path, base, readonly, detect_zeroes"},
 	{VM "[disk root]\npaht = a.qcow2\n", 4, "paht: unknown key", "'path'"},
 	{VM "[disk root]\npath = a.qcow2\npath = b.qcow2\n", 5, "given twice in [disk root]", "keep one"},
 	{VM "[disk a]\npath = a.qcow2\n[disk a]\npath = b.qcow2\n", 5, "[disk a] is given twice, first in line 3",
@@ -552,6 +553,7 @@ static void expect_same(const struct machine_config *a, const struct machine_con
 		/* Where a disk has a base, its own layer's place is not part of the configuration. */
 		cr_assert(a->disks[i].base || same_text(a->disks[i].path, b->disks[i].path));
 		cr_assert_eq(a->disks[i].readonly, b->disks[i].readonly);
+		cr_assert_eq(a->disks[i].detect_zeroes, b->disks[i].detect_zeroes);
 	}
 }
 
@@ -582,6 +584,7 @@ Test(config, canonical_text_reads_back_equal)
 		VM "cmdline = ;x\n",
 		VM "cmdline = #x#y\n",
 		VM "[disk a]\npath = a.qcow2\n[disk b]\nbase = b.qcow2\n",
+		VM "[disk a]\npath = a.qcow2\ndetect_zeroes = yes\n[disk b]\npath = b.qcow2\ndetect_zeroes = no\n",
 		VM "[disk a]\npath = a.qcow2\nreadonly = yes\n[net x]\nmode = none\n[checkpoint]\nkeep = 1\n",
 	};
 	for (size_t i = 0; i < ARRAY_LENGTH(texts); i++) {

@@ -141,7 +141,8 @@ static int place_checkpoint_disk(struct machine *machine, struct config_disk *di
 static int open_disk(struct machine *machine, struct config_disk *config, struct err *err)
 {
 	struct disk *disk = &machine->disks[machine->disk_count];
-	struct virtio_blk_config device = {.name = config->name, .serial = config->name, .readonly = config->readonly};
+	struct virtio_blk_config device = {
+		.name = config->name, .serial = config->name, .readonly = config->readonly, .detect_zeroes = config->detect_zeroes};
 	int rc = 0;
 
 	if (config->base)
