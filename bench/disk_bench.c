@@ -3,9 +3,10 @@
  *
  *     disk_bench IMAGE [key=value...]
  *         op=read|write  block=4096  depth=16  count=100000  seq=0  step=BYTES (instead of random)  seed=1  flush=0 (after so many writes)
- *         direct=0  threads=0  span=BYTES (of the disk, 0: all)  plug=1
+ *         threads=0  span=BYTES (of the disk, 0: all)  plug=1
+ *         spare=N (served by a loop with so many processors to spare, as a VM's I/O thread serves it; without it: as tools do, which sleep at once)
  *
- * Prints one line: "ns N requests N open_ns N". bench/disk_bench.py compares it with `qemu-img bench`.
+ * Prints one line: "ns N requests N open_ns N". The part `disk_engine` of bench/run.sh compares it with `qemu-img bench`.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,12 +14,18 @@
 
 #include "base/buf.h"
 #include "base/clock.h"
+#include "base/event.h"
 #include "cowdisk/block.h"
 #include "cowdisk/io_internal.h"
 
+#define NO_LOOP UINT64_MAX
+
 struct bench {
-	uint64_t block, depth, count, seq, step, seed, flush, direct, threads, span, plug;
+	uint64_t block, depth, count, seq, step, seed, flush, threads, span, plug, spare;
 	bool write;
+	struct slot *slots;
+	uint8_t *data;
+	struct loop *loop; /* NULL: cow_io_drive */
 	struct cow_io *io;
 	struct cow_disk *disk;
 	uint64_t issued, done, position, random;
@@ -79,30 +86,49 @@ static void on_done(struct cow_request *request, int result)
 	b->done++;
 	if (b->issued < b->count)
 		issue(slot);
+	else if (b->loop && b->done == b->count)
+		loop_stop(b->loop);
+}
+
+static void begin(void *opaque)
+{
+	struct bench *b = opaque;
+	if (b->plug)
+		cow_io_plug(b->io);
+	for (uint64_t i = 0; i < b->depth && b->issued < b->count; i++) {
+		b->slots[i].bench = b;
+		b->slots[i].iov = (struct iovec){b->data + i * b->block, b->block};
+		issue(&b->slots[i]);
+	}
+	if (b->plug)
+		cow_io_unplug(b->io);
+}
+
+static int serve(struct bench *b)
+{
+	if (b->loop) {
+		int rc = loop_post(b->loop, begin, b);
+		return rc < 0 ? rc : loop_run(b->loop, NULL);
+	}
+	begin(b);
+	while (b->done < b->count)
+		cow_io_drive(b->io, -1);
+	return 0;
 }
 
 static int run(struct bench *b, uint64_t open_ns)
 {
-	struct slot *slots = xcalloc(b->depth, sizeof(*slots));
-	uint8_t *data;
-	if (posix_memalign((void **)&data, 4096, b->depth * b->block))
+	b->slots = xcalloc(b->depth, sizeof(*b->slots));
+	if (posix_memalign((void **)&b->data, 4096, b->depth * b->block))
 		return 1;
-	memset(data, 0x5a, b->depth * b->block);
+	memset(b->data, 0x5a, b->depth * b->block);
 	uint64_t start = clock_now_ns();
-	if (b->plug)
-		cow_io_plug(b->io);
-	for (uint64_t i = 0; i < b->depth && b->issued < b->count; i++) {
-		slots[i].bench = b;
-		slots[i].iov = (struct iovec){data + i * b->block, b->block};
-		issue(&slots[i]);
-	}
-	if (b->plug)
-		cow_io_unplug(b->io);
-	while (b->done < b->count)
-		cow_io_drive(b->io, -1);
+	int rc = serve(b);
 	uint64_t spent = clock_now_ns() - start;
-	free(slots);
-	free(data);
+	if (rc < 0)
+		b->result = rc;
+	free(b->slots);
+	free(b->data);
 	if (b->result)
 		fprintf(stderr, "disk_bench: %s\n", strerror(-b->result));
 	else
@@ -118,7 +144,7 @@ static int parse(struct bench *b, int count, char **args)
 		uint64_t *value;
 	} keys[] = {{"block", &b->block},   {"depth", &b->depth},     {"count", &b->count}, {"seq", &b->seq},
 		    {"step", &b->step},	    {"seed", &b->seed},	      {"flush", &b->flush}, {"span", &b->span},
-		    {"direct", &b->direct}, {"threads", &b->threads}, {"plug", &b->plug}};
+		    {"threads", &b->threads}, {"plug", &b->plug},   {"spare", &b->spare}};
 	for (int i = 0; i < count; i++) {
 		char *value = strchr(args[i], '=');
 		bool known = false;
@@ -138,14 +164,18 @@ static int parse(struct bench *b, int count, char **args)
 
 int main(int argc, char **argv)
 {
-	struct bench b = {.block = 4096, .depth = 16, .count = 100000, .seed = 1, .plug = 1};
+	struct bench b = {.block = 4096, .depth = 16, .count = 100000, .seed = 1, .plug = 1, .spare = NO_LOOP};
 	struct err err = ERR_INIT;
 	if (argc < 2 || parse(&b, argc - 2, argv + 2)) {
 		fprintf(stderr, "usage: disk_bench IMAGE [key=value...]: see the head of bench/disk_bench.c\n");
 		return 2;
 	}
 	b.random = b.seed;
-	int rc = cow_io_create_kind(NULL, b.threads, &b.io, &err);
+	int rc = b.spare == NO_LOOP ? 0 : loop_create(&b.loop, &err);
+	if (b.loop)
+		loop_set_spare(b.loop, (unsigned)b.spare);
+	if (rc == 0)
+		rc = cow_io_create_kind(b.loop, b.threads, &b.io, &err);
 	uint64_t start = clock_now_ns();
 	if (rc == 0)
 		rc = cow_open(b.io, argv[1], b.write ? 0 : COW_OPEN_READONLY, &b.disk, &err);
@@ -162,5 +192,7 @@ int main(int argc, char **argv)
 		rc = 1;
 	}
 	cow_io_destroy(b.io);
+	if (b.loop)
+		loop_destroy(b.loop);
 	return rc;
 }

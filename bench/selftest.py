@@ -82,6 +82,8 @@ def made_results():
         for depth in (1, 32):
             results.record("disk_io", engine, what="4 KiB write", depth=depth, state="new").add(requests_per_s=50000 * factor * depth)
     results.record("disk_io", "vmcp", what="4 KiB write", depth=1, state="copy-up").add(requests_per_s=50000)
+    for engine, rate in (("vmcp", 300000), ("other", 400000), ("qemu-img", 240000)):
+        results.record("disk_engine", engine, what="4 KiB write", depth=16, state="written").add(requests_per_s=rate)
     results.lacks("every", "not in this build: 'every': not supported yet | really")
     return results
 
@@ -138,10 +140,13 @@ class Targets(unittest.TestCase):
         row = self.row("disk, depth 32")
         self.assertIs(row.met, False)
         self.assertIn("1 of 2 cases meet it", row.measured)
-        self.assertIn("1.20 (4 KiB write, depth 1, copy-up)", self.row("first write after").measured)
+        self.assertIn("1.20 (4 KiB write, depth 1, copy-up); 1 of 1", self.row("first write after").measured)
+        self.assertIs(self.row("without a guest, depth 16").met, False)
+        self.assertIn("1.25 (4 KiB write, depth 16, written; qemu-img); 0 of 1", self.row("without a guest, depth 16").measured)
         self.assertIs(self.row("first write after").met, True)
         slow = {row.figure: row for row in targets.rows(made_results(), "other")}
         self.assertIs(next(row for figure, row in slow.items() if "disk, depth 1" in figure).met, False)
+        self.assertIs(slow["the disk engine without a guest, depth 16: times qemu-img's speed"].met, True)
 
     def test_nothing_measured(self):
         self.assertTrue(all(row.met is None and row.measured for row in targets.rows(records.Results({}))))

@@ -307,7 +307,7 @@ def remove(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def program(name):
-    """A program of bench/ beside the build that is measured, or None."""
-    path = os.path.join(os.path.dirname(os.environ["VMCP_BIN"]), "..", "bench", name)
+def program(name, vmcp=None):
+    """A program of bench/ beside a build, by default the one that is measured, or None."""
+    path = os.path.join(os.path.dirname(vmcp or os.environ["VMCP_BIN"]), "..", "bench", name)
     return path if os.access(path, os.X_OK) else None

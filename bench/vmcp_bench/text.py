@@ -41,6 +41,9 @@ TABLES = {
         ("", "ms; median (p95, max)", [("durable", "durable_ns", "spread"), ("plain O_DIRECT writer", "plain_ns", "spread"),
          ("share, %", "plain_share", "spread"), ("written, MiB", "written_bytes", "median"), ("plain, MiB/s", "plain_bytes_per_s", "median")]),
     ],
+    "disk_engine": [
+        ("", "median (p95, max)", [("requests a second", "requests_per_s", "spread"), ("MiB/s", "data_bytes_per_s", "spread")]),
+    ],
     "disk_io": [
         ("", "median (p95, max)", [("requests a second", "requests_per_s", "spread"), ("MiB/s", "data_bytes_per_s", "spread")]),
     ],
