@@ -80,11 +80,12 @@ def same_reading(image):
     check(filecmp.cmp("qemu.raw", "ours.raw", shallow=False), f"{image}: we and QEMU read different things")
 
 
-def qemu_io(image, *commands):
-    argv = ["qemu-io", "-f", "qcow2"]
+def qemu_io(image, *commands, fmt="qcow2"):
+    argv = ["qemu-io", "-f", fmt]
     for command in commands:
         argv += ["-c", command]
-    run(*argv, image)
+    process = run(*argv, image)
+    check("failed" not in process.stdout, process.stdout)
 
 
 def create(image, size, options, backing=None, backing_format="qcow2"):
@@ -967,6 +968,34 @@ def test_create():
     check(not os.path.exists("c.qcow2"), "a failed creation left a file")
 
 
+def test_sizes():
+    """The largest disks and the smallest: written at both ends, rotated, and each layer holds its own."""
+    for size in (8 << 40, 512, 0):
+        for kind in ("qcow2", "small clusters", "raw"):
+            fresh()
+            if kind == "raw":
+                with open("a.img", "wb") as file:
+                    file.truncate(size)
+            elif kind == "small clusters" and size > MIB:
+                continue  # refused: see test_create
+            else:
+                tool("create", "a.img", size, 512 if kind == "small clusters" else 65536)
+            if size > MIB:
+                qemu_io("a.img", f"write -q -P 1 {size - 4096} 4096", fmt="raw" if kind == "raw" else "qcow2")
+            tool("rotate", "a.img", "b.qcow2")
+            tool("rotate", "b.qcow2", "c.qcow2")
+            for image, byte in (("a.img", 0x11), ("b.qcow2", 0x11), ("c.qcow2", 0x22)):
+                if is_qcow2(image):
+                    qemu_check(image)
+                fmt = "qcow2" if is_qcow2(image) else "raw"
+                if size:
+                    qemu_io(image, f"read -P {byte} 0 512", f"read -P {byte} {size - 512} 512", fmt=fmt)
+                if size > MIB:
+                    qemu_io(image, f"read -P 1 {size - 4096} 3584", f"read -P 0 {size // 2} 64k", fmt=fmt)
+                process = run("qemu-img", "info", "--output=json", image)
+                check(json.loads(process.stdout)["virtual-size"] == size, f"{size} {kind}: {image}: its size")
+
+
 def test_damage():
     """Truncated and bit-flipped images: an error or data, never a crash, a hang, or memory without bound."""
     runs = int(2000 * SCALE)
@@ -1043,7 +1072,7 @@ GROUPS = {
     "sim": [test_crash_sim],
     "crash": [test_kill, test_kill_random],
     "errors": [test_errors, test_full],
-    "rules": [test_locks, test_refusals, test_chains, test_autoclear, test_create],
+    "rules": [test_locks, test_refusals, test_chains, test_autoclear, test_create, test_sizes],
     "damage": [test_damage],
 }
 

@@ -7,6 +7,7 @@
  *     disk_tool hold IMAGE [ro]        opens, says "held", waits for the end of stdin
  *     disk_tool create IMAGE BYTES CLUSTER [BACKING FORMAT]
  *     disk_tool write IMAGE OFFSET LENGTH
+ *     disk_tool rotate IMAGE OVERLAY   as a checkpoint does: writes the disk's first and last sector, while the disk turns to the overlay, and again after it
  *     disk_tool check IMAGE            prints "allocated N leaks N corruptions N: FIRST"
  *     disk_tool pattern RAW BYTES SEED
  *     disk_tool repair IMAGE           prints "before N leaks N corruptions after N leaks N corruptions"
@@ -98,6 +99,34 @@ static int write_range(struct cow_disk *disk, char **args, struct err *err)
 	memset(data, 0x5a, length);
 	int rc = cow_write_sync(disk, offset, data, length, err);
 	return rc ? rc : cow_flush_sync(disk, err);
+}
+
+static int write_ends(struct cow_disk *disk, uint8_t byte, struct err *err)
+{
+	uint8_t data[COW_SECTOR_BYTES];
+	uint64_t size = cow_size(disk);
+	memset(data, byte, sizeof(data));
+	int rc = size ? cow_write_sync(disk, 0, data, sizeof(data), err) : 0;
+	if (rc == 0 && size)
+		rc = cow_write_sync(disk, size - sizeof(data), data, sizeof(data), err);
+	if (rc == 0 && cow_read_sync(disk, size, data, sizeof(data), NULL) != -EINVAL)
+		rc = err_set(err, ERR_FAILED, EINVAL, "a sector was read beyond the end");
+	return rc;
+}
+
+static int rotate(struct cow_disk *disk, char **args, struct err *err)
+{
+	struct cow_overlay *overlay;
+	int rc = cow_overlay_prepare(disk, args[0], cow_path(disk), &overlay, err);
+	if (rc < 0)
+		return rc;
+	rc = write_ends(disk, 0x11, err);
+	cow_overlay_switch(overlay);
+	if (rc == 0)
+		rc = write_ends(disk, 0x22, err);
+	int sealed = cow_overlay_seal(overlay, NULL, rc < 0 ? NULL : err);
+	rc = rc < 0 ? rc : sealed;
+	return rc < 0 ? rc : cow_flush_sync(disk, err);
 }
 
 static void ignore_done(struct cow_request *request, int result)
@@ -297,6 +326,8 @@ int main(int argc, char **argv)
 	}
 	if (strcmp(command, "create") == 0 && (count == 2 || count == 4))
 		return create(argv + 2, argc - 2);
+	if (strcmp(command, "rotate") == 0 && count == 1)
+		return with_disk(argv[2], 0, rotate, args);
 	if (strcmp(command, "check") == 0)
 		return check_image(argv[2]);
 	if (strcmp(command, "pattern") == 0 && count == 2)

@@ -113,6 +113,32 @@ def take(env, guest, count, vm="tiny"):
     return ids
 
 
+def test_largest_and_empty_disks(env):
+    """A disk of 8 TiB, written all over, and one of nothing: checkpointed, put back, started anew."""
+    big, empty = env.image("big.qcow2", "8T"), env.image("empty.qcow2", "0")
+    guest = env.start_tiny(memory="128M", cmdline="set=4M bench=1", disks=[("big", big), ("empty", empty)])
+
+    def bench(kind, requests=64):
+        done = guest.ask(f"bench {kind} 4096 8 {requests} 60000", "bench")
+        check_equal([int(done[key]) for key in ("requests", "errors", "wrong")], [requests, 0, 0], kind)
+    bench("write")
+    ids = []
+    for _ in range(2):
+        ids.append(env.vmcp_json("checkpoint", "--live", "tiny")["id"])
+        bench("write")
+    for one in (ids[0], ids[1], ids[0]):
+        env.vmcp_json("revert", one)
+        bench("read")
+        bench("write")
+    env.vmcp("kill", "tiny")
+    for file in (big, empty):
+        image_check(file)
+    env.vmcp("verify", ids[0])
+    env.vmcp_json("run", "--from", ids[1], "--detach")
+    env.attach_tiny("tiny").check()
+    env.vmcp("kill", "tiny")
+
+
 def test_killed_at_each_step_of_a_merge_by_gc(env):
     """gc dies at each step: every disk reads as before, and the next gc finishes the work."""
     disk = env.image("disk.qcow2")
