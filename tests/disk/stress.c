@@ -478,15 +478,16 @@ int stress_run(const struct stress *s)
 	work_through(r);
 	check_everything(r);
 	char *top = xstrdup(cow_path(r->disk));
-	rc = cow_close(r->disk, &err);
+	int closed = rc = cow_close(r->disk, &err);
 	if (rc < 0 && !s->tolerate) {
 		r->failures++;
 		fprintf(stderr, "close: %s\n", err.message);
 	}
-	/* And what a new process would see. */
+	/* And what a new process would see. If the metadata could not be written, what was not flushed may be gone: stress_verify judges that. */
 	rc = cow_open(r->io, top, COW_OPEN_READONLY, &r->disk, &err);
 	if (rc == 0) {
-		check_everything(r);
+		if (closed == 0)
+			check_everything(r);
 		cow_close(r->disk, NULL);
 	} else {
 		r->failures++;
