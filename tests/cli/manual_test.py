@@ -289,7 +289,7 @@ def test_did_you_mean(env):
     for status, words, meant in ((2, ["chekpoint"], "`vmcp checkpoint`"), (2, ["sp"], "`vmcp ps`"), (2, ["help", "rveert"], "`vmcp revert`"),
                                  (2, ["log", "--grpah"], "--graph"), (2, ["ps", "--jsno"], "--json"), (2, ["config", "inti"], "`vmcp config init`"),
                                  (2, ["disk", "chekc", "x"], "`vmcp disk check`"), (3, ["stats", "tniy"], "'tiny'"), (3, ["show", "brnach"], "'branch'"),
-                                 (3, ["show", "tnyi~1"], "'tiny~1'"), (3, ["revert", "Frist"], "'first'"), (3, ["tag", "--delete", "brench"], "'branch'"),
+                                 (3, ["show", "tniy~1"], "'tiny~1'"), (3, ["revert", "Frist"], "'first'"), (3, ["tag", "--delete", "brench"], "'branch'"),
                                  (3, ["disk", "info", "first:dtaa"], "first:data"), (3, ["disk", "info", "tiny:dat"], "tiny:data"),
                                  (3, ["show", "tiny~99"], "tiny~")):
         check(meant in wrong(env, status, *words), f"{words}: {meant} is not in the hint")
