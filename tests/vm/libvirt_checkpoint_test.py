@@ -277,7 +277,7 @@ def test_deaths(env, domain):
     process = start_with(env, "355:1:sleep=2000")
     domain.daemon.stop(signal.SIGKILL)
     out, err = process.communicate(timeout=120)
-    check(process.returncode == 1 and b"virsh resume web" in err, f"not told: {process.returncode} {out} {err}")
+    check(process.returncode == 6 and b"virsh resume web" in err, f"not told: {process.returncode} {out} {err}")
     domain.daemon.start()
     virsh("resume", "web")
     domain.check()
