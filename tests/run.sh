@@ -11,7 +11,7 @@
 #
 # --quick: the release build and its units only. Exit status: 0 if everything passed; what was skipped is said.
 # VMCP_TEST_ROUNDS and VMCP_TEST_DEBIAN_ROUNDS set the rounds of the long tests (100 and 20), VMCP_TEST_DEBIAN_CHECKPOINTS the live checkpoints under
-# fio (5; 50 is the whole acceptance test), VMCP_TEST_LIBVIRT_ROUNDS those with QEMU's domains (3; 10 is the whole acceptance test), DISK_TEST_SCALE how much of the random tests of
+# fio and PostgreSQL (5 and 3; 50 is the whole acceptance test), VMCP_TEST_LIBVIRT_ROUNDS those with QEMU's domains (3; 10 is the whole acceptance test), DISK_TEST_SCALE how much of the random tests of
 # disks the release build goes through (0.3; 1 is all of docs/cowdisk.md).
 
 set -euo pipefail
@@ -53,7 +53,7 @@ build_and_test_in_memory() (
 # hangs (with-kvm exits with 124) or dies (125): then once more, aloud.
 debian_test() {
     local name=$1 try status=125 file=debian_test.py begin=$SECONDS
-    case $name in fio) file=debian_data_test.py ;; esac
+    case $name in fio | postgresql) file=debian_data_test.py ;; esac
     for try in 1 2 3; do
         status=0
         tests/with-kvm --mem 7168 --timeout 900 python3 "tests/vm/$file" "$name" || status=$?
@@ -126,8 +126,9 @@ bench_smoke() (
 )
 VMCP_GUEST=$PWD/build/debian-guest
 export VMCP_GUEST
-part "the Debian guest: making it" examples/debian-guest/build.sh --with fio "$VMCP_GUEST"
-long=("debian_test stress_smp" "debian_test balloon" "debian_test fio")
+part "the Debian guest: making it" examples/debian-guest/build.sh --with fio,postgresql,postgresql-contrib \
+    --prepare tests/vm/debian_prepare.sh "$VMCP_GUEST"
+long=("debian_test postgresql" "debian_test stress_smp" "debian_test balloon" "debian_test fio")
 if [ ${#near_kvm[@]} -eq 0 ]; then
     long+=(bench_smoke)
 else
