@@ -20,7 +20,12 @@
 #include "tests/inflight/schedules.h"
 #include "tests/inflight/test_layer.h"
 
-enum { SCHEDULES = 2000, SLOTS = 64, LAYERS = 4, MOST_SECTORS = 512, MOST_IOV = 4 };
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+enum { SCHEDULES = 500 };
+#else
+enum { SCHEDULES = 2000 };
+#endif
+enum { SLOTS = 64, LAYERS = 4, MOST_SECTORS = 512, MOST_IOV = 4 };
 
 struct sim;
 
