@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/fault.h"
 #include "base/nearest.h"
 #include "checkpoint/store/store_internal.h"
 
@@ -149,6 +150,8 @@ int store_tag(struct store *store, const char *id, const char *tag, struct err *
 	if (rc == 0)
 		rc = not_found(store, id, err);
 	else if (rc > 0)
+		rc = fault_check(FAULT_STORE_TAGGING, err);
+	if (!rc)
 		rc = catalog_run_locked(store, "PRAGMA synchronous = FULL", err);
 	if (!rc) {
 		rc = catalog_enter_tag_locked(store, id, tag, err);

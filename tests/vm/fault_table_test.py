@@ -132,6 +132,15 @@ def export(world, fault):
     return ended
 
 
+def tag(world, fault):
+    """Another tag's checkpoint keeps its own."""
+    _, ended = command(world, fault, "tag", world.ids[1], "again")
+    tags = {one["id"]: one["tag"] for one in world.env.vmcp_json("log")["checkpoints"]}
+    check(tags[world.ids[1]] == "again" or (tags[world.ids[1]] is None and (ended.died or ended.failed)), f"tags: {tags}")
+    check_equal(tags[world.ids[2]], "good", "the tag of another one")
+    return ended
+
+
 def bring_in(world, fault):
     """Into a store of its own, which comes into being with it."""
     other = world.env.path("other")
@@ -307,6 +316,7 @@ def rotation(world, fault):
 # Which operation reaches which points.
 ROWS = [
     (bring_in, [1, 2, 3, 317, 300, 301, 100, 101, 332, 333, 334, 335, 336, 308, 303, 304, 305, 337]),
+    (tag, [351]),
     (checkpoint, [*range(200, 222), *range(300, 307), 308, 100, 101, 102, 116, 117]),
     (revert, [*range(230, 239)]),
     (start, [239]),
@@ -364,7 +374,7 @@ def judge(world, ended, operation, point, action, what):
     env.vmcp("verify")
     image_check(world.disk)
     present = world.read(world.disk)
-    if operation in (remove, collect, rebuild):
+    if operation in (tag, remove, collect, rebuild):
         check_equal(present, world.present, f"{what}: the present disk")
     env.vmcp("gc")
     judge_layers(env, ids, what)
