@@ -4,11 +4,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "control/local_socket.h"
 #include "control/protocol.h"
 
 struct control_client {
@@ -30,24 +29,6 @@ char *control_default_store(void)
 	return xasprintf("%s/.local/state/vmcp", home ? home : "");
 }
 
-/* Names the folder by descriptor, as a socket's path may have 107 bytes only and a store may lie deep. */
-static int connect_socket(int dir, struct err *err)
-{
-	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-	if (fd < 0)
-		return err_sys(err, errno, "socket");
-	snprintf(address.sun_path, sizeof(address.sun_path), "/proc/self/fd/%d/control.sock", dir);
-	if (connect(fd, (struct sockaddr *)&address, sizeof(address))) {
-		int number = errno;
-
-		close(fd);
-		return err_sys(err, number, "control socket");
-	}
-	return fd;
-}
-
 int control_connect(struct store *store, const char *name, struct control_client **out, struct err *err)
 {
 	struct store_vm vm;
@@ -65,7 +46,7 @@ int control_connect(struct store *store, const char *name, struct control_client
 	CLEANUP_CLOSE int dir = store_vm_dir(store, name, err);
 	if (dir < 0)
 		return dir;
-	int fd = connect_socket(dir, err);
+	int fd = local_socket_connect(dir, "control.sock", err);
 	if (fd == -ENOENT || fd == -ECONNREFUSED) {
 		err_set(err, ERR_STATE, EAGAIN, "%s: the VM is starting or ending", name);
 		err_hint(err, "try again in a moment");

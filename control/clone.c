@@ -5,13 +5,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "base/buf.h"
 #include "base/clock.h"
 #include "control/client.h"
 #include "control/clone_rules.h"
+#include "control/splice.h"
 
 /* What all clones of one call come from. */
 struct origin {
@@ -151,20 +151,18 @@ static bool port_is_free(const char *host, uint32_t number)
 	struct sockaddr_in address = {.sin_family = AF_INET,
 				      .sin_port = htons((uint16_t)number),
 				      .sin_addr.s_addr = htonl(a << 24 | b << 16 | c << 8 | d)};
-	CLEANUP_CLOSE int fd = socket(AF_INET, (host[0] == 'u' ? SOCK_DGRAM : SOCK_STREAM) | SOCK_CLOEXEC, 0);
-	/* As those that will listen there; of UDP it would let in everybody. */
-	if (host[0] != 'u')
-		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
-	return fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof(address)) == 0 &&
-	       (host[0] == 'u' || listen(fd, 1) == 0);
+	CLEANUP_CLOSE int fd = splice_listen(&address, host[0] == 'u', NULL);
+	return fd >= 0;
 }
 
-/* A port that nobody listens at; a tap device that is there. */
+/* A port that nobody listens at; a tap device that is there; of host names the table knows all. */
 static bool is_free(void *opaque, const struct store_resource *resource, uint32_t number)
 {
 	(void)opaque;
 	if (!strcmp(resource->type, "port"))
 		return port_is_free(resource->host, number);
+	if (strcmp(resource->type, "tap"))
+		return true;
 	CLEANUP_FREE char *path = xasprintf("/sys/class/net/%s%u/tun_flags", resource->host, number);
 	return access(path, F_OK) == 0;
 }

@@ -9,12 +9,12 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/time.h>
-#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "base/buf.h"
 #include "base/log.h"
+#include "control/local_socket.h"
 #include "control/protocol.h"
 
 #define MAX_CONNECTIONS 64
@@ -190,25 +190,6 @@ static void *accept_main(void *opaque)
 	return NULL;
 }
 
-static int listen_in(int dir, struct err *err)
-{
-	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-	if (fd < 0)
-		return err_sys(err, errno, "control socket");
-	/* By descriptor: a socket's path may have 107 bytes only. The folder has mode 0700, so nobody else gets near the socket. */
-	snprintf(address.sun_path, sizeof(address.sun_path), "/proc/self/fd/%d/control.sock", dir);
-	unlinkat(dir, "control.sock", 0);
-	if (bind(fd, (struct sockaddr *)&address, sizeof(address)) || listen(fd, 16)) {
-		int number = errno;
-
-		close(fd);
-		return err_sys(err, number, "control socket");
-	}
-	return fd;
-}
-
 int control_server_start(int dir, struct control_target *target, struct control_server **out, struct err *err)
 {
 	struct control_server *server = xcalloc(1, sizeof(*server));
@@ -218,7 +199,8 @@ int control_server_start(int dir, struct control_target *target, struct control_
 	server->dir = fcntl(dir, F_DUPFD_CLOEXEC, 0);
 	server->stop_fd = eventfd(0, EFD_CLOEXEC);
 	pthread_mutex_init(&server->lock, NULL);
-	server->listen_fd = rc = listen_in(dir, err);
+	/* The folder has mode 0700, so nobody else gets near the socket. */
+	server->listen_fd = rc = local_socket_listen(dir, "control.sock", err);
 	if (rc < 0)
 		goto fail;
 	rc = pthread_create(&server->acceptor, NULL, accept_main, server);

@@ -11,10 +11,10 @@
 
 #include "base/buf.h"
 #include "base/log.h"
+#include "control/splice.h"
 
 #define MAX_PORTS   (CONFIG_MAX_NETS * NET_MAX_FORWARDS)
 #define MAX_CALLERS 64u
-#define PUMP_BYTES  65536u
 
 struct port {
 	int fd;
@@ -37,23 +37,6 @@ struct sleeper {
 
 /* --- listening --- */
 
-static int listen_at(struct port *port, struct err *err)
-{
-	const uint8_t *a = (const uint8_t *)&port->address.sin_addr;
-
-	port->fd = socket(AF_INET, (port->udp ? SOCK_DGRAM : SOCK_STREAM) | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (port->fd < 0)
-		return err_sys(err, errno, "socket");
-	if (!port->udp)
-		setsockopt(port->fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
-	if (bind(port->fd, (struct sockaddr *)&port->address, sizeof(port->address)) == 0 && (port->udp || listen(port->fd, MAX_CALLERS) == 0))
-		return 0;
-	int number = errno;
-	err_set(err, number == EADDRINUSE ? ERR_STATE : ERR_FAILED, number, "%s port %u.%u.%u.%u:%u: %s", port->udp ? "udp" : "tcp", a[0], a[1], a[2],
-		a[3], ntohs(port->address.sin_port), strerror(number));
-	return -number;
-}
-
 static int add_port(struct sleeper *sleeper, const struct net_forward *forward, struct err *err)
 {
 	struct port *port = &sleeper->ports[sleeper->port_count++];
@@ -62,7 +45,8 @@ static int add_port(struct sleeper *sleeper, const struct net_forward *forward, 
 	port->address.sin_family = AF_INET;
 	port->address.sin_port = htons(forward->host_port);
 	memcpy(&port->address.sin_addr, forward->host_address, 4);
-	return listen_at(port, err);
+	port->fd = splice_listen(&port->address, port->udp, err);
+	return port->fd < 0 ? port->fd : 0;
 }
 
 int sleeper_create(const struct machine_config *config, struct sleeper **out, struct err *err)
@@ -122,73 +106,13 @@ void sleeper_stop_listening(struct sleeper *sleeper)
 
 /* --- handing through --- */
 
-/* One way of a connection. */
-struct way {
-	int from, to;
-	size_t at, used;
-	bool ended;
-	char data[PUMP_BYTES];
-};
-
-static void move(struct way *way, short readable, short writable)
-{
-	if (readable && way->used == 0 && !way->ended) {
-		ssize_t got = read(way->from, way->data, sizeof(way->data));
-
-		way->ended = got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR);
-		way->at = 0;
-		way->used = got > 0 ? (size_t)got : 0;
-		if (way->ended)
-			shutdown(way->to, SHUT_WR);
-		writable = 1;
-	}
-	if (writable && way->used > 0) {
-		ssize_t put = send(way->to, way->data + way->at, way->used, MSG_NOSIGNAL | MSG_DONTWAIT);
-
-		if (put < 0 && (errno == EAGAIN || errno == EINTR))
-			return;
-		way->at += put > 0 ? (size_t)put : way->used;
-		way->used -= put > 0 ? (size_t)put : way->used;
-		way->ended |= put < 0; /* nobody reads it any more */
-	}
-}
-
-static void pump(struct way *there, struct way *back)
-{
-	while (!there->ended || !back->ended || there->used || back->used) {
-		struct pollfd list[2] = {{.fd = there->from}, {.fd = back->from}};
-
-		list[0].events = (short)((there->used || there->ended ? 0 : POLLIN) | (back->used ? POLLOUT : 0));
-		list[1].events = (short)((back->used || back->ended ? 0 : POLLIN) | (there->used ? POLLOUT : 0));
-		if (poll(list, 2, -1) < 0 && errno != EINTR)
-			return;
-		/* An error of one side is the end of both ways: nothing comes or goes there any more. */
-		if ((list[0].revents | list[1].revents) & (POLLERR | POLLNVAL))
-			return;
-		move(there, list[0].revents & (POLLIN | POLLHUP), list[1].revents & POLLOUT);
-		move(back, list[1].revents & (POLLIN | POLLHUP), list[0].revents & POLLOUT);
-		/* One that has left for good takes nothing any more. */
-		if (((list[0].revents & POLLHUP) && there->ended && !there->used) || ((list[1].revents & POLLHUP) && back->ended && !back->used))
-			return;
-	}
-}
-
 static void *hand_through(void *opaque)
 {
 	struct caller *caller = opaque;
-	struct sockaddr_in to = caller->address;
-	CLEANUP_CLOSE int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	CLEANUP_CLOSE int fd = splice_connect(&caller->address);
 
-	if (to.sin_addr.s_addr == htonl(INADDR_ANY))
-		to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	if (fd >= 0 && connect(fd, (struct sockaddr *)&to, sizeof(to)) == 0) {
-		struct way *ways = xcalloc(2, sizeof(*ways));
-
-		ways[0].from = ways[1].to = caller->fd;
-		ways[0].to = ways[1].from = fd;
-		pump(&ways[0], &ways[1]);
-		free(ways);
-	}
+	if (fd >= 0)
+		splice_run(&(struct splice){.caller = caller->fd, .server = fd});
 	close(caller->fd);
 	free(caller);
 	return NULL;
