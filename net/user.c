@@ -9,6 +9,7 @@
  */
 #include <arpa/inet.h>
 #include <errno.h>
+#include <netinet/tcp.h>
 #include <slirp/libslirp.h>
 #include <stdio.h>
 #include <string.h>
@@ -332,15 +333,26 @@ static int start(struct user *user, struct err *err)
 	return add_forwards(user, err);
 }
 
-/* With `reset`, whoever speaks with the guest over a socket sees a reset, not an end that looks like the guest's own. */
-static void stop(struct user *user, bool reset)
+/* The guest has ended its side of a connection. */
+static bool has_said_all(int fd)
+{
+	struct tcp_info info;
+	socklen_t length = sizeof(info);
+
+	return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) == 0 &&
+	       (info.tcpi_state == TCP_FIN_WAIT1 || info.tcpi_state == TCP_FIN_WAIT2 || info.tcpi_state == TCP_CLOSING || info.tcpi_state == TCP_LAST_ACK);
+}
+
+/* Whoever speaks with the guest over a socket sees a reset, not an end that looks like the guest's own. With `spare` where it was the guest's own that
+ * stays one: what it said last is to arrive. */
+static void stop(struct user *user, bool spare)
 {
 	const struct linger now = {.l_onoff = 1};
 
 	if (user->slirp == NULL)
 		return;
-	for (int fd = 0; fd < user->watch_count && reset; fd++)
-		if (user->watches[fd].ours || user->watches[fd].in_set != 0)
+	for (int fd = 0; fd < user->watch_count; fd++)
+		if ((user->watches[fd].ours || user->watches[fd].in_set != 0) && !(spare && has_said_all(fd)))
 			setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)); /* of UDP it changes nothing */
 	slirp_cleanup(user->slirp);
 	user->slirp = NULL;
@@ -365,7 +377,7 @@ static void restart(struct net *net, const uint8_t guest_mac[6], const struct ne
 
 	user->ring_head = user->ring_used = 0;
 	fragments_clear(&user->fragments);
-	stop(user, true);
+	stop(user, false);
 	/* The ports were ours a moment ago; where somebody was faster it is tried again. */
 	user->deaf = start(user, &err) < 0;
 	if (user->deaf)
@@ -451,7 +463,7 @@ static void close_user(struct net *net)
 {
 	struct user *user = (struct user *)net;
 
-	stop(user, false);
+	stop(user, true);
 	loop_remove(net->loop, user->source);
 	loop_remove(net->loop, user->timer);
 	if (user->epoll_fd >= 0)

@@ -324,6 +324,33 @@ Test(user, forwarded_ports)
 	card_destroy(again);
 }
 
+/* When a VM ends: what the guest left open is reset, what it has ended itself stays ended. */
+Test(user, the_end_of_a_card_resets_connections)
+{
+	for (int said_all = 0; said_all < 2; said_all++) {
+		struct net_config config = config_user();
+		struct tcp t = {.card = start(&config)};
+		int error = -1;
+		socklen_t length = sizeof(error);
+		uint16_t port;
+		char text[8] = {0};
+		int listener = host_socket(SOCK_STREAM, &port);
+		say_hello(t.card, t.mac);
+		int fd = open_from_guest(&t, listener, port);
+		send_tcp(&t, (uint8_t)(ACK | PSH | (said_all ? FIN : 0)), "bye", 3, true);
+		cr_expect_eq(host_read(fd, text, sizeof(text)), 3);
+		if (said_all)
+			cr_expect_eq(host_read(fd, text, sizeof(text)), 0);
+		card_destroy(t.card);
+		if (!said_all)
+			cr_expect_eq(host_read(fd, text, sizeof(text)), -ECONNRESET);
+		cr_assert_eq(getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &length), 0);
+		cr_expect_eq(error, 0, "%d", error);
+		close(fd);
+		close(listener);
+	}
+}
+
 /* The host's end sees a reset; the guest, that only waits, is asked and told. The ports are there at once. */
 Test(user, restart_resets_connections)
 {
