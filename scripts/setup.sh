@@ -24,7 +24,7 @@ readonly NESTED=(qemu-system-x86 busybox-static cpio e2fsprogs xz-utils)
 readonly GUEST=(mmdebstrap debian-archive-keyring e2fsprogs qemu-utils)
 readonly TEST=("${BUILD[@]}" "${NESTED[@]}" "${GUEST[@]}" libcriterion-dev libqcow-dev acpica-tools xfsprogs btrfs-progs gdb iproute2 zstd python3
     libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-doc libxml2-utils
-    groff-base zsh fish)
+    groff-base zsh fish openssh-client)
 readonly DEMO=("${NESTED[@]}" "${GUEST[@]}" python3)
 readonly BENCH=(qemu-system-x86 qemu-utils python3)
 

@@ -6,7 +6,7 @@ cc=$1
 cd "$2" || exit 1
 checked=0
 failed=0
-for header in $(find base vmm cowdisk net devices checkpoint machine control cli libvmcp tests/lib \
+for header in $(find base vmm cowdisk net devices checkpoint machine guest control cli libvmcp tests/lib \
 	-name '*.h' 2>/dev/null | sort); do
 	checked=$((checked + 1))
 	# -Wno-unused-*: a header's static functions and macros have no user here.

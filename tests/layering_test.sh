@@ -15,7 +15,8 @@ allowed() {
 	devices) echo "base/* vmm/vm.h vmm/bus.h vmm/memory.h vmm/acpi.h cowdisk/block.h net/*" ;;
 	checkpoint) echo "base/* vmm/* cowdisk/block.h cowdisk/overlay.h cowdisk/check.h cowdisk/map.h cowdisk/merge.h" ;;
 	machine) echo "base/* vmm/* cowdisk/* net/* devices/* checkpoint/*" ;;
-	control) echo "base/* machine/* checkpoint/*" ;;
+	guest) echo "base/*" ;;
+	control) echo "base/* machine/* checkpoint/* guest/protocol.h" ;;
 	libvmcp) echo "base/* control/client.h checkpoint/store/store.h" ;;
 	cli) echo "base/* control/* checkpoint/store/* cowdisk/block.h cowdisk/check.h cowdisk/compare.h cowdisk/info.h cowdisk/merge.h" ;;
 	esac
@@ -61,7 +62,7 @@ check_file() {
 	done
 }
 
-for folder in base vmm cowdisk net devices checkpoint machine control cli libvmcp; do
+for folder in base vmm cowdisk net devices checkpoint machine guest control cli libvmcp; do
 	[ -d "$folder" ] || continue
 	for file in $(find "$folder" -name '*.[ch]' -o -name '*.def' | sort); do
 		files=$((files + 1))
