@@ -157,7 +157,7 @@ static void print_clone(const struct clone *clone)
 {
 	printf("%s", clone->name);
 	for (size_t i = 0; i < clone->resource_count; i++)
-		if (!strcmp(clone->resources[i].type, "port"))
+		if (!strcmp(clone->resources[i].type, "port") || !strcmp(clone->resources[i].type, "mux"))
 			printf("  %s=%s", clone->resources[i].name, clone->resources[i].host);
 	putchar('\n');
 }
@@ -303,6 +303,8 @@ const struct cli_command cli_clone = {
 		"Rules, one a line: TYPE[:NAME] any|ro|rw ACTION [VALUE]\n"
 		"    port any allocate 20000-20999          # of the host; also: set PORT, drop\n"
 		"    port:lan/tcp/22 any set 22<N>\n"
+		"    port:lan/tcp/80 any multiplex 8080     # one for all clones; or 8080:least, 8080:name\n"
+		"    hostname any set web-<N>               # where an agent is in the guest; also: allocate web:1-99, share\n"
 		"    mac:lan any share                      # what the guest has; also: new, set MAC\n"
 		"    tap:wan rw set vmtap<N>                # also: allocate vmtap:0-99\n"
 		"    disk:root rw copy /srv/<VM>.qcow2      # the overlay's place\n"

@@ -23,6 +23,7 @@ static const char vm_rest[] =
 	"rng = yes                   # a random number device\n"
 	"balloon = no                # the host gets back memory that the guest does not use\n"
 	"# vsock_cid = 3             # sockets between guest and host; many VMs may have the same number\n"
+	"# hostname = web            # what vmcp-agent in the guest calls it when it is another machine\n"
 	"# libvirt = qemu:///system  # whose networks and volumes are meant, where some are named\n\n";
 
 static const char disks_rest[] =
@@ -38,6 +39,7 @@ static const char nets[] =
 	"# [net lan]\n"
 	"# mode = user               # user: no privileges needed; tap, bridge: of the host; none: no card\n"
 	"# forward = tcp:2222:22     # a port of the host's 127.0.0.1 that leads to one of the guest; may be repeated\n"
+	"# multiplex = tcp:80:22     # a port of the host that several VMs share; 'vmcp mux' shows how; may be repeated\n"
 	"# mac = 52:54:00:12:34:56   # chosen if it is not given\n"
 	"# send_rate = 10M           # bytes a second; 0: no limit\n"
 	"# receive_rate = 10M\n"

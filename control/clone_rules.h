@@ -35,8 +35,8 @@ struct clone_variables {
 int clone_rules_apply(const struct clone_rules *rules, struct machine_config *config,
 		      const struct clone_variables *variables, struct store_resource **list, size_t *count,
 		      struct err *err);
-/* Puts what was allocated for the list into the configuration. */
-int clone_rules_settle(struct machine_config *config, const struct store_resource *list, size_t count, struct err *err);
+/* Puts what was allocated for the list into the configuration, and into the list what the guest will know of it. */
+int clone_rules_settle(struct machine_config *config, struct store_resource *list, size_t count, struct err *err);
 /* Puts which rule is to blame in front of an error about a resource. Returns as err_prefix. */
 int clone_rules_blame(const struct clone_rules *rules, const struct store_resource *resource, struct err *err);
 

@@ -140,6 +140,61 @@ Test(clone_rules, the_more_special_one_goes_before)
 	end(&made);
 }
 
+Test(clone_rules, host_names)
+{
+	struct made made;
+	struct err err;
+	/* Where there is a way to an agent: the VM's name, as far as it may be a host's. */
+	cr_assert_eq(make(web, "", 1, 3, &made, &err), 0, "%s", err.message);
+	cr_expect_str_eq(made.config.hostname, "web-7");
+	expect_host(&made, "hostname", "vm", "web-7");
+	cr_expect_not(find(&made, "hostname", "vm")->exclusive);
+	end(&made);
+	cr_assert_eq(make(with_tap, "tap any set vmtap<N>", 1, 3, &made, &err), 0, "%s", err.message);
+	cr_expect_str_eq(made.config.hostname, "");
+	end(&made);
+	cr_assert_eq(make(web, "hostname:vm any set n<N>", 5, 3, &made, &err), 0, "%s", err.message);
+	expect_host(&made, "hostname", "vm", "n5");
+	end(&made);
+	cr_assert_eq(make(web, "hostname any share", 5, 3, &made, &err), 0, "%s", err.message);
+	cr_expect_str_eq(made.config.hostname, "");
+	end(&made);
+	cr_assert_eq(make(web, "hostname any allocate node-:3-9", 5, 3, &made, &err), 0, "%s", err.message);
+	struct store_resource *name = find(&made, "hostname", "vm");
+	cr_expect(name->pool_from == 3 && name->pool_to == 9 && name->exclusive);
+	cr_expect_str_eq(name->host, "node-");
+	free(name->host);
+	name->host = xstrdup("node-4");
+	cr_assert_eq(clone_rules_settle(&made.config, made.list, made.count, &err), 0, "%s", err.message);
+	cr_expect_str_eq(made.config.hostname, "node-4");
+	cr_expect_str_eq(name->guest, "node-4");
+	end(&made);
+}
+
+Test(clone_rules, shared_ports)
+{
+	struct made made;
+	struct err err;
+	cr_assert_eq(make(web, "port:lan/tcp/80 any multiplex 8000:least\nport:lan/tcp/22 any multiplex 0.0.0.0:2<N>", 5, 3, &made, &err), 0, "%s", err.message);
+	expect_host(&made, "mux", "lan/tcp/80", "tcp:127.0.0.1:8000:least");
+	expect_host(&made, "mux", "lan/tcp/22", "tcp:0.0.0.0:25:round-robin");
+	cr_expect_not(find(&made, "mux", "lan/tcp/80")->exclusive);
+	struct store_resource *port = find(&made, "port", "lan/tcp/80");
+	cr_expect(port->pool_from == 20000 && port->pool_to == 29999 && port->exclusive, "one of its own behind it");
+	end(&made);
+	/* The origin's own sharing goes on, and goes with its port. */
+	static const char shared[] = "[vm]\nname = web\nmemory = 64M\nkernel = /k\n[net lan]\nmode = user\nforward = tcp:8080:80\nforward = tcp:8443:443\n"
+				     "multiplex = tcp:80:80\nmultiplex = tcp:443:443:name\n";
+	cr_assert_eq(make(shared, "port:lan/tcp/443 any multiplex 444", 1, 3, &made, &err), 0, "%s", err.message);
+	expect_host(&made, "mux", "lan/tcp/80", "tcp:127.0.0.1:80:round-robin");
+	expect_host(&made, "mux", "lan/tcp/443", "tcp:127.0.0.1:444:round-robin");
+	end(&made);
+	cr_assert_eq(make(shared, "port:lan/tcp/80 any drop", 1, 3, &made, &err), 0, "%s", err.message);
+	cr_expect_eq(made.config.nets[0].shared_count, 1);
+	expect_host(&made, "mux", "lan/tcp/443", "tcp:127.0.0.1:443:name");
+	end(&made);
+}
+
 Test(clone_rules, tap_devices)
 {
 	struct made made;
@@ -207,6 +262,21 @@ Test(clone_rules, bad_ones_are_refused_with_line_and_reason)
 		{"port:lan any set 800000<N>", ":1:", "no port"},
 		{"mac:lan any set 53:<N>", ":1:", "no MAC"},
 		{"bridge any set a/<N>", ":1:", "no interface"},
+		{"hostname any set", ":1:", "value is missing"},
+		{"hostname any drop", ":1:", "not possible"},
+		{"hostname any set same", ":1:", "all 3 clones"},
+		{"hostname any set a_<N>", ":1:", "no host name"},
+		{"hostname any allocate web", ":1:", "no pool"},
+		{"hostname any allocate web:1-2", ":1:", "2 numbers, 3 are needed"},
+		{"hostname:x any share", ":1:", "has no hostname x"},
+		{"port:lan/tcp/80 any multiplex", ":1:", "value is missing"},
+		{"port:lan/tcp/80 any multiplex x", ":1:", "no port to share"},
+		{"port:lan/tcp/80 any multiplex 80:most", ":1:", "no port to share"},
+		{"port:lan/tcp/80 any multiplex 70000", ":1:", "no port to share"},
+		{"port:lan/udp/53 any multiplex 80", ":1:", "only ports of TCP"},
+		{"port:lan2 any multiplex 80\nport:lan any multiplex 80", ":2:", "only ports of TCP"},
+		{"port:lan/tcp any multiplex 80", ":1:", "cannot be one port"},
+		{"mac any multiplex 80", ":1:", "not possible"},
 	};
 	for (size_t i = 0; i < ARRAY_LENGTH(bad); i++) {
 		struct made made;
@@ -219,6 +289,9 @@ Test(clone_rules, bad_ones_are_refused_with_line_and_reason)
 	}
 	struct made made;
 	struct err err;
+	cr_expect_eq(make(with_tap, "hostname any share\ntap any set vmtap<N>", 1, 3, &made, &err), -EINVAL);
+	cr_expect(strstr(err.message, ":1:") && strstr(err.message, "vsock_cid"), "%s", err.message);
+	end(&made);
 	cr_expect_eq(make(web, "port any allocate 20000-20011", 1, 3, &made, &err), 0, "just enough: %s", err.message);
 	end(&made);
 }

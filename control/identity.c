@@ -30,6 +30,13 @@ void identity_port(const struct net_forward *forward, char out[32])
 		snprintf(out + n, (size_t)(32 - n), "%u", forward->host_port);
 }
 
+void identity_shared(const struct config_shared *shared, char out[IDENTITY_SHARED_BYTES])
+{
+	const uint8_t *a = shared->host_address;
+
+	snprintf(out, IDENTITY_SHARED_BYTES, "tcp:%u.%u.%u.%u:%u:%s", a[0], a[1], a[2], a[3], shared->host_port, config_sharing_name(shared->sharing));
+}
+
 /* Several ports of the host may lead to one of the guest. */
 static unsigned times_before(const struct config_net *net, unsigned index)
 {
@@ -55,6 +62,16 @@ static void list_forward(const struct config_net *net, unsigned index, struct st
 	store_resources_add(list, count, "port", name, guest, host, true);
 }
 
+static void list_shared(const struct config_net *net, const struct config_shared *shared, struct store_resource **list, size_t *count)
+{
+	char name[CONFIG_NAME_BYTES + 32], guest[16], host[IDENTITY_SHARED_BYTES];
+
+	snprintf(name, sizeof(name), "%s/tcp/%u", net->name, shared->guest_port);
+	snprintf(guest, sizeof(guest), "tcp:%u", shared->guest_port);
+	identity_shared(shared, host);
+	store_resources_add(list, count, IDENTITY_MUX, name, guest, host, false);
+}
+
 static void list_card(const struct config_net *net, struct store_resource **list, size_t *count)
 {
 	const uint8_t *m = net->mac;
@@ -72,6 +89,8 @@ static void list_card(const struct config_net *net, struct store_resource **list
 		store_resources_add(list, count, "network", net->name, "", net->network, false);
 	for (unsigned i = 0; i < net->forward_count; i++)
 		list_forward(net, i, list, count);
+	for (unsigned i = 0; i < net->shared_count; i++)
+		list_shared(net, &net->shared[i], list, count);
 }
 
 static void list_disk(const struct config_disk *disk, const char *store_path, const char *vm, struct store_resource **list, size_t *count)
@@ -98,6 +117,8 @@ void identity_list(struct machine_config *config, const char *store_path, const 
 	for (unsigned i = 0; i < config->disk_count; i++)
 		list_disk(&config->disks[i], store_path, config->name, list, count);
 	snprintf(cid, sizeof(cid), "%u", config->vsock_cid);
+	if (config->hostname[0])
+		store_resources_add(list, count, "hostname", "vm", config->hostname, config->hostname, false);
 	if (config->vsock_cid)
 		store_resources_add(list, count, "cid", "vsock", cid, vsock, true);
 }

@@ -5,9 +5,11 @@
  *     uuid     vm                            the uuid                                 exclusive
  *     mac      CARD              MAC         nothing: an address is the card's own affair on networks of its own
  *     port     CARD/PROTO/PORT   PROTO:PORT  PROTO:ADDRESS:PORT of the host           exclusive
+ *     mux      CARD/tcp/PORT     tcp:PORT    tcp:ADDRESS:PORT:SHARING of the host, which other VMs have, too; behind it is the `port` of the same name
  *     tap      CARD                          the tap device                           exclusive
  *     bridge   CARD                          the bridge
  *     network  CARD                          the network of libvirt
+ *     hostname vm                the name    the same: so that it can be allocated
  *     cid      vsock             CID         path of the UNIX socket                  exclusive
  *     disk     DISK              serial      path of the image (which has a lock of its own)
  *     base     DISK                          path of the read-only base
@@ -24,6 +26,10 @@ void identity_own_disks(struct machine_config *config, const char *store_path, c
 /* Appends all that a VM of this configuration has. Cards without an address get one, by the uuid. */
 void identity_list(struct machine_config *config, const char *store_path, const char *uuid,
 		   struct store_resource **list, size_t *count);
+#define IDENTITY_MUX	      "mux"
+#define IDENTITY_SHARED_BYTES 48
+/* The host's side of a shared port, "tcp:127.0.0.1:8080:least". */
+void identity_shared(const struct config_shared *shared, char out[IDENTITY_SHARED_BYTES]);
 /* The host's side of a forwarded port, "tcp:127.0.0.1:8080", without the number if that is 0. */
 void identity_port(const struct net_forward *forward, char out[32]);
 

@@ -11,6 +11,7 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/log.h"
+#include "control/agent_host.h"
 #include "control/events.h"
 #include "control/periodic.h"
 #include "control/protocol.h"
@@ -508,6 +509,7 @@ static int stats(struct control_exchange *x, const json_t *params, json_t **resu
 	json_object_set_new(*result, "written_pages_per_s", json_integer(number(history.written_pages_per_s)));
 	json_object_set_new(*result, "operation", operation_to_json(x->target->machine));
 	json_object_set_new(*result, "generation_id", generation_to_json(x->target->machine));
+	json_object_set_new(*result, "agent", agent_host_to_json(x->target->agent));
 	return 0;
 }
 

@@ -17,9 +17,11 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "base/terminal.h"
+#include "control/agent_host.h"
 #include "control/console_log.h"
 #include "control/events.h"
 #include "control/identity.h"
+#include "control/mux.h"
 #include "control/periodic.h"
 #include "control/protocol.h"
 #include "control/server.h"
@@ -263,6 +265,14 @@ static int write_record(struct process *process, struct err *err)
 
 /* --- life --- */
 
+static int start_agent_host(struct process *process, struct err *err)
+{
+	const struct agent_host_identity identity = {
+		.uuid = process->record.uuid, .hostname = process->config.hostname, .tell_time = !process->options->clock_of_checkpoint};
+
+	return process->config.vsock_cid ? agent_host_start(process->dir, &process->target, &identity, &process->target.agent, err) : 0;
+}
+
 static void foreground_escape(void *opaque)
 {
 	struct process *process = opaque;
@@ -377,6 +387,8 @@ static int start(struct process *process, struct err *err)
 	if (!rc)
 		rc = build_machine(process, process->from, err);
 	if (!rc)
+		rc = mux_ensure(store_path(process->store), &process->config, err);
+	if (!rc)
 		rc = attach_console_log(process, err);
 	/* From here on it is known; a VM that cannot be built leaves what is known of it as it was. */
 	if (!rc)
@@ -388,6 +400,8 @@ static int start(struct process *process, struct err *err)
 		process->tidy = process->target.tidy = tidy_create(&process->target);
 	if (!rc)
 		process->target.events = events_create();
+	if (!rc)
+		rc = start_agent_host(process, err);
 	if (!rc)
 		rc = control_server_start(process->dir, &process->target, &process->server, err);
 	if (!rc)
@@ -473,7 +487,7 @@ static int keep_ports(struct process *process, struct err *err)
 		const char *type = list[i].type;
 		struct store_resource one = list[i];
 
-		if (strcmp(type, "uuid") && strcmp(type, "port") && strcmp(type, "socket"))
+		if (strcmp(type, "uuid") && strcmp(type, "port") && strcmp(type, IDENTITY_MUX) && strcmp(type, "socket"))
 			continue;
 		list[i] = list[kept];
 		list[kept++] = one;
@@ -593,6 +607,7 @@ static int end(struct process *process, int rc, struct err *err)
 	int closed = drop_machine(process, &closing);
 	events_end(process->target.events);
 	control_server_stop(process->server);
+	agent_host_stop(process->target.agent);
 	periodic_destroy(process->periodic);
 	tidy_destroy(process->tidy);
 	events_destroy(process->target.events);

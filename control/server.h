@@ -27,6 +27,7 @@ struct control_target {
 	struct periodic *periodic; /* NULL without periodic checkpoints; immutable while the server runs */
 	struct tidy *tidy;	   /* immutable while the server runs; NULL in tests */
 	struct events *events;	   /* the same */
+	struct agent_host *agent;  /* NULL without vsock; immutable while the server runs */
 	/* Ends the process: in any thread, must not block. */
 	void (*kill)(void *opaque);
 	/* The machine is paused and in checkpoint `id`: drops it until somebody wants it; and that somebody does. As `kill`. NULL in tests. */

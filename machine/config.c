@@ -556,6 +556,8 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
 			    config->rng ? "yes" : "no", config->balloon ? "yes" : "no");
 	if (!rc && config->vsock_cid)
 		rc = config_append(out, err, "vsock_cid = %u\n", config->vsock_cid);
+	if (!rc && config->hostname[0])
+		rc = config_append(out, err, "hostname = %s\n", config->hostname);
 	if (!rc && config->qemu)
 		rc = config_append(out, err, "made_by = qemu\n");
 	if (!rc && config->libvirt[0])

@@ -19,6 +19,8 @@
 #define CONFIG_MAX_NETS 8
 #define CONFIG_NAME_BYTES 64
 #define CONFIG_UUID_BYTES 37
+#define CONFIG_HOSTNAME_BYTES 64
+#define CONFIG_MAX_SHARED 16 /* ports that a card shares with other VMs */
 #define CONFIG_KEEP	  20 /* periodic checkpoints, where nothing else is said */
 #define CONFIG_MAX_KEEP	  1000000u
 #define CONFIG_MIN_EVERY_NS 10000000ull
@@ -34,6 +36,16 @@ struct config_disk {
 	bool detect_zeroes;
 };
 
+/* How a multiplexer gives a new connection to one of the VMs that share its port. */
+enum config_sharing { CONFIG_ROUND_ROBIN, CONFIG_LEAST, CONFIG_BY_NAME };
+
+/* A port of the host that this VM shares with others. The guest's is one of the card's forwards. */
+struct config_shared {
+	uint8_t host_address[4];
+	uint16_t host_port, guest_port; /* TCP */
+	enum config_sharing sharing;
+};
+
 struct config_net {
 	char name[CONFIG_NAME_BYTES]; /* of its section: [net NAME] */
 	enum net_mode mode;	      /* NET_NONE: no card */
@@ -44,6 +56,8 @@ struct config_net {
 	char network[CONFIG_NAME_BYTES]; /* of libvirt */
 	unsigned forward_count;
 	struct net_forward forwards[NET_MAX_FORWARDS];
+	unsigned shared_count;
+	struct config_shared shared[CONFIG_MAX_SHARED];
 };
 
 struct machine_config {
@@ -61,6 +75,7 @@ struct machine_config {
 	bool rng;
 	bool balloon;
 	uint32_t vsock_cid; /* 0: no socket device */
+	char hostname[CONFIG_HOSTNAME_BYTES]; /* what the agent in the guest is to call it; "": as it is */
 	bool qemu;	    /* of a checkpoint that QEMU made: vmcp cannot run it */
 	char *libvirt;	    /* URI of the libvirt that networks and volumes are of; "": its default */
 	uint64_t every_ns; /* periodic live checkpoints; 0: none */
@@ -88,6 +103,9 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
  * card replaces those that it has. -EINVAL, ERR_USAGE; the configuration is then not to be used. */
 int config_set_nets(struct machine_config *config, const char *settings, struct err *err);
 const char *config_net_mode_name(enum net_mode mode);
+const char *config_sharing_name(enum config_sharing sharing);
+/* Letters, digits and '-', at most 63, none of these '-' at either end (RFC 1123). */
+bool config_is_hostname(const char *text);
 const char *config_backing_name(enum mem_backing backing);
 /* Another backing than the text says: -EINVAL, ERR_USAGE if `name` is none, or the configuration excludes it. */
 int config_choose_backing(struct machine_config *config, const char *name, struct err *err);

@@ -243,6 +243,26 @@ static int set_vsock(struct config_reading *r, void *object, const char *key, co
 	return 0;
 }
 
+bool config_is_hostname(const char *text)
+{
+	size_t length = strlen(text);
+
+	for (size_t i = 0; i < length; i++)
+		if (!isalnum((unsigned char)text[i]) && text[i] != '-')
+			return false;
+	return length > 0 && length < CONFIG_HOSTNAME_BYTES && text[0] != '-' && text[length - 1] != '-';
+}
+
+static int set_hostname(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	if (config_is_hostname(value)) {
+		snprintf(((struct machine_config *)object)->hostname, CONFIG_HOSTNAME_BYTES, "%s", value);
+		return 0;
+	}
+	config_fail(r, key, "'%s' is no host name", value);
+	return err_hint(r->err, "letters, digits and '-', at most 63, no '-' at either end");
+}
+
 /* Of checkpoints only. */
 static int set_made_by(struct config_reading *r, void *object, const char *key, const char *value)
 {
@@ -385,6 +405,7 @@ static const struct config_key vm_keys[] = {
 	{.name = "console", .set = set_console},     {.name = "rng", .set = set_rng},
 	{.name = "balloon", .set = set_balloon},     {.name = "vsock_cid", .set = set_vsock},
 	{.name = "libvirt", .set = set_libvirt},     {.name = "made_by", .set = set_made_by},
+	{.name = "hostname", .set = set_hostname},
 };
 static const struct config_key disk_keys[] = {
 	{.name = "path", .set = set_disk_path},

@@ -13,6 +13,10 @@
 
 static const char *const mode_names[] = {[NET_NONE] = "none", [NET_USER] = "user", [NET_TAP] = "tap", [NET_BRIDGE] = "bridge", [NET_LIBVIRT] = "libvirt"};
 
+static const char *const sharing_names[] = {[CONFIG_ROUND_ROBIN] = "round-robin", [CONFIG_LEAST] = "least", [CONFIG_BY_NAME] = "name"};
+
+const char *config_sharing_name(enum config_sharing sharing) { return sharing_names[sharing]; }
+
 const char *config_net_mode_name(enum net_mode mode) { return mode_names[mode]; }
 
 static int set_mode(struct config_reading *r, void *object, const char *key, const char *value)
@@ -101,6 +105,48 @@ static int set_forward(struct config_reading *r, void *object, const char *key, 
 	return 0;
 }
 
+/* tcp:[ADDRESS:]HOST_PORT:GUEST_PORT[:SHARING] */
+static bool parse_shared(const char *value, struct config_shared *out)
+{
+	CLEANUP_FREE char *text = xstrdup(value);
+	char *colon = strrchr(text, ':');
+	struct net_forward forward;
+	size_t sharing = CONFIG_ROUND_ROBIN;
+
+	if (colon && isalpha((unsigned char)colon[1])) {
+		*colon = '\0';
+		while (sharing < ARRAY_LENGTH(sharing_names) && strcmp(colon + 1, sharing_names[sharing]))
+			sharing++;
+	}
+	if (sharing == ARRAY_LENGTH(sharing_names) || !parse_forward(text, &forward) || forward.udp)
+		return false;
+	*out = (struct config_shared){.host_port = forward.host_port, .guest_port = forward.guest_port, .sharing = (enum config_sharing)sharing};
+	memcpy(out->host_address, forward.host_address, sizeof(out->host_address));
+	return true;
+}
+
+/* The guest's port is shared at one port of the host: another one takes its place. */
+static int set_shared(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	struct config_net *net = object;
+	struct config_shared shared;
+	unsigned i = 0;
+
+	if (!parse_shared(value, &shared)) {
+		config_fail(r, key, "'%s' is no port to share", value);
+		return err_hint(r->err, "tcp:HOST_PORT:GUEST_PORT, for example tcp:8080:80, with :least or :name behind it for another sharing than round-robin");
+	}
+	while (i < net->shared_count && net->shared[i].guest_port != shared.guest_port)
+		i++;
+	if (i == CONFIG_MAX_SHARED) {
+		config_fail(r, key, "more than %d shared ports of one card", CONFIG_MAX_SHARED);
+		return err_hint(r->err, "leave some out");
+	}
+	net->shared[i] = shared;
+	net->shared_count += i == net->shared_count;
+	return 0;
+}
+
 static int parse_interface(struct config_reading *r, const char *key, const char *value, char out[NET_INTERFACE_BYTES])
 {
 	if (*value && strlen(value) < NET_INTERFACE_BYTES && !strpbrk(value, "/ \t%") && strcmp(value, ".") && strcmp(value, "..")) {
@@ -158,6 +204,7 @@ const struct config_key config_net_keys[] = {
 	{.name = "mode", .set = set_mode},
 	{.name = "mac", .set = set_mac},
 	{.name = "forward", .set = set_forward, .repeats = true},
+	{.name = "multiplex", .set = set_shared, .repeats = true},
 	{.name = "tap", .set = set_tap},
 	{.name = "bridge", .set = set_bridge},
 	{.name = "network", .set = set_network},
@@ -185,6 +232,7 @@ int config_begin_net(struct config_reading *r, const char *name)
 static int check_mode(struct config_reading *r, const struct config_net *net)
 {
 	const char *stray = net->forward_count && net->mode != NET_USER ? "forward"
+			    : net->shared_count && net->mode != NET_USER  ? "multiplex"
 			    : net->tap[0] && net->mode != NET_TAP	    ? "tap"
 			    : net->bridge[0] && net->mode != NET_BRIDGE   ? "bridge"
 			    : net->network[0] && net->mode != NET_LIBVIRT ? "network"
@@ -194,7 +242,7 @@ static int check_mode(struct config_reading *r, const struct config_net *net)
 		return 0;
 	if (stray) {
 		config_fail(r, stray, "has no meaning with mode = %s in [net %s]", mode_names[net->mode], net->name);
-		return err_hint(r->err, "leave it out, or write mode = %s", !strcmp(stray, "forward") ? "user" : !strcmp(stray, "network") ? "libvirt" : stray);
+		return err_hint(r->err, "leave it out, or write mode = %s", !strcmp(stray, "forward") || !strcmp(stray, "multiplex") ? "user" : !strcmp(stray, "network") ? "libvirt" : stray);
 	}
 	if ((net->mode == NET_TAP && !net->tap[0]) || (net->mode == NET_BRIDGE && !net->bridge[0])) {
 		config_fail(r, mode_names[net->mode], "is missing in [net %s]", net->name);
@@ -204,6 +252,22 @@ static int check_mode(struct config_reading *r, const struct config_net *net)
 	if (net->mode == NET_LIBVIRT && !net->network[0]) {
 		config_fail(r, "network", "is missing in [net %s]", net->name);
 		return err_hint(r->err, "name libvirt's network, for example network = default");
+	}
+	return 0;
+}
+
+/* A multiplexer reaches a VM by a port of its own. */
+static int check_shared(struct config_reading *r, const struct config_net *net)
+{
+	for (unsigned i = 0; net->mode == NET_USER && i < net->shared_count; i++) {
+		unsigned k = 0;
+
+		while (k < net->forward_count && (net->forwards[k].udp || net->forwards[k].guest_port != net->shared[i].guest_port))
+			k++;
+		if (k < net->forward_count)
+			continue;
+		config_fail(r, "multiplex", "port %u of the guest is not forwarded in [net %s]", net->shared[i].guest_port, net->name);
+		return err_hint(r->err, "add forward = tcp:PORT:%u, with a port of the host that is this VM's own", net->shared[i].guest_port);
 	}
 	return 0;
 }
@@ -256,6 +320,8 @@ int config_check_nets(struct config_reading *r)
 	for (unsigned i = 0; !rc && i < r->config->net_count; i++) {
 		r->line = r->net_lines[i];
 		rc = check_mode(r, &r->config->nets[i]);
+		if (!rc)
+			rc = check_shared(r, &r->config->nets[i]);
 		for (unsigned j = 0; !rc && j <= i; j++)
 			rc = check_pair(r, &r->config->nets[i], &r->config->nets[j]);
 	}
@@ -279,7 +345,7 @@ static int apply_setting(struct config_reading *r, struct config_net *net, const
 			continue;
 		/* Another mode leaves behind what belonged to the one before. */
 		if (!strcmp(key, "mode")) {
-			net->forward_count = 0;
+			net->forward_count = net->shared_count = 0;
 			net->tap[0] = net->bridge[0] = net->network[0] = '\0';
 		}
 		return config_net_keys[i].set(r, net, key, value);
@@ -345,6 +411,20 @@ static int forwards_to_text(const struct config_net *net, struct buf *out, struc
 	return rc;
 }
 
+static int shared_to_text(const struct config_net *net, struct buf *out, struct err *err)
+{
+	int rc = 0;
+
+	for (unsigned i = 0; !rc && i < net->shared_count; i++) {
+		const struct config_shared *s = &net->shared[i];
+		const uint8_t *a = s->host_address;
+
+		rc = config_append(out, err, "multiplex = tcp:%u.%u.%u.%u:%u:%u:%s\n", a[0], a[1], a[2], a[3], s->host_port, s->guest_port,
+				   sharing_names[s->sharing]);
+	}
+	return rc;
+}
+
 int config_nets_to_text(const struct machine_config *config, struct buf *out, struct err *err)
 {
 	int rc = 0;
@@ -370,6 +450,8 @@ int config_nets_to_text(const struct machine_config *config, struct buf *out, st
 			rc = config_append(out, err, "receive_rate = %llu\n", (unsigned long long)net->receive_rate);
 		if (!rc)
 			rc = forwards_to_text(net, out, err);
+		if (!rc)
+			rc = shared_to_text(net, out, err);
 	}
 	return rc;
 }

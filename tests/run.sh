@@ -134,7 +134,7 @@ if [ ${#near_kvm[@]} -eq 0 ]; then
 else
     echo "SKIP: the benchmarks need a KVM of this host's own"
 fi
-together "${long[@]}" "debian_test checkpoint_damage_revert" "debian_test network" "debian_test cpu_model" "debian_test boot_smp"
+together "${long[@]}" "debian_test checkpoint_damage_revert" "debian_test network" "debian_test agent" "debian_test cpu_model" "debian_test boot_smp"
 
 printf '\n=== %d s\n' $((SECONDS - started))
 if [ ${#failed[@]} -gt 0 ]; then

@@ -62,6 +62,8 @@ struct store_vm_lock;
 /* Takes the VM's name for this process: an OFD lock on vms/<name>/lock, held until release or death. Taken: -EBUSY, ERR_STATE, naming the pid. */
 int store_vm_lock(struct store *store, const char *name, struct store_vm_lock **out, struct err *err);
 void store_vm_unlock(struct store_vm_lock *lock);
+/* True if some process holds it. */
+bool store_vm_is_alive(struct store *store, const char *name);
 /* Folder of the VM (made by store_vm_lock), as a descriptor to be closed by the caller. The control socket is `control.sock` in it. */
 int store_vm_dir(struct store *store, const char *name, struct err *err);
 /* Where the image of a disk is that is the VM's own (malloc): over a shared base, of a clone, of an import. `store`: as store_path says it. */

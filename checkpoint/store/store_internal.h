@@ -148,9 +148,7 @@ int draft_settle(struct store *store, struct err *err);
 int draft_owned_layers(struct store *store, struct buf *ids, struct err *err);
 void store_unlink_memory_layer(struct store *store, const char *layer);
 
-/* vm_record.c: true if some process holds the VM's lock. */
-bool store_vm_is_alive(struct store *store, const char *name);
-/* That, or one that is about to start it. */
+/* vm_record.c: true if the VM is alive, or some process is about to start it. */
 bool store_vm_is_held(struct store *store, const char *name);
 
 bool store_is_id(const char *text);

@@ -3,9 +3,11 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 import time
 
@@ -61,19 +63,26 @@ def start_origin(env, **kwargs):
     return guest, taken["id"], port
 
 
+def has_ended(pid):
+    """What it has open is closed when the last of its threads has gone, even if nobody waited for it yet."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_for(what, condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        check(time.monotonic() < end, f"not within {seconds} s: {what}")
+        time.sleep(0.01)
+    return result
+
+
 def kill_9(pid):
     os.kill(pid, signal.SIGKILL)
-    end = time.monotonic() + 20
-    # What it has open is closed when the last of its threads has gone.
-    while os.path.exists(f"/proc/{pid}"):
-        try:
-            with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
-                if stat.read().rsplit(")", 1)[1].split()[0] == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1:
-                    return
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        check(time.monotonic() < end, f"{pid} does not die")
-        time.sleep(0.01)
+    wait_for(f"the end of {pid}", lambda: has_ended(pid))
 
 
 def test_many_clones(env):
@@ -240,6 +249,148 @@ def test_killed_at_allocation_and_release(env):
     # All that they had can be had.
     clones = env.vmcp_json("clone", "origin", "--count", "3")["vms"]
     check_equal(len(clones), 3, "clones")
+
+
+def multiplexers(env):
+    return {one["host"]: one for one in env.vmcp_json("mux")["multiplexers"]}
+
+
+def call(port, count, first=b""):
+    """So many connections: {the client's address: socket}."""
+    callers = {}
+    for _ in range(count):
+        caller = socket.create_connection(("127.0.0.1", port), timeout=30)
+        caller.sendall(first)
+        callers[f"127.0.0.1:{caller.getsockname()[1]}"] = caller
+    return callers
+
+
+def translation(env, port, callers):
+    """{client: VM}, as soon as each caller has one."""
+    def told():
+        found = {one["client"]: one["vm"] for one in multiplexers(env)[f"127.0.0.1:{port}"]["connections"] if one["client"] in callers}
+        return found if len(found) == len(callers) and all(found.values()) else None
+    return wait_for("all connections have a VM", told)
+
+
+def check_reset(callers, what):
+    for caller in callers:
+        try:
+            check(False, f"{what}: no reset but {caller.recv(1)}")
+        except ConnectionResetError:
+            pass
+
+
+def check_open(callers, what):
+    for caller in callers:
+        caller.setblocking(False)
+        try:
+            check(False, f"{what}: no connection any more: {caller.recv(1)}")
+        except BlockingIOError:
+            pass
+        caller.settimeout(30)
+
+
+def test_multiplexed_port(env):
+    """Clones share a port: by turns; over checkpoints; with resets at a revert and a death; by the name that is asked for; the process ends with the last."""
+    own, shared, named = free_ports(3)
+    config = env.tiny_config(memory="32M", cmdline="set=4M rate=500 report=0 net=1", extra=f"[net lan]\nmode = user\nforward = tcp:{own}:80\nforward = udp:{free_ports(1)[0]}:7")
+    env.vmcp("run", "--detach", config)
+    env.vmcp("checkpoint", "--live", "tiny", "--tag", "origin")
+    rules = env.write("mux.rules", f"port:lan/tcp/80 any multiplex {shared}\n")
+    clones = env.vmcp_json("clone", "origin", "--count", "3", "--rules", rules)["vms"]
+    place = f"tcp:127.0.0.1:{shared}:round-robin"
+    host = next(h for h in env.vmcp_json("show", "tiny-1", "--resources")["hosts"] if h["type"] == "mux")
+    check_equal((host["host"], host["refs"], [vm["vm"] for vm in host["vms"]]), (place, 3, ["tiny-1", "tiny-2", "tiny-3"]), "who shares the port")
+    callers = call(shared, 6)
+    given = translation(env, shared, callers)
+    check_equal(sorted(given.values()), ["tiny-1", "tiny-1", "tiny-2", "tiny-2", "tiny-3", "tiny-3"], "who got the connections")
+    text = env.vmcp("mux").out
+    check(f"127.0.0.1:{shared}" in text and "round-robin" in text and all(client in text for client in callers), text)
+    env.vmcp("checkpoint", "--live", "tiny-1")
+    check_open(callers.values(), "after a live checkpoint")
+    env.vmcp("revert", "tiny-1")
+    check_reset([caller for client, caller in callers.items() if given[client] == "tiny-1"], "of a VM that was reverted")
+    check_open([caller for client, caller in callers.items() if given[client] != "tiny-1"], "of others")
+    kill_9(clones[1]["pid"])
+    check_reset([caller for client, caller in callers.items() if given[client] == "tiny-2"], "of a VM that was killed")
+    check_open([caller for client, caller in callers.items() if given[client] == "tiny-3"], "of the third")
+    later = call(shared, 4)
+    check_equal(sorted(translation(env, shared, later).values()), ["tiny-1", "tiny-1", "tiny-3", "tiny-3"], "who got later ones")
+    # Shared otherwise, or somebody else's: refused, and nothing is left of it.
+    for number in (shared, own):
+        done = env.vmcp("clone", "origin", "--name", "other", "--rules", env.write("bad.rules", f"port:lan/tcp/80 any multiplex {number}:least\n"), status=4)
+        check(f"127.0.0.1:{number}" in done.err and "hint: " in done.err, str(done))
+        check("other" not in {row[0] for row in table(env)}, "what was refused has something")
+        check("other" not in {vm["name"] for vm in env.vmcp_json("ps")["vms"]}, "what was refused is known")
+    # By name.
+    rules = env.write("named.rules", f"port:lan/tcp/80 any multiplex {named}:name\n")
+    env.vmcp("clone", "origin", "--count", "2", "--name", "web-<N>", "--rules", rules)
+    asked = {}
+    for name in ("web-2.example.org", "web-1:8443", "WEB-2", "nobody"):
+        asked[name] = call(named, 1, f"GET / HTTP/1.1\r\nHost: {name}\r\n\r\n".encode())
+    check_reset(asked.pop("nobody").values(), "who asks for nobody")
+    check_equal({name: list(translation(env, named, one).values())[0] for name, one in asked.items()},
+                {"web-2.example.org": "web-2", "web-1:8443": "web-1", "WEB-2": "web-2"}, "whom names lead to")
+    # The next VM brings back a multiplexer that was killed.
+    kill_9(multiplexers(env)[f"127.0.0.1:{named}"]["pid"])
+    env.vmcp("clone", "origin", "--name", "web-3", "--rules", rules)
+    again = call(named, 1, b"GET / HTTP/1.0\r\nhost: web-1\r\n\r\n")
+    check_equal(list(translation(env, named, again).values()), ["web-1"], "after a new start")
+    # The end of the last one is the end of the process.
+    pids = [one["pid"] for one in multiplexers(env).values()]
+    check_equal(len(pids), 2, "multiplexers")
+    for name in ("tiny-1", "tiny-3", "web-1", "web-2", "web-3"):
+        env.vmcp("kill", name)
+    check_reset(later.values(), "of VMs that were ended")
+    for pid in pids:
+        wait_for(f"the end of {pid}", lambda pid=pid: has_ended(pid))
+    check_equal(multiplexers(env), {}, "multiplexers")
+    socket.create_server(("127.0.0.1", shared)).close()
+
+
+def agent(env, vm, root, status=0):
+    """The agent of a guest, on this side: the folder is the guest's."""
+    program = os.path.join(os.path.dirname(env.vmcp_bin), "..", "guest", "vmcp-agent")
+    done = subprocess.run([os.path.abspath(program), "--once", "--root", root, "--socket", "vsock.sock_7349"], cwd=os.path.join(env.store, "vms", vm), capture_output=True,
+                          timeout=60, check=False)
+    check_equal(done.returncode, status, f"the agent of {vm}: {done.stderr.decode()}")
+    return wait_for("what the agent said", lambda: env.vmcp_json("stats", vm)["agent"]["event"])
+
+
+def test_agent(env):
+    """What the process of a VM tells an agent, and what becomes of it in a folder: host names by default, rule and pool; another life; no hooks of the host."""
+    env.vmcp("run", "--detach", env.tiny_config(memory="32M", cmdline="set=4M rate=500 report=0", extra="vsock_cid = 3"))
+    root = env.path("guest")
+    os.makedirs(os.path.join(root, "etc"))
+    env.write("guest/etc/hostname", "debian\n")
+    env.write("guest/etc/machine-id", "\n")
+    os.makedirs(os.path.join(root, "dev"))
+    env.write("guest/dev/urandom", "")
+    check_equal(env.vmcp_json("stats", "tiny")["agent"], {"connected": False, "event": None, "problem": None}, "without an agent")
+    check_equal(agent(env, "tiny", root), "first", "in the origin")
+    check_equal(open(os.path.join(root, "etc/hostname"), encoding="ascii").read(), "debian\n", "the origin's host name")
+    env.vmcp("checkpoint", "--live", "tiny", "--tag", "origin")
+    names = {}
+    for rule, name in (("", "a_1"), ("hostname any set web-<N>", "b"), ("hostname any allocate pool:7-9", "c"), ("hostname any allocate pool:7-9", "d"), ("hostname any share", "e")):
+        clone = env.vmcp_json("clone", "origin", "--name", name, "--rules", env.write("host.rules", rule + "\n"))["vms"][0]
+        copy = shutil.copytree(root, env.path(f"guest-{name}"))
+        check_equal(agent(env, name, copy), "clone", name)
+        check_equal(open(os.path.join(copy, "etc/machine-id"), encoding="ascii").read(), clone["identity"]["uuid"].replace("-", "") + "\n", "machine id")
+        names[name] = open(os.path.join(copy, "etc/hostname"), encoding="ascii").read().strip()
+        rows = [(row[3], row[4]) for row in table(env) if row[0] == name and row[1] == "hostname"]
+        check_equal(rows, [(names[name], names[name])] if name != "e" else [], "its row in the table")
+        check_equal([r["guest"] for r in clone["identity"]["resources"] if r["type"] == "hostname"], [row[0] for row in rows], "what clone says")
+    check_equal(names, {"a_1": "a-1", "b": "web-1", "c": "pool7", "d": "pool8", "e": "debian"}, "host names")
+    done = env.vmcp("clone", "origin", "--count", "2", "--rules", env.write("host.rules", "hostname any set same\n"), status=2)
+    check("host.rules:1" in done.err, str(done))
+    env.vmcp("revert", "origin", "--vm", "b")
+    check_equal(agent(env, "b", env.path("guest-b")), "life", "after a revert")
+    # A clone of a clone is called anew.
+    env.vmcp("checkpoint", "--live", "b", "--tag", "of-b")
+    env.vmcp("clone", "of-b", "--name", "f")
+    check_equal(agent(env, "f", env.path("guest-b")), "clone", "a clone of a clone")
+    check_equal(open(env.path("guest-b/etc/hostname"), encoding="ascii").read(), "f\n", "its host name")
 
 
 def state_of(env, name="tiny"):

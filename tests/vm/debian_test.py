@@ -5,7 +5,9 @@ import concurrent.futures
 import os
 import re
 import socket
+import subprocess
 import sys
+import tarfile
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
@@ -270,6 +272,76 @@ def test_network(env):
     nets = env.vmcp_json("stats", "debian")["nets"]
     check(nets[0]["received_frames"] > 0 and nets[0]["sent_frames"] > 0 and nets[0]["mode"] == "user", f"stats: {nets}")
     check_log(console, "with a network card")
+    env.vmcp("kill", "debian")
+
+
+# Says who it is to whoever connects.
+WHO = """perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 80, Listen => 8, ReuseAddr => 1) or die;
+while ($c = $s->accept) { open(F, "/proc/sys/kernel/hostname"); print $c <F>; close F; close $c }' > /run/who 2>&1 &"""
+
+
+def tools(env):
+    """A disk that is a tar of the agent, its shell variant, and the host's ssh-keygen with its library, as the guest has none."""
+    build = os.path.join(os.path.dirname(os.path.abspath(env.vmcp_bin)), "..", "guest")
+    libraries = subprocess.run(["ldd", "/usr/bin/ssh-keygen"], capture_output=True, check=True, text=True).stdout
+    files = [os.path.join(build, "vmcp-agent"), os.path.join(os.path.dirname(__file__), "..", "..", "guest", "vmcp-agent.sh"), "/usr/bin/ssh-keygen",
+             *re.findall(r"=> (\S+/lib(?:crypto|z)\S+)", libraries)]
+    with tarfile.open(env.path("tools.tar"), "w") as tar:
+        for file in files:
+            tar.add(os.path.realpath(file), arcname=os.path.basename(file))
+    return env.path("tools.tar")
+
+
+def whoami(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as caller:
+        return caller.makefile().read().strip()
+
+
+def test_agent(env):
+    """The agent in a stock guest: clones are other machines at once, as seen inside and through one port for all of them; a revert is another life."""
+    own, shared = free_port(), free_port()
+    console = boot(env, extra=f"vsock_cid = 3\n[net lan]\nmode = user\nforward = tcp:{own}:80", disks=[f"[disk tools]\npath = {tools(env)}\nreadonly = yes"])
+    console.check(DHCP, 90)
+    console.check("mkdir /opt/tools && tar -xf /dev/vdb -C /opt/tools && mv /opt/tools/lib* /usr/lib/x86_64-linux-gnu/ && ldconfig; mv /opt/tools/ssh-keygen /usr/bin/", 120)
+    console.check("mkdir -p /etc/ssh /etc/vmcp/hooks.d; ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key; "
+                  "printf '#!/bin/sh\\necho \"$1 $VMCP_NAME\" >> /run/events\\n' > /etc/vmcp/hooks.d/note; chmod +x /etc/vmcp/hooks.d/note", 120)
+    console.check(WHO + "\n(/opt/tools/vmcp-agent > /run/agent 2>&1 &)")
+
+    def wait_agent(name, event):
+        end = time.monotonic() + 120
+        while (seen := env.vmcp_json("stats", name)["agent"])["event"] != event or not seen["connected"]:
+            check(time.monotonic() < end, f"the agent of {name} is {seen}, not {event}")
+            time.sleep(0.2)
+        check_equal(seen["problem"], None, f"problem of {name}")
+
+    wait_agent("debian", "first")
+    everything = "cat /etc/hostname /proc/sys/kernel/hostname /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub; grep -c debian /etc/hosts; cat /run/events"
+    before = said(console, everything).splitlines()
+    check_equal((before[:2], before[-1]), (["debian", "debian"], "first debian"), "the origin")
+    env.vmcp("checkpoint", "--live", "--tag", "good", "debian", timeout=120)
+    env.vmcp("pause", "debian")
+    rules = env.write("web.rules", f"port:lan/tcp/80 any multiplex {shared}\nhostname any set web-<N>\n")
+    clones = env.vmcp_json("clone", "good", "--count", "2", "--rules", rules, timeout=120)["vms"]
+    seen = []
+    for number, clone in enumerate(clones, 1):
+        wait_agent(clone["name"], "clone")
+        inside = said(attach(env, clone["name"]), everything).splitlines()
+        check_equal((inside[:2], inside[2]), ([f"web-{number}"] * 2, clone["identity"]["uuid"].replace("-", "")), "who it is")
+        check(inside[3].endswith(f" root@web-{number}") and inside[3] != before[2], f"its key: {inside}")
+        check_equal((inside[-3], inside[-1]), ("0", f"clone {clone['name']}"), "/etc/hosts and hooks")
+        seen.append(inside[3].split()[1])
+    check(len(set(seen)) == 2, f"the clones have the same key: {seen}")
+    check_equal(sorted(whoami(shared) for _ in range(4)), ["web-1", "web-1", "web-2", "web-2"], "who answers at the port that they share")
+    env.vmcp("revert", "good", "--vm", clones[0]["name"], timeout=120)
+    wait_agent(clones[0]["name"], "clone")  # the checkpoint is the origin's
+    env.vmcp("kill", clones[0]["name"])
+    check_equal([whoami(shared) for _ in range(2)], ["web-2"] * 2, "who answers when the other one has gone")
+    # The shell variant, in a machine whose agent knows it.
+    second = attach(env, clones[1]["name"])
+    second.check("kill $(pidof vmcp-agent); rm /run/events; (/opt/tools/vmcp-agent.sh > /run/agent 2>&1 &)")
+    wait_agent(clones[1]["name"], "life")
+    check_equal(said(second, "cat /run/events"), f"life {clones[1]['name']}", "hooks of the shell variant")
+    env.vmcp("kill", clones[1]["name"])
     env.vmcp("kill", "debian")
 
 
