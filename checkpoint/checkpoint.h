@@ -77,6 +77,28 @@ enum ckpt_wait { CKPT_WAIT_CAPTURED, CKPT_WAIT_DURABLE, CKPT_WAIT_WRITTEN };
  * of the save, with the guest at its speed meanwhile. */
 enum ckpt_instant { CKPT_INSTANT_NOW, CKPT_INSTANT_SETTLED };
 
+/*
+ * Where an operation of one VM waits for those of the other VMs of its group. Called in the thread that works; 0: go on; -errno: it is given up, with what each
+ * operation's failure at that place means.
+ *
+ *     take    STAGED    the VM runs, all is ready for the pause
+ *             STOPPED   it stands and is captured. Not one VM goes on before all are here; so no frame that one got is missing from what another had sent
+ *             PREPARED  it runs again, all is durable but for the commit. 0: the group is committed (store_group_settle)
+ *     revert  CHECKED   the VM runs, what can be refused was checked
+ *             PARKED    it stands, and sends nothing. From here on it goes on, whatever is returned
+ *             RESTORED  it is back, and does not run yet
+ *
+ * At STOPPED, PARKED and RESTORED the VM stands still: the wait must have an end there.
+ */
+enum ckpt_meeting { CKPT_MEET_STAGED, CKPT_MEET_STOPPED, CKPT_MEET_PREPARED, CKPT_MEET_CHECKED, CKPT_MEET_PARKED, CKPT_MEET_RESTORED };
+struct ckpt_group {
+	const char *id, *tag; /* of the group; of a take only. tag: "" if none */
+	const char *members;  /* names of its VMs, with spaces between; of a take only */
+	/* `cancel` turns true when the operation is cancelled. `checkpoint` is its id. */
+	int (*meet)(void *opaque, enum ckpt_meeting where, const char *checkpoint, const volatile bool *cancel, struct err *err);
+	void *opaque;
+};
+
 struct ckpt_request {
 	bool live;	     /* false: the VM stands still until the checkpoint is durable */
 	bool full;	     /* save all memory, though a parent has most of it */
@@ -88,6 +110,7 @@ struct ckpt_request {
 	/* CAPTURED: return after resume; the rest goes on in the background. WRITTEN is machine_checkpoint's: here it is as DURABLE. */
 	enum ckpt_wait wait;
 	uint64_t deadline_ns; /* clock_now_ns; 0: none. It only tells ckpt_cancel_late */
+	const struct ckpt_group *group; /* NULL: none. Must be live, and is used until the checkpoint is durable or has failed: who asks waits for that */
 };
 
 struct ckpt_disk_result {
@@ -102,6 +125,8 @@ struct ckpt_result {
 	bool live, durable;
 	bool written; /* what ckpt_wait_written waited for */
 	uint64_t created_wall_ns;
+	uint64_t pause_start_ns; /* CLOCK_MONOTONIC */
+	uint64_t group_ns;	 /* of the pause: waiting for the other VMs of the group */
 	uint64_t pause_ns, quiesce_ns, state_ns, disks_ns, memory_ns, resume_ns;
 	uint64_t captured_ns; /* request to captured */
 	uint64_t durable_ns;  /* request to durable; 0 while it is not */
@@ -171,6 +196,9 @@ struct ckpt_revert_result {
  */
 int ckpt_revert(struct ckpt_engine *engine, const char *id, bool resume, struct ckpt_revert_result *result,
 		struct err *err);
+/* The same together with other VMs. */
+int ckpt_revert_in_group(struct ckpt_engine *engine, const char *id, bool resume, const struct ckpt_group *group,
+			 struct ckpt_revert_result *result, struct err *err);
 
 /* The same for a machine that was just built and never ran (run --from): memory, state, disks (already opened on fresh
  * overlays by the machine) and the completion log. */

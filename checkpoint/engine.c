@@ -289,6 +289,11 @@ int engine_check_cancel(struct ckpt_engine *engine, struct err *err)
 	return __atomic_load_n(&engine->cancel, __ATOMIC_RELAXED) ? err_set(err, ERR_FAILED, ECANCELED, "the checkpoint was cancelled") : 0;
 }
 
+int engine_meet(struct ckpt_engine *engine, const struct ckpt_group *group, enum ckpt_meeting where, const char *checkpoint, struct err *err)
+{
+	return group ? group->meet(group->opaque, where, checkpoint, &engine->cancel, err) : 0;
+}
+
 int engine_end_cancellable(struct ckpt_engine *engine, struct err *err)
 {
 	pthread_mutex_lock(&engine->lock);

@@ -104,6 +104,7 @@ struct take {
 	bool live, full, settled, periodic;
 	uint64_t max_rate;
 	char *tag, *message;
+	const struct ckpt_group *group; /* or NULL */
 	struct store_draft *draft;
 	char memory_layer[STORE_ID_BYTES];
 	int fd, sums_fd;
@@ -125,6 +126,8 @@ struct take {
 };
 
 /* --- engine.c --- */
+/* Waits for the others of the group; 0 at once without one. */
+int engine_meet(struct ckpt_engine *engine, const struct ckpt_group *group, enum ckpt_meeting where, const char *checkpoint, struct err *err);
 /* Keeps a checkpoint's index, so that the next checkpoint need not read it. Takes over *index. */
 void engine_keep_base(struct ckpt_engine *engine, const char *id, struct page_index *index);
 /* Gives it out, if it is that of checkpoint `id`. The caller frees it. */

@@ -22,6 +22,7 @@
 #include "base/fault.h"
 #include "base/file.h"
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/store/group.h"
 #include "cowdisk/check.h"
 #include "tests/lib/check.h"
 #include "vmm/dirty_log.h"
@@ -667,6 +668,72 @@ static void test_background_and_cancel(struct rig *rig)
 	CHECK(disk_letter(rig) == 'c');
 }
 
+/* The other VMs of a group, as a member meets them: one that fails at one place, and looks whether the VM stands where it must. */
+struct others {
+	struct rig *rig;
+	char group[STORE_ID_BYTES];
+	int fails_at; /* -1: nowhere */
+	unsigned met; /* a bit for each place */
+};
+
+static int meet_others(void *opaque, enum ckpt_meeting where, const char *checkpoint, const volatile bool *cancel, struct err *err)
+{
+	struct others *others = opaque;
+	bool stands = where == CKPT_MEET_STOPPED || where == CKPT_MEET_PARKED || where == CKPT_MEET_RESTORED;
+	CHECK(strlen(checkpoint) == STORE_ID_BYTES - 1 && !*cancel);
+	CHECK(vm_is_quiesced(&others->rig->vm) == stands);
+	others->met |= 1u << where;
+	if (others->fails_at == (int)where)
+		return err_set(err, ERR_FAILED, ECANCELED, "the others cannot");
+	return where == CKPT_MEET_PREPARED ? store_group_commit(others->rig->store, others->group, NULL, err) : 0;
+}
+
+static void test_group(struct rig *rig)
+{
+	struct others others = {.rig = rig};
+	struct ckpt_group group = {.id = others.group, .tag = "", .members = "engine other", .meet = meet_others, .opaque = &others};
+	struct ckpt_request request = {.live = true, .wait = CKPT_WAIT_DURABLE, .group = &group};
+	struct ckpt_revert_result reverted;
+	struct ckpt_result result;
+	struct err err = ERR_INIT;
+	char before[STORE_ID_BYTES], after[STORE_ID_BYTES];
+	ckpt_position(rig->engine, before);
+	for (others.fails_at = CKPT_MEET_STAGED; others.fails_at <= CKPT_MEET_PREPARED; others.fails_at++) {
+		ok(store_group_begin(rig->store, NULL, others.group, &err), &err, "begin");
+		CHECK(ckpt_take(rig->engine, &request, &result, &err) == -ECANCELED && strstr(err.message, "the others cannot"));
+		CHECK(store_group_settle(rig->store, others.group, NULL) == -ECANCELED);
+		ckpt_position(rig->engine, after);
+		CHECK(strcmp(before, after) == 0);
+		check_progress(rig);
+	}
+	others.fails_at = -1;
+	others.met = 0;
+	disk_fill(rig, 'g');
+	rig->toy.counter = 77;
+	ok(store_group_begin(rig->store, NULL, others.group, &err), &err, "begin");
+	ok(ckpt_take(rig->engine, &request, &result, &err), &err, "take in a group");
+	CHECK(result.durable && others.met == (1u << CKPT_MEET_STAGED | 1u << CKPT_MEET_STOPPED | 1u << CKPT_MEET_PREPARED));
+	struct store_checkpoint taken;
+	ok(store_checkpoint_get(rig->store, result.id, &taken, &err), &err, "get");
+	CHECK(strcmp(taken.group.id, others.group) == 0 && taken.group.members && strcmp(taken.group.members, "engine other") == 0);
+	store_checkpoint_free(&taken);
+	disk_fill(rig, 'h');
+	rig->toy.counter = 78;
+	others.fails_at = CKPT_MEET_CHECKED;
+	CHECK(ckpt_revert_in_group(rig->engine, result.id, true, &group, &reverted, &err) == -ECANCELED);
+	CHECK(disk_letter(rig) == 'h' && rig->toy.counter == 78);
+	check_progress(rig);
+	/* Behind that it goes through with it, whatever the others do. */
+	for (others.fails_at = CKPT_MEET_PARKED; others.fails_at <= CKPT_MEET_RESTORED; others.fails_at++) {
+		others.met = 0;
+		rig->toy.counter = 78;
+		ok(ckpt_revert_in_group(rig->engine, result.id, true, &group, &reverted, &err), &err, "revert in a group");
+		CHECK(others.met == (1u << CKPT_MEET_CHECKED | 1u << CKPT_MEET_PARKED | 1u << CKPT_MEET_RESTORED));
+		CHECK(disk_letter(rig) == 'g' && rig->toy.counter == 77);
+		check_progress(rig);
+	}
+}
+
 /* A layer with one flipped bit: refused, and the machine has noticed nothing. */
 static void test_damage(struct rig *rig)
 {
@@ -955,6 +1022,7 @@ static void test_machine(void)
 		test_unchanged_disk(&rig);
 		test_settled(&rig);
 		test_background_and_cancel(&rig);
+		test_group(&rig);
 		test_damage(&rig);
 		test_damage_between_reverts(&rig);
 		rig_end(&rig);

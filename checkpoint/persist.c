@@ -167,12 +167,33 @@ static void describe(const struct take *take, uint64_t put_bytes, struct store_c
 	snprintf(out->vm_uuid, sizeof(out->vm_uuid), "%s", engine->vm_uuid);
 	snprintf(out->tag, sizeof(out->tag), "%s", take->tag ? take->tag : "");
 	snprintf(out->memory_layer, sizeof(out->memory_layer), "%s", take->memory_layer);
+	if (take->group) {
+		snprintf(out->group.id, sizeof(out->group.id), "%s", take->group->id);
+		snprintf(out->group.tag, sizeof(out->group.tag), "%s", take->group->tag);
+		out->group.members = xstrdup(take->group->members);
+	}
 	for (unsigned i = 0; i < take->disk_count; i++) {
 		struct stat st;
 		out->disks[i] = take->disks[i].layer;
 		if (!take->disks[i].unchanged && stat(take->disks[i].layer_path, &st) == 0)
 			out->size_bytes += (uint64_t)st.st_blocks * 512;
 	}
+}
+
+/* What is behind the commit point of its group cannot fail any more. */
+static int commit_with_group(struct take *take, struct store_checkpoint *checkpoint, struct err *err)
+{
+	int r = store_draft_prepare(take->draft, checkpoint, err);
+	if (r != 0) {
+		take->draft = NULL; /* freed */
+		return r;
+	}
+	r = engine_meet(take->engine, take->group, CKPT_MEET_PREPARED, take->result.id, err);
+	if (r != 0)
+		return r;
+	store_draft_finish(take->draft, checkpoint);
+	take->draft = NULL;
+	return 0;
 }
 
 static int commit(struct take *take, struct err *err)
@@ -191,8 +212,12 @@ static int commit(struct take *take, struct err *err)
 	if (r != 0)
 		return r;
 	describe(take, put_bytes, &checkpoint);
-	r = store_draft_commit(take->draft, &checkpoint, err);
-	take->draft = NULL; /* freed in every case */
+	if (take->group) {
+		r = commit_with_group(take, &checkpoint, err);
+	} else {
+		r = store_draft_commit(take->draft, &checkpoint, err);
+		take->draft = NULL; /* freed in every case */
+	}
 	store_checkpoint_free(&checkpoint);
 	return r;
 }

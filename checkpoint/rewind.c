@@ -31,6 +31,7 @@ struct rewind {
 	struct store_pin *pin; /* it must not be removed half way; NULL: the engine's holds it */
 	struct revert_node *node;
 	struct revert_cache *cache;
+	const struct ckpt_group *group; /* or NULL */
 	bool ran;    /* the VM, before */
 	bool all;    /* every page is looked at: it is not known which differ */
 	bool many;   /* more pages than the stash takes: they are read twice */
@@ -303,6 +304,9 @@ static int drain_and_put_back(struct rewind *rw, struct err *err)
 	int r = drain(engine, err);
 	loop_park_request(engine->loop);
 	loop_park_wait(engine->loop);
+	/* What others of the group sent before is in the backends of cards by now, which forget it as states are applied. */
+	if (r == 0)
+		engine_meet(engine, rw->group, CKPT_MEET_PARKED, rw->node->checkpoint.id, NULL);
 	if (r == 0)
 		r = gather_drained(rw, err);
 	/* A request that was started or ended in the drain may have written. */
@@ -385,6 +389,8 @@ static int rewind_machine(struct rewind *rw, const char *id, bool resume, struct
 {
 	struct ckpt_engine *engine = rw->engine;
 	int r = check(rw, id, err);
+	if (r == 0)
+		r = engine_meet(engine, rw->group, CKPT_MEET_CHECKED, id, err);
 	end_part(rw, &rw->result->check_ns);
 	if (r == 0)
 		r = stop(rw, id, err);
@@ -401,17 +407,23 @@ static int rewind_machine(struct rewind *rw, const char *id, bool resume, struct
 	if (r != 0)
 		return revert_half_way(engine, id, err);
 	engine_set_broken(engine, NULL);
+	engine_meet(engine, rw->group, CKPT_MEET_RESTORED, id, NULL);
 	if (resume)
 		vm_resume(engine->vm, true);
 	end_part(rw, &rw->result->resume_ns);
 	return 0;
 }
 
-int ckpt_revert(struct ckpt_engine *engine, const char *id, bool resume, struct ckpt_revert_result *result,
-		struct err *err)
+int ckpt_revert(struct ckpt_engine *engine, const char *id, bool resume, struct ckpt_revert_result *result, struct err *err)
+{
+	return ckpt_revert_in_group(engine, id, resume, NULL, result, err);
+}
+
+int ckpt_revert_in_group(struct ckpt_engine *engine, const char *id, bool resume, const struct ckpt_group *group,
+			 struct ckpt_revert_result *result, struct err *err)
 {
 	uint64_t start_ns = clock_now_ns();
-	struct rewind rw = {.engine = engine, .at_ns = start_ns, .result = result};
+	struct rewind rw = {.engine = engine, .group = group, .at_ns = start_ns, .result = result};
 	*result = (struct ckpt_revert_result){0};
 	int r = operation_begin(engine, OPERATION_REVERT, id, err);
 	if (r != 0)

@@ -44,6 +44,7 @@ static struct take *take_new(struct ckpt_engine *engine, const struct ckpt_reque
 	take->settled = request->instant == CKPT_INSTANT_SETTLED;
 	take->tag = request->tag ? xstrdup(request->tag) : NULL;
 	take->message = request->message ? xstrdup(request->message) : NULL;
+	take->group = request->group;
 	take->fd = take->sums_fd = -1;
 	take->start_ns = clock_now_ns();
 	take->result.live = request->live;
@@ -143,6 +144,10 @@ static int pause_and_capture(struct take *take, struct err *err)
 	if (r == 0)
 		r = take_capture_memory(take, err);
 	uint64_t memory_ns = clock_now_ns();
+	/* The others' stops take their time, in which this one is captured. It asks the kernel to send and to receive, as there is no other way to wait for processes. */
+	if (r == 0)
+		r = engine_meet(engine, take->group, CKPT_MEET_STOPPED, result->id, err);
+	uint64_t met_ns = clock_now_ns();
 	if (r != 0)
 		return r;
 	for (unsigned i = 0; i < take->disk_count; i++) {
@@ -159,8 +164,10 @@ static int pause_and_capture(struct take *take, struct err *err)
 	result->quiesce_ns = quiesced_ns - take->pause_start_ns;
 	result->state_ns = state_ns - quiesced_ns;
 	result->memory_ns = memory_ns - state_ns;
-	result->disks_ns = disks_ns - memory_ns;
+	result->group_ns = met_ns - memory_ns;
+	result->disks_ns = disks_ns - met_ns;
 	result->resume_ns = end_ns - disks_ns;
+	result->pause_start_ns = take->pause_start_ns;
 	result->pause_ns = end_ns - take->pause_start_ns;
 	result->captured_ns = end_ns - take->start_ns;
 	result->created_wall_ns = clock_wall_ns();
@@ -213,6 +220,8 @@ static int pause_again(struct take *take, int (*restage)(struct take *take, stru
 static int capture(struct take *take, struct err *err)
 {
 	int r = stage(take, err);
+	if (r == 0)
+		r = engine_meet(take->engine, take->group, CKPT_MEET_STAGED, take->result.id, err);
 	if (r != 0)
 		return r;
 	engine_set_phase(take->engine, "pause");

@@ -12,7 +12,7 @@
 #include "checkpoint/store/store_internal.h"
 
 #define BUSY_MS	       10000
-#define SCHEMA_VERSION 3
+#define SCHEMA_VERSION 4
 #define SET_WAL	       "PRAGMA journal_mode = WAL"
 
 /* What version 1 had; `refs` has another shape since. */
@@ -58,6 +58,12 @@ static const char tables_since_3[] =
 	"WITHOUT ROWID;"
 	"CREATE INDEX hosts_unused ON hosts(refs) WHERE refs = 0;"
 	"CREATE TABLE templates(checkpoint TEXT PRIMARY KEY, rules TEXT NOT NULL) WITHOUT ROWID;";
+
+/* group.c */
+static const char tables_since_4[] =
+	"ALTER TABLE checkpoints ADD COLUMN group_id TEXT NOT NULL DEFAULT '';"
+	"CREATE INDEX checkpoints_group ON checkpoints(group_id) WHERE group_id <> '';"
+	"CREATE TABLE groups(id TEXT PRIMARY KEY, members TEXT NOT NULL, state TEXT NOT NULL, begun_wall_ns INTEGER NOT NULL) WITHOUT ROWID;";
 
 int catalog_error_locked(struct store *store, const char *what, struct err *err)
 {
@@ -148,10 +154,12 @@ static int upgrade(struct store *store, struct err *err)
 		rc = catalog_run_locked(store, tables, err);
 	if (!rc && version < 2)
 		rc = catalog_run_locked(store, tables_since_2, err);
-	if (!rc && version < 2)
-		rc = catalog_fill_locked(store, err);
 	if (!rc && version < 3)
 		rc = catalog_run_locked(store, tables_since_3, err);
+	if (!rc && version < 4)
+		rc = catalog_run_locked(store, tables_since_4, err);
+	if (!rc && version < 2)
+		rc = catalog_fill_locked(store, err);
 	snprintf(set_version, sizeof(set_version), "PRAGMA user_version = %d", SCHEMA_VERSION);
 	if (!rc)
 		rc = catalog_run_locked(store, set_version, err);
@@ -212,7 +220,7 @@ static int enter_row(struct store *store, const struct store_checkpoint *c, stru
 		store,
 		"INSERT OR IGNORE INTO checkpoints(id, parent, vm, vm_uuid, message, created_wall_ns, live, cpus,"
 		" memory_bytes, saved_pages, zero_pages, parent_pages, written_bytes, pause_ns, durable_ns,"
-		" size_bytes, memory_layer, periodic) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+		" size_bytes, memory_layer, periodic, group_id) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
 		&s, err);
 	if (rc)
 		return rc;
@@ -226,6 +234,7 @@ static int enter_row(struct store *store, const struct store_checkpoint *c, stru
 		sqlite3_bind_int64(s, 6 + i, (sqlite3_int64)numbers[i]);
 	sqlite3_bind_text(s, 17, c->memory_layer, -1, SQLITE_STATIC);
 	sqlite3_bind_int(s, 18, c->periodic);
+	sqlite3_bind_text(s, 19, c->group.id, -1, SQLITE_STATIC);
 	rc = catalog_step_locked(store, s, err);
 	sqlite3_finalize(s);
 	return rc;
@@ -254,9 +263,7 @@ int catalog_enter_tag_locked(struct store *store, const char *id, const char *ta
 	sqlite3_finalize(s);
 	if (rc < 0 || !strcmp(other, id))
 		return rc < 0 ? rc : 0;
-	err_set(err, ERR_STATE, EEXIST, "tag '%s': it names checkpoint %.8s already", tag, other);
-	err_hint(err, "choose another tag");
-	return -EEXIST;
+	return catalog_tag_is_taken(tag, other, err);
 }
 
 static int set_position_locked(struct store *store, const char *vm, const char *id, struct err *err)
@@ -324,6 +331,8 @@ int catalog_enter_inside_locked(struct store *store, const struct store_checkpoi
 		rc = refs_enter_locked(store, c, layers, err);
 	if (!rc && c->tag[0])
 		rc = catalog_enter_tag_locked(store, c->id, c->tag, err);
+	if (!rc)
+		rc = group_enter_locked(store, c, err);
 	if (!rc && position == CATALOG_VM_MOVES)
 		rc = set_position_locked(store, c->vm, c->id, err);
 	if (!rc && position == CATALOG_VM_MADE)
@@ -377,6 +386,7 @@ static void read_row(sqlite3_stmt *s, struct store_checkpoint *c)
 	catalog_text(s, 16, c->memory_layer, sizeof(c->memory_layer));
 	catalog_text(s, 17, c->tag, sizeof(c->tag));
 	c->periodic = sqlite3_column_int(s, 18);
+	catalog_text(s, 19, c->group.id, sizeof(c->group.id));
 }
 
 int store_checkpoint_list(struct store *store, const char *vm, struct store_checkpoint **list, size_t *count,
@@ -392,7 +402,7 @@ int store_checkpoint_list(struct store *store, const char *vm, struct store_chec
 		store,
 		"SELECT id, parent, vm, vm_uuid, message, created_wall_ns, live, cpus, memory_bytes, saved_pages,"
 		" zero_pages, parent_pages, written_bytes, pause_ns, durable_ns, size_bytes, memory_layer,"
-		" (SELECT tag FROM tags WHERE checkpoint = checkpoints.id), periodic FROM checkpoints"
+		" (SELECT tag FROM tags WHERE checkpoint = checkpoints.id), periodic, group_id FROM checkpoints"
 		" WHERE ?1 IS NULL OR vm = ?1 ORDER BY created_wall_ns, seq",
 		&s, err);
 	if (rc)

@@ -11,9 +11,8 @@
 
 #define PREFIX_DIGITS 4
 
-/* The first column of the only row that a query with one text (and perhaps one number) gives. 0 none, 1 one, 2 several, -errno. */
-static int find_locked(struct store *store, const char *sql, const char *text, int64_t number, char id[STORE_ID_BYTES],
-		       struct err *err)
+int catalog_find_locked(struct store *store, const char *sql, const char *text, int64_t number, char id[STORE_ID_BYTES],
+			struct err *err)
 {
 	sqlite3_stmt *s;
 	int rc = catalog_prepare_locked(store, sql, &s, err);
@@ -50,7 +49,7 @@ static int find_newest_locked(struct store *store, const char *reference, char i
 		return 0;
 	memcpy(name, reference, length);
 	name[length] = '\0';
-	return find_locked(
+	return catalog_find_locked(
 		store,
 		"SELECT id FROM checkpoints WHERE vm = ?1 ORDER BY created_wall_ns DESC, seq DESC LIMIT 1 OFFSET ?2",
 		name, back, id, err);
@@ -93,13 +92,21 @@ static int not_found(struct store *store, const char *reference, struct err *err
 	err_set(err, ERR_NOT_FOUND, ENOENT, "checkpoint '%s': there is none", reference);
 	if (!err)
 		return -ENOENT;
-	find_locked(store, "SELECT COUNT(*) FROM checkpoints WHERE vm = ?1", vm, 0, count, NULL);
+	if (catalog_find_locked(store, "SELECT g.id FROM groups g LEFT JOIN tags t ON t.checkpoint = g.id WHERE g.id = ?1 OR t.tag = ?1", reference, 0, count,
+				NULL) > 0)
+		return err_hint(err, "it is a group: `vmcp show %s` lists its checkpoints", reference);
+	catalog_find_locked(store, "SELECT COUNT(*) FROM checkpoints WHERE vm = ?1", vm, 0, count, NULL);
 	long left = strtol(count, NULL, 10);
 	if (left > 0 && strcmp(vm, reference) != 0)
 		return err_hint(err, "the oldest of %s is %s~%ld", vm, vm, left - 1);
-	if (find_locked(store, "SELECT name FROM vms WHERE name = ?1", vm, 0, count, NULL) == 1)
+	if (catalog_find_locked(store, "SELECT name FROM vms WHERE name = ?1", vm, 0, count, NULL) == 1)
 		return err_hint(err, "the VM %s has no checkpoint yet: take one with `vmcp checkpoint --live %s`", vm, vm);
 	return suggest_locked(store, reference, err);
+}
+
+bool catalog_is_prefix(const char *text)
+{
+	return strlen(text) >= PREFIX_DIGITS && strlen(text) < STORE_ID_BYTES && strspn(text, "0123456789abcdef") == strlen(text);
 }
 
 int store_resolve(struct store *store, const char *reference, char id[STORE_ID_BYTES], struct err *err)
@@ -108,15 +115,14 @@ int store_resolve(struct store *store, const char *reference, char id[STORE_ID_B
 
 	id[0] = '\0';
 	pthread_mutex_lock(&store->lock);
-	rc = find_locked(store, "SELECT id FROM checkpoints WHERE id = ?1", reference, 0, id, err);
+	rc = catalog_find_locked(store, "SELECT id FROM checkpoints WHERE id = ?1", reference, 0, id, err);
 	if (rc == 0)
-		rc = find_locked(store, "SELECT checkpoint FROM tags WHERE tag = ?1", reference, 0, id, err);
+		rc = catalog_find_locked(store, "SELECT c.id FROM tags t JOIN checkpoints c ON c.id = t.checkpoint WHERE t.tag = ?1", reference, 0, id, err);
 	if (rc == 0)
 		rc = find_newest_locked(store, reference, id, err);
 	/* A prefix: from the reference up to its successor, by the index on id. */
-	if (rc == 0 && strlen(reference) >= PREFIX_DIGITS && strlen(reference) < STORE_ID_BYTES &&
-	    strspn(reference, "0123456789abcdef") == strlen(reference))
-		rc = find_locked(store, "SELECT id FROM checkpoints WHERE id >= ?1 AND id < ?1 || 'g'", reference, 0,
+	if (rc == 0 && catalog_is_prefix(reference))
+		rc = catalog_find_locked(store, "SELECT id FROM checkpoints WHERE id >= ?1 AND id < ?1 || 'g'", reference, 0,
 				 id, err);
 	if (rc == 0)
 		rc = not_found(store, reference, err);
@@ -133,9 +139,23 @@ int store_resolve(struct store *store, const char *reference, char id[STORE_ID_B
 int catalog_find_tag(struct store *store, const char *tag, char id[STORE_ID_BYTES], struct err *err)
 {
 	pthread_mutex_lock(&store->lock);
-	int rc = find_locked(store, "SELECT checkpoint FROM tags WHERE tag = ?1", tag, 0, id, err);
+	int rc = catalog_find_locked(store, "SELECT checkpoint FROM tags WHERE tag = ?1", tag, 0, id, err);
 	pthread_mutex_unlock(&store->lock);
 	return rc;
+}
+
+int catalog_tag_is_taken(const char *tag, const char *id, struct err *err)
+{
+	err_set(err, ERR_STATE, EEXIST, "tag '%s': it names %.8s already", tag, id);
+	return err_hint(err, "choose another tag");
+}
+
+int catalog_check_tag(struct store *store, const char *tag, struct err *err)
+{
+	char id[STORE_ID_BYTES];
+	int rc = catalog_find_tag(store, tag, id, err);
+
+	return rc == 1 ? catalog_tag_is_taken(tag, id, err) : rc;
 }
 
 int store_tag(struct store *store, const char *id, const char *tag, struct err *err)
@@ -146,7 +166,8 @@ int store_tag(struct store *store, const char *id, const char *tag, struct err *
 	if (rc)
 		return rc;
 	pthread_mutex_lock(&store->lock);
-	rc = find_locked(store, "SELECT id FROM checkpoints WHERE id = ?1", id, 0, found, err);
+	rc = catalog_find_locked(store, "SELECT id FROM checkpoints WHERE id = ?1 UNION SELECT id FROM groups WHERE id = ?1 AND state = 'committed'", id,
+				 0, found, err);
 	if (rc == 0)
 		rc = not_found(store, id, err);
 	else if (rc > 0)

@@ -9,7 +9,7 @@
  *     staging/<id>/own-<disk>     a read-only disk that goes to the VM's folder after the rename
  *
  * A maker that died leaves its lock free: the next store_open finishes its work (recover.c). Renamed already: the checkpoint exists and is
- * entered into the catalogue. Not renamed: folder and memory layers are removed. Disk layers are left: a VM's chain may stand on them.
+ * entered into the catalogue. Not renamed, but of a group that is committed (group.c): it is renamed. Else: folder and memory layers are removed. Disk layers are left: a VM's chain may stand on them.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -337,19 +337,6 @@ int store_draft_put(struct store_draft *draft, const char *name, const void *dat
 	return 0;
 }
 
-/* A tag that is taken is found before the commit point, as there is no way back behind it. */
-static int check_tag(struct store *store, const char *tag, struct err *err)
-{
-	char other[STORE_ID_BYTES];
-	int rc = *tag ? catalog_find_tag(store, tag, other, err) : 0;
-
-	if (rc != 1)
-		return rc;
-	err_set(err, ERR_STATE, EEXIST, "tag '%s': it names checkpoint %.8s already", tag, other);
-	err_hint(err, "choose another tag");
-	return -EEXIST;
-}
-
 /* Its files, and the names of the files. */
 static int sync_all(struct store_draft *draft, struct err *err)
 {
@@ -372,7 +359,8 @@ static int prepare_commit(struct store_draft *draft, struct store_checkpoint *ch
 	checkpoint->state_xxh3 = draft->state_xxh3;
 	checkpoint->index_bytes = draft->index_bytes;
 	checkpoint->index_xxh3 = draft->index_xxh3;
-	int rc = check_tag(draft->store, checkpoint->tag, err);
+	/* Before the commit point, as there is no way back behind it. */
+	int rc = checkpoint->tag[0] ? catalog_check_tag(draft->store, checkpoint->tag, err) : 0;
 	if (!rc)
 		rc = manifest_encode(checkpoint, &manifest, err);
 	if (!rc)
@@ -413,20 +401,30 @@ static void remove_markers(struct store_draft *draft)
 	}
 }
 
-int store_draft_commit(struct store_draft *draft, struct store_checkpoint *checkpoint, struct err *err)
+/* For whoever opens the store next: the lock's file stays, and tells that there is something to do. */
+static void leave(struct store_draft *draft, const struct err *why)
+{
+	log_warn("checkpoint %.8s: it is saved, but its entry in the catalogue waits for the next start of a command: %s", draft->id, why->message);
+	close(draft->lock_fd);
+	draft->lock_fd = -1;
+}
+
+static int move(struct store_draft *draft, struct err *err)
 {
 	struct store *store = draft->store;
-	int rc = prepare_commit(draft, checkpoint, err);
 
-	if (!rc && renameat(store->staging_dir, draft->id, store->checkpoints_dir, draft->id))
-		rc = err_sys(err, errno, "%s/checkpoints/%s", store->path, draft->id);
-	if (rc) {
-		store_draft_abort(draft);
-		return rc;
-	}
-	/* It exists from here on; what fails now is mended by the next store_open, so it is no failure of the checkpoint. */
+	if (renameat(store->staging_dir, draft->id, store->checkpoints_dir, draft->id) == 0)
+		return 0;
+	return err_sys(err, errno, "%s/checkpoints/%s", store->path, draft->id);
+}
+
+/* It exists from here on; what fails now is mended by the next store_open, so it is no failure of the checkpoint. */
+static void enter(struct store_draft *draft, struct store_checkpoint *checkpoint)
+{
+	struct store *store = draft->store;
 	struct err later = ERR_INIT;
-	rc = fault_check(FAULT_STORE_AFTER_RENAME, &later);
+	int rc = fault_check(FAULT_STORE_AFTER_RENAME, &later);
+
 	if (!rc) {
 		remove_markers(draft);
 		rc = file_sync_dir(store->checkpoints_dir, &later);
@@ -437,15 +435,47 @@ int store_draft_commit(struct store_draft *draft, struct store_checkpoint *check
 		rc = draft_enter(store, checkpoint, &draft->index_layers, draft->imported ? CATALOG_VM_MADE : CATALOG_VM_MOVES, &later);
 	if (!rc && draft->imported)
 		unlinkat(draft->dir, DRAFT_IMPORTED, 0);
-	if (rc) {
-		log_warn("checkpoint %.8s: it is saved, but its entry in the catalogue waits for the next start of a "
-			 "command: %s",
-			 draft->id, later.message);
-		close(draft->lock_fd); /* the lock's file stays: it tells the next store_open to enter the checkpoint */
-		draft->lock_fd = -1;
-	}
+	if (rc)
+		leave(draft, &later);
 	draft_free(draft);
-	return 0;
+}
+
+int store_draft_commit(struct store_draft *draft, struct store_checkpoint *checkpoint, struct err *err)
+{
+	int rc = store_draft_prepare(draft, checkpoint, err);
+
+	if (rc)
+		return rc;
+	rc = move(draft, err);
+	if (rc)
+		store_draft_abort(draft);
+	else
+		enter(draft, checkpoint);
+	return rc;
+}
+
+int store_draft_prepare(struct store_draft *draft, struct store_checkpoint *checkpoint, struct err *err)
+{
+	int rc = prepare_commit(draft, checkpoint, err);
+
+	if (rc)
+		store_draft_abort(draft);
+	return rc;
+}
+
+void store_draft_finish(struct store_draft *draft, struct store_checkpoint *checkpoint)
+{
+	struct err later = ERR_INIT;
+	int rc = fault_check(FAULT_GROUP_BEFORE_RENAME, &later);
+
+	if (!rc)
+		rc = move(draft, &later);
+	if (!rc) {
+		enter(draft, checkpoint);
+		return;
+	}
+	leave(draft, &later);
+	draft_free(draft);
 }
 
 void store_draft_abort(struct store_draft *draft)

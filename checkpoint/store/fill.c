@@ -10,21 +10,26 @@
 #include "base/log.h"
 #include "checkpoint/store/store_internal.h"
 
-int store_read_manifest(struct store *store, const char *id, struct store_checkpoint *out, struct err *err)
+int store_read_manifest_in(int parent, const char *folder, const char *id, struct store_checkpoint *out, struct err *err)
 {
 	CLEANUP_BUF struct buf text = BUF_INIT;
 	char path[STORE_ID_BYTES + 16];
 
 	*out = (struct store_checkpoint){0};
 	snprintf(path, sizeof(path), "%s/manifest", id);
-	int rc = file_read_all(store->checkpoints_dir, path, MANIFEST_MAX_BYTES, &text, err);
+	int rc = file_read_all(parent, path, MANIFEST_MAX_BYTES, &text, err);
 	if (!rc)
 		rc = manifest_decode(path, text.data, text.length, out, err);
 	if (!rc && strcmp(out->id, id)) {
-		rc = err_set(err, ERR_DAMAGED, EINVAL, "checkpoints/%s: it is the manifest of %s", path, out->id);
+		rc = err_set(err, ERR_DAMAGED, EINVAL, "%s/%s: it is the manifest of %s", folder, path, out->id);
 		store_checkpoint_free(out);
 	}
 	return rc;
+}
+
+int store_read_manifest(struct store *store, const char *id, struct store_checkpoint *out, struct err *err)
+{
+	return store_read_manifest_in(store->checkpoints_dir, "checkpoints", id, out, err);
 }
 
 int store_read_committed(struct store *store, const char *id, struct store_checkpoint *out, struct store_layers *layers,

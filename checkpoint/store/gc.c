@@ -419,6 +419,7 @@ int store_gc(struct store *store, struct store_gc_result *out, struct err *err)
 
 		rc = unlink_rest(&g, out, err);
 		disk_records_collect(store);
+		group_collect(store);
 		if (!rc && disks) {
 			rc = disks;
 			if (err)

@@ -140,6 +140,8 @@ static int set_vm(struct import *im, struct err *err)
 
 	if (rc)
 		return rc;
+	if (strcmp(c->vm, name))
+		c->group.id[0] = '\0'; /* which knows its VMs by their names */
 	memmove(c->vm, name, strlen(name) + 1);
 	rc = store_vm_get(im->store, c->vm, &there, NULL);
 	if (rc)

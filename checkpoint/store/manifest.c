@@ -49,6 +49,18 @@ static json_t *file_to_json(uint64_t bytes, uint64_t sum)
 	return json_pack("{s:o, s:o}", "bytes", integer(bytes), "xxh3", hex(sum));
 }
 
+/* An object with the names of all members, so that each manifest alone says whether its group is whole. */
+static json_t *group_to_json(const struct store_group_note *group)
+{
+	CLEANUP_FREE char *names = xstrdup(group->members ? group->members : "");
+	json_t *members = json_array();
+	char *save;
+
+	for (char *name = strtok_r(names, " ", &save); name; name = strtok_r(NULL, " ", &save))
+		json_array_append_new(members, json_string(name));
+	return json_pack("{s:s, s:s, s:o}", "id", group->id, "tag", group->tag, "members", members);
+}
+
 int manifest_encode(const struct store_checkpoint *c, struct buf *out, struct err *err)
 {
 	json_t *disks = json_array();
@@ -74,6 +86,8 @@ int manifest_encode(const struct store_checkpoint *c, struct buf *out, struct er
 		file_to_json(c->index_bytes, c->index_xxh3), "config", c->config_text ? c->config_text : "");
 	if (c->periodic)
 		json_object_set_new(manifest, "periodic", json_true());
+	if (c->group.id[0])
+		json_object_set_new(manifest, "group", group_to_json(&c->group));
 	if (!manifest) /* a text that is no UTF-8 */
 		return err_set(err, ERR_USAGE, EILSEQ, "manifest: a name, message or configuration is no valid UTF-8");
 	char *text = NULL;
@@ -194,6 +208,35 @@ static void get_disks(struct decoding *d, const json_t *manifest, struct store_c
 	}
 }
 
+static void get_group(struct decoding *d, const json_t *group, struct store_group_note *out)
+{
+	const json_t *members = field(d, group, "members", JSON_ARRAY);
+	CLEANUP_BUF struct buf names = BUF_INIT;
+
+	get_id(d, group, "id", false, out->id);
+	get_name(d, group, "tag", true, out->tag);
+	if (!d->rc && (json_array_size(members) == 0 || json_array_size(members) > STORE_GROUP_MAX))
+		d->rc = err_set(d->err, ERR_DAMAGED, ERANGE, "%s: field `members`: a group has from 1 to %d", d->what, STORE_GROUP_MAX);
+	for (size_t i = 0; !d->rc && i < json_array_size(members); i++) {
+		const char *text = json_string_value(json_array_get(members, i));
+
+		if (!text || store_check_name("member", text, NULL)) {
+			d->rc = err_set(d->err, ERR_DAMAGED, EINVAL, "%s: field `members`: one is no name", d->what);
+			break;
+		}
+		if (i)
+			d->rc = buf_append(&names, " ", 1, d->err);
+		if (!d->rc)
+			d->rc = buf_append(&names, text, strlen(text), d->err);
+	}
+	if (!d->rc)
+		d->rc = buf_append(&names, NULL, 1, d->err);
+	if (d->rc)
+		return;
+	out->members = (char *)names.data;
+	names = BUF_INIT;
+}
+
 static void get_memory(struct decoding *d, const json_t *manifest, struct store_checkpoint *out)
 {
 	const json_t *memory = field(d, manifest, "memory", JSON_OBJECT);
@@ -220,6 +263,8 @@ static void get_fields(struct decoding *d, const json_t *manifest, struct store_
 	out->created_wall_ns = get_integer(d, manifest, "created_wall_ns", INT64_MAX);
 	out->live = live && json_is_true(live);
 	out->periodic = json_object_get(manifest, "periodic") && json_is_true(field(d, manifest, "periodic", JSON_TRUE));
+	if (json_object_get(manifest, "group"))
+		get_group(d, field(d, manifest, "group", JSON_OBJECT), &out->group);
 	out->cpus = (uint32_t)get_integer(d, manifest, "cpus", 4096);
 	out->pause_ns = get_integer(d, manifest, "pause_ns", INT64_MAX);
 	out->durable_ns = get_integer(d, manifest, "durable_ns", INT64_MAX);

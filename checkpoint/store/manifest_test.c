@@ -31,6 +31,7 @@ static const struct store_checkpoint full = {
 	.message = (char *)"before the \"upgrade\"\n\xc3\xa4",
 	.created_wall_ns = 1800000000123456789,
 	.live = true,
+	.group = {.id = "dddddddddddddddddddddddddddddddd", .tag = "cut", .members = (char *)"web db"},
 	.memory_bytes = 1ull << 30,
 	.saved_pages = 5,
 	.zero_pages = 6,
@@ -70,7 +71,8 @@ static bool same(const struct store_checkpoint *a, const struct store_checkpoint
 	bool equal = same_text(a->id, b->id) && same_text(a->parent, b->parent) && same_text(a->vm, b->vm) &&
 		     same_text(a->vm_uuid, b->vm_uuid) && same_text(a->tag, b->tag) &&
 		     same_text(a->message, b->message) && same_text(a->config_text, b->config_text) &&
-		     same_text(a->memory_layer, b->memory_layer) && a->created_wall_ns == b->created_wall_ns &&
+		     same_text(a->memory_layer, b->memory_layer) && same_text(a->group.id, b->group.id) &&
+		     same_text(a->group.tag, b->group.tag) && same_text(a->group.members, b->group.members) && a->created_wall_ns == b->created_wall_ns &&
 		     a->live == b->live && a->memory_bytes == b->memory_bytes && a->saved_pages == b->saved_pages &&
 		     a->zero_pages == b->zero_pages && a->parent_pages == b->parent_pages &&
 		     a->written_bytes == b->written_bytes && a->pause_ns == b->pause_ns &&
@@ -349,6 +351,28 @@ Test(manifest, names_and_ids_that_lead_elsewhere)
 	refuse("state.xxh3", "\"0x00000000000001\"");
 	refuse("state.xxh3", "\"+000000000000001\"");
 	refuse("state.xxh3", "\" 00000000000001\"");
+}
+
+Test(manifest, groups)
+{
+	static const char *const groups[] = {"1", "null", "[]", "\"x\"", "{}"};
+	static const char *const members[] = {"{}", "null", "[]", "[1]", "[null]", "[\"web\", \"../x\"]", "[\"a b\"]", "\"web\""};
+	char many[STORE_GROUP_MAX * 4 + 16] = "[";
+
+	for (size_t i = 0; i < ARRAY_LENGTH(groups); i++)
+		refuse("group", groups[i]);
+	for (size_t i = 0; i < ARRAY_LENGTH(members); i++)
+		refuse("group.members", members[i]);
+	refuse("group.members", NULL);
+	refuse("group.id", "\"\"");
+	refuse("group.id", NULL);
+	refuse("group.tag", "\"a/b\"");
+	for (unsigned i = 0; i <= STORE_GROUP_MAX; i++)
+		strcat(many, i ? ",\"v\"" : "\"v\"");
+	strcat(many, "]");
+	refuse("group.members", many);
+	cr_expect_eq(verdict("group", NULL, NULL), 0, "most are in none");
+	cr_expect_eq(verdict("group.tag", "\"\"", NULL), 0);
 }
 
 Test(manifest, versions)

@@ -89,7 +89,7 @@ static int forget_bad_names(struct store *store, struct err *err)
 	return catalog_run_locked(store,
 				  "DELETE FROM vms WHERE name GLOB '*[^A-Za-z0-9._-]*' OR name NOT GLOB '[A-Za-z0-9]*' OR length(name) > 63;"
 				  "DELETE FROM tags WHERE tag GLOB '*[^A-Za-z0-9._-]*' OR tag NOT GLOB '[A-Za-z0-9]*' OR length(tag) > 63"
-				  " OR checkpoint NOT IN (SELECT id FROM checkpoints);"
+				  " OR (checkpoint NOT IN (SELECT id FROM checkpoints) AND checkpoint NOT IN (SELECT id FROM groups));"
 				  "DELETE FROM templates WHERE checkpoint NOT IN (SELECT id FROM checkpoints);",
 				  err);
 }
@@ -104,6 +104,8 @@ static int take_over(struct salvage *s, struct store_rebuilt *out, struct err *e
 	out->lost_images = !copy_rows(s, "SELECT path FROM images", "INSERT OR IGNORE INTO images VALUES(?)", &ignored);
 	/* Nobody runs, so nobody has resources. */
 	copy_rows(s, "SELECT checkpoint, rules FROM templates", "INSERT OR IGNORE INTO templates VALUES(?,?)", &ignored);
+	/* Of one that was decided on, members may still wait to be moved. Before tags are looked at. */
+	copy_rows(s, "SELECT id, members, state, begun_wall_ns FROM groups WHERE state = 'committed'", "INSERT OR IGNORE INTO groups VALUES(?,?,?,?)", &ignored);
 	/* A parent that is not there any more: the old one knows who is in its place. */
 	copy_rows(s, "SELECT id, parent FROM checkpoints",
 		  "UPDATE checkpoints SET parent = ?2 WHERE id = ?1 AND parent NOT IN (SELECT id FROM checkpoints)"

@@ -1,6 +1,7 @@
 /*
  * What makers left that died: of checkpoints (draft.c) and of removals (remove.c). Done by whoever opens the store, in this order:
  *
+ *     0 members of groups that are committed are moved to where checkpoints are
  *     1 what was committed is entered into the catalogue
  *     2 removals are completed
  *     3 what was not committed is removed. A memory layer that a checkpoint names stays in any case, and all stay while 1 could not be done
@@ -17,6 +18,7 @@
 #include "base/clock.h"
 #include "base/file.h"
 #include "base/log.h"
+#include "checkpoint/store/group.h"
 #include "checkpoint/store/store_internal.h"
 
 #define LOCK_SUFFIX ".lock"
@@ -88,6 +90,55 @@ static int enter_committed(struct store *store, const char *id, struct err *err)
 	return rc;
 }
 
+/* A draft's lock, taken for mending; -1: its maker lives, or another process mends it. */
+static int take_over(struct store *store, const char *lock_name)
+{
+	struct stat st;
+	int fd = openat(store->staging_dir, lock_name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+
+	if (fd >= 0 && !store_try_lock(fd) && !fstat(fd, &st) && st.st_nlink)
+		return fd;
+	if (fd >= 0)
+		close(fd);
+	return -1;
+}
+
+/* 1: this draft of a dead maker is a member of a group that is committed; 0: it is not, and if it could still come to be that, it cannot any more; -errno: it is not
+ * known. */
+static int is_decided(struct store *store, const char *id)
+{
+	struct store_checkpoint checkpoint;
+
+	/* What has no manifest was not yet prepared. */
+	if (store_read_manifest_in(store->staging_dir, "staging", id, &checkpoint, NULL))
+		return 0;
+	int rc = checkpoint.group.id[0] ? store_group_settle(store, checkpoint.group.id, NULL) : -ECANCELED;
+	store_checkpoint_free(&checkpoint);
+	return rc == 0 ? 1 : rc == -ECANCELED ? 0 : rc;
+}
+
+/* All that it holds was durable before its group was decided on. */
+static void move_decided(struct store *store, const char *id)
+{
+	char lock_name[STORE_ID_BYTES + 8];
+	struct err error = ERR_INIT;
+
+	store_file_name(lock_name, id, LOCK_SUFFIX);
+	bool locked = faccessat(store->staging_dir, lock_name, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
+	CLEANUP_CLOSE int fd = locked ? take_over(store, lock_name) : -1;
+	if ((locked && fd < 0) || is_decided(store, id) <= 0)
+		return;
+	int rc = renameat(store->staging_dir, id, store->checkpoints_dir, id) ? err_sys(&error, errno, "%s", id) : 0;
+	if (!rc)
+		rc = file_sync_dir(store->checkpoints_dir, &error);
+	if (!rc)
+		rc = enter_committed(store, id, &error);
+	if (rc)
+		log_warn("checkpoint %.8s: %s", id, error.message);
+	else
+		unlinkat(store->staging_dir, lock_name, 0);
+}
+
 static int remove_remains(struct store *store, const char *id, struct err *err)
 {
 	int rc = remove_markers(store, store->staging_dir, id, true, err);
@@ -105,19 +156,6 @@ static void id_of_lock(char id[STORE_ID_BYTES], const char *lock_name)
 {
 	memcpy(id, lock_name, STORE_ID_BYTES - 1);
 	id[STORE_ID_BYTES - 1] = '\0';
-}
-
-/* A draft's lock, taken for mending; -1: its maker lives, or another process mends it. */
-static int take_over(struct store *store, const char *lock_name)
-{
-	struct stat st;
-	int fd = openat(store->staging_dir, lock_name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-
-	if (fd >= 0 && !store_try_lock(fd) && !fstat(fd, &st) && st.st_nlink)
-		return fd;
-	if (fd >= 0)
-		close(fd);
-	return -1;
 }
 
 static bool is_committed(struct store *store, const char *id) { return faccessat(store->checkpoints_dir, id, F_OK, 0) == 0; }
@@ -146,7 +184,7 @@ static void remove_one(struct store *store, const char *lock_name)
 
 	id_of_lock(id, lock_name);
 	CLEANUP_CLOSE int fd = take_over(store, lock_name);
-	if (fd < 0 || is_committed(store, id))
+	if (fd < 0 || is_committed(store, id) || is_decided(store, id))
 		return;
 	if (remove_remains(store, id, &error))
 		log_warn("%s", error.message);
@@ -165,7 +203,7 @@ static void remove_orphan(struct store *store, const char *id)
 
 	store_file_name(lock_name, id, LOCK_SUFFIX);
 	if (faccessat(store->staging_dir, lock_name, F_OK, AT_SYMLINK_NOFOLLOW) && errno == ENOENT &&
-	    remove_remains(store, id, &error))
+	    !is_decided(store, id) && remove_remains(store, id, &error))
 		log_warn("%s", error.message);
 }
 
@@ -214,8 +252,10 @@ static int find_unentered(struct store *store, char found[STORE_ID_BYTES + 8], s
 int draft_recover(struct store *store, struct err *err)
 {
 	char unentered[STORE_ID_BYTES + 8];
-	int rc = each_staged(store, is_lock_name, enter_one, err);
+	int rc = each_staged(store, store_is_id, move_decided, err);
 
+	if (!rc)
+		rc = each_staged(store, is_lock_name, enter_one, err);
 	if (!rc)
 		rc = each_staged(store, is_removed_name, remove_recover, err);
 	if (!rc)

@@ -148,12 +148,13 @@ static int find_dead(struct store *store, int64_t seq, struct dead_layers *dead,
 	return rc;
 }
 
-/* 1 and its number and nearest ancestor that is there ("" if none), 0 if it is not known. */
-static int find_checkpoint(struct store *store, const char *id, int64_t *seq, char parent[STORE_ID_BYTES], struct err *err)
+/* 1 and its number and nearest ancestor that is there ("" if none) and group, 0 if it is not known. */
+static int find_checkpoint(struct store *store, const char *id, int64_t *seq, char parent[STORE_ID_BYTES], char group[STORE_ID_BYTES],
+			   struct err *err)
 {
 	sqlite3_stmt *s;
 	int rc = catalog_prepare_locked(store,
-					"SELECT seq, (SELECT p.id FROM checkpoints p WHERE p.id = c.parent) FROM checkpoints c"
+					"SELECT seq, (SELECT p.id FROM checkpoints p WHERE p.id = c.parent), group_id FROM checkpoints c"
 					" WHERE c.id = ?",
 					&s, err);
 	if (rc)
@@ -163,6 +164,7 @@ static int find_checkpoint(struct store *store, const char *id, int64_t *seq, ch
 	if (rc == 1) {
 		*seq = sqlite3_column_int64(s, 0);
 		catalog_text(s, 1, parent, STORE_ID_BYTES);
+		catalog_text(s, 2, group, STORE_ID_BYTES);
 	}
 	sqlite3_finalize(s);
 	return rc;
@@ -170,10 +172,10 @@ static int find_checkpoint(struct store *store, const char *id, int64_t *seq, ch
 
 int refs_forget_locked(struct store *store, const char *id, struct dead_layers *dead, struct err *err)
 {
-	char parent[STORE_ID_BYTES];
+	char parent[STORE_ID_BYTES], group[STORE_ID_BYTES] = "";
 	size_t first = dead->count;
 	int64_t seq = 0;
-	int rc = find_checkpoint(store, id, &seq, parent, err);
+	int rc = find_checkpoint(store, id, &seq, parent, group, err);
 
 	if (rc <= 0)
 		return rc;
@@ -192,5 +194,7 @@ int refs_forget_locked(struct store *store, const char *id, struct dead_layers *
 		rc = run_with(store, "DELETE FROM layers WHERE id = ?1", dead->list[i].id, NULL, 0, err);
 	if (!rc)
 		rc = run_with(store, "DELETE FROM checkpoints WHERE seq = ?3", NULL, NULL, seq, err);
+	if (!rc)
+		rc = group_forget_locked(store, group, err);
 	return rc ? rc : 1;
 }

@@ -26,6 +26,7 @@
 
 #define STORE_ID_BYTES	 33 /* 32 lower-case hexadecimal digits (128 random bits) and NUL */
 #define STORE_NAME_BYTES 64 /* VM and disk names, tags: [A-Za-z0-9][A-Za-z0-9._-]*, at most 63 bytes */
+#define STORE_GROUP_MAX	 32 /* checkpoints of a group */
 
 struct store;
 
@@ -90,6 +91,14 @@ struct store_disk_layer {
 	uint32_t inflight_writes, inflight_reads;
 };
 
+/* Of a checkpoint that is one of a group's (checkpoint/store/group.h). */
+struct store_group_note {
+	char id[STORE_ID_BYTES]; /* "": it is in none */
+	/* What follows is in the manifest only. */
+	char tag[STORE_NAME_BYTES]; /* of the group as it was taken, "" if none */
+	char *members;		    /* malloc: names of the VMs, with spaces between; or NULL */
+};
+
 struct store_checkpoint {
 	char id[STORE_ID_BYTES];
 	char parent[STORE_ID_BYTES]; /* "" for a root. Where the catalogue is asked: the nearest ancestor that was not removed */
@@ -100,6 +109,7 @@ struct store_checkpoint {
 	uint64_t created_wall_ns;
 	bool live;
 	bool periodic; /* taken by a timer: `keep` may remove it */
+	struct store_group_note group;
 	uint64_t memory_bytes, saved_pages, zero_pages, parent_pages, written_bytes;
 	uint64_t pause_ns, durable_ns;
 	uint32_t cpus;
@@ -155,6 +165,12 @@ int store_draft_sync_layers(struct store_draft *draft, struct err *err);
  * -EEXIST if the tag is taken.
  */
 int store_draft_commit(struct store_draft *draft, struct store_checkpoint *checkpoint, struct err *err);
+/*
+ * The same in two steps, for one of a group: all up to the rename, after which the draft may still be aborted (a failure has done so); and, once the group is committed, the
+ * rest, which cannot fail: what cannot be done now is done by whoever opens the store next.
+ */
+int store_draft_prepare(struct store_draft *draft, struct store_checkpoint *checkpoint, struct err *err);
+void store_draft_finish(struct store_draft *draft, struct store_checkpoint *checkpoint);
 /* Removes everything the draft made (see store_draft_switched). Frees it. NULL allowed. */
 void store_draft_abort(struct store_draft *draft);
 

@@ -41,10 +41,18 @@ int catalog_step_locked(struct store *store, sqlite3_stmt *statement, struct err
 int catalog_error_locked(struct store *store, const char *what, struct err *err);
 /* Copies column `column` as text; "" for NULL. Too long: cut, as only our own writes are that long. */
 void catalog_text(sqlite3_stmt *statement, int column, char *out, size_t size);
-/* -EEXIST: another checkpoint has it. */
+/* Of a checkpoint or a group; -EEXIST if it names another one. */
 int catalog_enter_tag_locked(struct store *store, const char *id, const char *tag, struct err *err);
-/* catalog_names.c: 1 and the checkpoint that has the tag, 0: none, -errno. */
+/* catalog_names.c: 1 and the checkpoint, or group, that has the tag, 0: none, -errno. */
 int catalog_find_tag(struct store *store, const char *tag, char id[STORE_ID_BYTES], struct err *err);
+/* -EEXIST, ERR_STATE if the tag names something. */
+int catalog_check_tag(struct store *store, const char *tag, struct err *err);
+int catalog_tag_is_taken(const char *tag, const char *id, struct err *err); /* that error */
+/* The first column of the only row that a query with one text (and perhaps one number) gives. 0 none, 1 one, 2 several, -errno. */
+int catalog_find_locked(struct store *store, const char *sql, const char *text, int64_t number, char id[STORE_ID_BYTES],
+			struct err *err);
+/* True if the text may be the beginning of an id. */
+bool catalog_is_prefix(const char *text);
 enum catalog_position {
 	CATALOG_VM_STAYS,
 	CATALOG_VM_MOVES,
@@ -85,7 +93,17 @@ int refs_forget_locked(struct store *store, const char *id, struct dead_layers *
 /* 1 if some checkpoint names the layer, 0, -errno. */
 int refs_has_layer_locked(struct store *store, const char *layer, struct err *err);
 
+/* group.c: inside the caller's transaction. */
+/* The group that a committed checkpoint names is committed. */
+int group_enter_locked(struct store *store, const struct store_checkpoint *checkpoint, struct err *err);
+/* Groups that were begun a day ago and are still open: nobody leads them. */
+void group_collect(struct store *store);
+/* What is known of a group ("": none) goes with the last of its checkpoints. */
+int group_forget_locked(struct store *store, const char *id, struct err *err);
+
 /* fill.c */
+/* Of the folder <id> in `parent`, whose name is `folder`. */
+int store_read_manifest_in(int parent, const char *folder, const char *id, struct store_checkpoint *out, struct err *err);
 /* The manifest itself, whatever the catalogue says. */
 int store_read_manifest(struct store *store, const char *id, struct store_checkpoint *out, struct err *err);
 /* Reads a committed checkpoint's manifest, and the layer table of its index: empty if that is damaged, which is told. */

@@ -326,6 +326,7 @@ static void run_sql(const char *sql)
 
 static const char to_version_1[] =
 	"DROP TABLE resources; DROP TABLE hosts; DROP TABLE templates; DROP TABLE refs; DROP TABLE layers; DROP TABLE images; DROP INDEX checkpoints_parent; DROP INDEX checkpoints_memory_layer; DROP INDEX checkpoints_periodic;"
+	"DROP TABLE groups; DROP INDEX checkpoints_group; ALTER TABLE checkpoints DROP COLUMN group_id;"
 	"ALTER TABLE vms DROP COLUMN note; ALTER TABLE checkpoints DROP COLUMN periodic;"
 	"CREATE TABLE refs(layer TEXT NOT NULL, checkpoint TEXT NOT NULL, kind TEXT NOT NULL, PRIMARY KEY(layer, checkpoint)) WITHOUT ROWID;"
 	"PRAGMA user_version = 1";

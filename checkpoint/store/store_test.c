@@ -457,7 +457,7 @@ Test(store, an_ambiguous_prefix_is_wrong_usage)
 
 	snprintf(sql, sizeof(sql),
 		 "sqlite3 %s/catalog.db \"insert into checkpoints select null, x, '', 'v', '', '', "
-		 "1,0,0,0,0,0,0,0,0,0,0, '', 0 from "
+		 "1,0,0,0,0,0,0,0,0,0,0, '', 0, '' from "
 		 "(select 'abcd0000000000000000000000000000' as x union select 'abcd1000000000000000000000000000')\"",
 		 store_test_folder);
 	if (system("command -v sqlite3 >/dev/null") != 0)

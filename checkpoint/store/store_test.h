@@ -26,11 +26,14 @@ unsigned store_test_count_in(const char *folder, const char *suffix);
 
 struct store_test_plan {
 	const char *vm, *parent, *tag; /* NULL: "web", none, none */
+	const char *group, *members;   /* NULL: in none */
 	bool disk, live, periodic;
 	uint64_t created_wall_ns; /* 0: now */
 	struct store *store; /* set by store_test_take */
 };
 int store_test_take(struct store *in, const struct store_test_plan *plan, char id[STORE_ID_BYTES], struct err *err);
+/* All up to the commit; after a failure there is no draft. *c is to be freed in any case. */
+int store_test_prepare(struct store *in, const struct store_test_plan *plan, struct store_draft **draft, struct store_checkpoint *c, struct err *err);
 void store_test_must_take(const struct store_test_plan *plan, char id[STORE_ID_BYTES]);
 /* An index of MEMORY_BYTES: page 7 in layer `own`, and one page in each layer that the parent's ("" or NULL: none) has. */
 int store_test_put_index(struct store *in, struct store_draft *draft, const char *parent, const char *own, struct err *err);

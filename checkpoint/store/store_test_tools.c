@@ -179,33 +179,47 @@ static int fill_draft(struct store_draft *draft, const struct store_test_plan *p
 	return rc ? rc : store_test_put_index(plan->store, draft, plan->parent, c->memory_layer, err);
 }
 
-int store_test_take(struct store *in, const struct store_test_plan *plan, char id[STORE_ID_BYTES], struct err *err)
+int store_test_prepare(struct store *in, const struct store_test_plan *plan, struct store_draft **draft, struct store_checkpoint *c, struct err *err)
 {
-	struct store_checkpoint c = {.live = plan->live, .cpus = 2, .memory_bytes = MEMORY_BYTES, .saved_pages = 1};
-	struct store_draft *draft;
 	struct store_test_plan filled = *plan;
 	struct store_pin *pin = NULL;
-	int rc = store_draft_begin(in, &draft, err);
+	int rc = store_draft_begin(in, draft, err);
 
+	*c = (struct store_checkpoint){.live = plan->live, .cpus = 2, .memory_bytes = MEMORY_BYTES, .saved_pages = 1, .periodic = plan->periodic};
 	if (rc)
 		return rc;
 	filled.store = in;
-	c.periodic = plan->periodic;
 	/* As the engine does; a parent that was removed meanwhile has no index to take from. */
 	if (plan->parent && *plan->parent && store_pin(in, plan->parent, &pin, NULL))
 		filled.parent = NULL;
 	plan = &filled;
-	snprintf(c.vm, sizeof(c.vm), "%s", plan->vm ? plan->vm : "web");
-	snprintf(c.vm_uuid, sizeof(c.vm_uuid), VM_UUID);
-	snprintf(c.parent, sizeof(c.parent), "%s", plan->parent ? plan->parent : "");
-	snprintf(c.tag, sizeof(c.tag), "%s", plan->tag ? plan->tag : "");
-	c.created_wall_ns = plan->created_wall_ns ? plan->created_wall_ns : clock_wall_ns();
-	c.message = xstrdup("a message");
-	c.config_text = xstrdup("[vm]\nname = web\n");
-	rc = fill_draft(draft, plan, &c, err);
+	snprintf(c->vm, sizeof(c->vm), "%s", plan->vm ? plan->vm : "web");
+	snprintf(c->vm_uuid, sizeof(c->vm_uuid), VM_UUID);
+	snprintf(c->parent, sizeof(c->parent), "%s", plan->parent ? plan->parent : "");
+	snprintf(c->tag, sizeof(c->tag), "%s", plan->tag ? plan->tag : "");
+	snprintf(c->group.id, sizeof(c->group.id), "%s", plan->group ? plan->group : "");
+	c->group.members = plan->group ? xstrdup(plan->members) : NULL;
+	c->created_wall_ns = plan->created_wall_ns ? plan->created_wall_ns : clock_wall_ns();
+	c->message = xstrdup("a message");
+	c->config_text = xstrdup("[vm]\nname = web\n");
+	rc = fill_draft(*draft, plan, c, err);
 	if (rc)
-		store_draft_abort(draft);
-	else
+		store_draft_abort(*draft);
+	store_unpin(pin);
+	return rc;
+}
+
+int store_test_take(struct store *in, const struct store_test_plan *plan, char id[STORE_ID_BYTES], struct err *err)
+{
+	struct store_pin *pin = NULL;
+	struct store_checkpoint c;
+	struct store_draft *draft;
+
+	/* Held until the commit. */
+	if (plan->parent && *plan->parent)
+		store_pin(in, plan->parent, &pin, NULL);
+	int rc = store_test_prepare(in, plan, &draft, &c, err);
+	if (!rc)
 		rc = store_draft_commit(draft, &c, err);
 	store_unpin(pin);
 	if (id)

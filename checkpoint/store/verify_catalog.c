@@ -39,6 +39,7 @@ static int check_columns_locked(struct store *store, struct err *err)
 		"SELECT vm, type, name, guest, host FROM resources",
 		"SELECT type, host, exclusive, refs FROM hosts",
 		"SELECT checkpoint, rules FROM templates",
+		"SELECT id, members, state, begun_wall_ns FROM groups",
 	};
 	int rc = 0;
 
@@ -82,7 +83,7 @@ static bool agree(const struct store_checkpoint *a, const struct store_checkpoin
 	const char *one = a->message ? a->message : "", *other = b->message ? b->message : "";
 
 	return !strcmp(a->vm, b->vm) && !strcmp(a->vm_uuid, b->vm_uuid) && !strcmp(one, other) && a->created_wall_ns == b->created_wall_ns &&
-	       a->live == b->live && a->periodic == b->periodic && a->cpus == b->cpus && a->memory_bytes == b->memory_bytes &&
+	       a->live == b->live && !strcmp(a->group.id, b->group.id) && a->periodic == b->periodic && a->cpus == b->cpus && a->memory_bytes == b->memory_bytes &&
 	       a->saved_pages == b->saved_pages && a->zero_pages == b->zero_pages && a->parent_pages == b->parent_pages &&
 	       a->written_bytes == b->written_bytes && a->pause_ns == b->pause_ns && a->durable_ns == b->durable_ns &&
 	       a->size_bytes == b->size_bytes && !strcmp(a->memory_layer, b->memory_layer);
