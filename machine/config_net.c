@@ -11,7 +11,7 @@
 
 #define MAX_RATE (1ull << 40)
 
-static const char *const mode_names[] = {[NET_NONE] = "none", [NET_USER] = "user", [NET_TAP] = "tap", [NET_BRIDGE] = "bridge", [NET_LIBVIRT] = "libvirt"};
+static const char *const mode_names[] = {[NET_NONE] = "none", [NET_USER] = "user", [NET_TAP] = "tap", [NET_BRIDGE] = "bridge", [NET_LIBVIRT] = "libvirt", [NET_GROUP] = "group"};
 
 static const char *const sharing_names[] = {[CONFIG_ROUND_ROBIN] = "round-robin", [CONFIG_LEAST] = "least", [CONFIG_BY_NAME] = "name"};
 
@@ -27,7 +27,7 @@ static int set_mode(struct config_reading *r, void *object, const char *key, con
 			return 0;
 		}
 	config_fail(r, key, "'%s' is no network mode", value);
-	return err_hint(r->err, "user, tap, bridge, libvirt or none");
+	return err_hint(r->err, "user, tap, bridge, libvirt, group or none");
 }
 
 static int set_mac(struct config_reading *r, void *object, const char *key, const char *value)
@@ -229,13 +229,24 @@ int config_begin_net(struct config_reading *r, const char *name)
 
 /* --- what the keys mean together --- */
 
+/* Its name is a folder's. */
+static int check_group(struct config_reading *r, const struct config_net *net)
+{
+	size_t plain = strspn(net->network, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-@");
+
+	if (net->network[0] && !net->network[plain] && isalnum((unsigned char)net->network[0]))
+		return 0;
+	config_fail(r, "network", net->network[0] ? "'%s' is no name of a group's network in [net %s]" : "is missing%.0s in [net %s]", net->network, net->name);
+	return err_hint(r->err, "letters, digits, '.', '_' and '-', a letter or digit first, for example network = backend");
+}
+
 static int check_mode(struct config_reading *r, const struct config_net *net)
 {
 	const char *stray = net->forward_count && net->mode != NET_USER ? "forward"
 			    : net->shared_count && net->mode != NET_USER  ? "multiplex"
 			    : net->tap[0] && net->mode != NET_TAP	    ? "tap"
 			    : net->bridge[0] && net->mode != NET_BRIDGE   ? "bridge"
-			    : net->network[0] && net->mode != NET_LIBVIRT ? "network"
+			    : net->network[0] && net->mode != NET_LIBVIRT && net->mode != NET_GROUP ? "network"
 									    : NULL;
 
 	if (net->mode == NET_NONE)
@@ -253,7 +264,7 @@ static int check_mode(struct config_reading *r, const struct config_net *net)
 		config_fail(r, "network", "is missing in [net %s]", net->name);
 		return err_hint(r->err, "name libvirt's network, for example network = default");
 	}
-	return 0;
+	return net->mode == NET_GROUP ? check_group(r, net) : 0;
 }
 
 /* A multiplexer reaches a VM by a port of its own. */

@@ -1,4 +1,5 @@
 /* The configuration as domain XML: what QEMU below libvirt shows its guest as vmcp does. */
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -105,6 +106,10 @@ static int write_net(const char *vm, const struct config_net *net, struct buf *o
 {
 	static const char *const types[] = {[NET_USER] = "user", [NET_TAP] = "ethernet", [NET_BRIDGE] = "bridge", [NET_LIBVIRT] = "network"};
 	const uint8_t *m = net->mac;
+	if (net->mode == NET_GROUP) {
+		err_set(err, ERR_USAGE, ENOTSUP, "[net %s]: a domain of libvirt has nothing like mode = group", net->name);
+		return err_hint(err, "give the card another mode");
+	}
 	int rc = config_append(out, err, "    <interface type='%s'>\n", types[net->mode]);
 
 	if (!rc && net->mac_given)

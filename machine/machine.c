@@ -59,6 +59,7 @@ struct machine {
 	unsigned net_count;
 	struct ckpt_engine *engine;
 	pthread_mutex_t turn; /* held by whoever stops or starts the VM */
+	bool deaf;	      /* under turn: its cards of mode group hear nothing yet */
 	_Atomic bool paused;  /* changed under turn: by the user's wish */
 	/* Held, before the turn, from a checkpoint's request to its result: the engine keeps only the last result. */
 	pthread_mutex_t checkpoint_turn;
@@ -162,8 +163,15 @@ static int open_disk(struct machine *machine, struct config_disk *config, struct
 
 static int open_net(struct machine *machine, struct config_net *config, struct err *err)
 {
-	const struct machine_net_place place = {
-		.pci = machine->pci, .mem = vm_memory(machine->vm), .loop = machine->loop, .libvirt = machine->options.config->libvirt};
+	CLEANUP_FREE char *networks = xasprintf("%s/networks", store_path(machine->options.store));
+	const struct machine_net_place place = {.pci = machine->pci,
+						.mem = vm_memory(machine->vm),
+						.loop = machine->loop,
+						.libvirt = machine->options.config->libvirt,
+						.networks = networks,
+						.vm = machine->options.config->name,
+						.index = machine->net_count,
+						.deaf = machine->options.held};
 
 	/* Also one that fails half way: machine_destroy closes it. */
 	return machine_net_open(&machine->nets[machine->net_count++], &place, config, err);
@@ -358,7 +366,7 @@ static int build(struct machine *machine, struct err *err)
 
 int machine_create(const struct machine_options *options, struct machine **out, struct err *err)
 {
-	struct machine init = {.options = *options, .paused = true};
+	struct machine init = {.options = *options, .paused = true, .deaf = options->held};
 	struct machine *machine = xcalloc(1, sizeof(*machine));
 	int rc;
 
@@ -443,6 +451,14 @@ int machine_destroy(struct machine *machine, struct err *err)
 
 /* --- running --- */
 
+static void hear_networks(void *opaque)
+{
+	struct machine *machine = opaque;
+
+	for (unsigned i = 0; i < machine->net_count; i++)
+		machine_net_hear(&machine->nets[i]);
+}
+
 int machine_resume(struct machine *machine, struct err *err)
 {
 	int rc;
@@ -450,6 +466,9 @@ int machine_resume(struct machine *machine, struct err *err)
 	pthread_mutex_lock(&machine->turn);
 	rc = ckpt_check(machine->engine, err);
 	if (!rc && machine->paused) {
+		if (machine->deaf)
+			loop_call(machine->loop, hear_networks, machine);
+		machine->deaf = false;
 		vm_resume(machine->vm, true);
 		machine->paused = false;
 	} else if (!rc) {
@@ -569,9 +588,14 @@ int machine_checkpoint(struct machine *machine, const struct ckpt_request *reque
 
 int machine_revert(struct machine *machine, const char *id, struct ckpt_revert_result *result, struct err *err)
 {
+	return machine_revert_in_group(machine, id, NULL, result, err);
+}
+
+int machine_revert_in_group(struct machine *machine, const char *id, const struct ckpt_group *group, struct ckpt_revert_result *result, struct err *err)
+{
 	ckpt_cancel_periodic(machine->engine);
 	pthread_mutex_lock(&machine->turn);
-	int rc = ckpt_revert(machine->engine, id, !machine->paused, result, err);
+	int rc = ckpt_revert_in_group(machine->engine, id, !machine->paused, group, result, err);
 	pthread_mutex_unlock(&machine->turn);
 	return rc;
 }

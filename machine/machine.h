@@ -28,6 +28,7 @@ struct machine_options {
 	const char *uuid;
 	const char *from;	       /* checkpoint to start from, NULL: boot */
 	struct console *console;
+	bool held; /* it stands still for a while, and networks of mode group are not heard until machine_resume */
 	uint64_t clock_back_ns;	       /* with `from`: the real-time clock shows so much less than the host's time; 0: what it showed is right again */
 	/* As vm_config.stopped: from a vCPU thread, must not block. */
 	void (*stopped)(void *opaque, enum vm_stop_reason reason, const struct err *err);
@@ -55,6 +56,8 @@ uint64_t machine_first_entry_ns(struct machine *machine);
  * it), and it is refused while they wait. A revert cancels it at once. */
 int machine_checkpoint(struct machine *machine, const struct ckpt_request *request, struct ckpt_result *result, struct err *err);
 int machine_revert(struct machine *machine, const char *id, struct ckpt_revert_result *result, struct err *err);
+/* The same together with other VMs. */
+int machine_revert_in_group(struct machine *machine, const char *id, const struct ckpt_group *group, struct ckpt_revert_result *result, struct err *err);
 /* Asks the guest to make do with `bytes` of memory: the rest goes into its balloon, in the guest's own time. -ENODEV, ERR_STATE without a
  * balloon; -EINVAL, ERR_USAGE below MEM_MIN_BYTES or above what the guest has. */
 int machine_set_balloon(struct machine *machine, uint64_t bytes, struct err *err);

@@ -20,12 +20,17 @@ struct machine_net_place {
 	struct mem *mem;
 	struct loop *loop;
 	const char *libvirt; /* URI, "": the default */
+	const char *networks; /* where those of mode group are */
+	const char *vm;	      /* its name */
+	unsigned index;	      /* of the card */
+	bool deaf;	      /* cards of mode group hear nothing before machine_net_hear */
 };
 
 /* Binds the host's side and makes the device, which has an address (machine_choose_macs). After a failure too machine_net_close is to be called. */
 int machine_net_open(struct machine_net *net, const struct machine_net_place *place, struct config_net *config, struct err *err);
 /* The loop does not run. */
 void machine_net_close(struct machine_net *net);
+void machine_net_hear(struct machine_net *net); /* in the loop's thread */
 void machine_net_tell(struct machine_net *net, struct machine_net_stats *out);
 
 #endif

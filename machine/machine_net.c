@@ -1,6 +1,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/buf.h"
 #include "machine/libvirt.h"
 #include "machine/machine_internal.h"
 
@@ -55,7 +56,12 @@ static int open_backend(struct machine_net *net, const struct machine_net_place 
 
 	memcpy(backend.forwards, config->forwards, sizeof(backend.forwards));
 	memcpy(backend.interface, config->mode == NET_TAP ? config->tap : config->bridge, sizeof(backend.interface));
+	CLEANUP_FREE char *port = xasprintf("%s.%u", place->vm, place->index);
 	int rc = 0;
+	backend.folder = place->networks;
+	backend.port = port;
+	backend.deaf = place->deaf;
+	snprintf(backend.network, sizeof(backend.network), "%s", config->network);
 	if (config->mode == NET_LIBVIRT) {
 		backend.mode = NET_BRIDGE;
 		rc = find_bridge(place->libvirt, config->network, backend.interface, err);
@@ -80,6 +86,8 @@ void machine_net_close(struct machine_net *net)
 	virtio_net_destroy(net->device);
 	net_close(net->backend);
 }
+
+void machine_net_hear(struct machine_net *net) { net_hear(net->backend); }
 
 void machine_net_tell(struct machine_net *net, struct machine_net_stats *out)
 {

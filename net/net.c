@@ -6,7 +6,9 @@
 
 int net_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err)
 {
-	int ret = config->mode == NET_USER ? net_user_open(config, loop, out, err) : net_tap_open(config, loop, out, err);
+	int ret = config->mode == NET_USER    ? net_user_open(config, loop, out, err)
+		  : config->mode == NET_GROUP ? net_group_open(config, loop, out, err)
+					      : net_tap_open(config, loop, out, err);
 
 	return ret < 0 ? err_prefix(err, "net %s", config->name) : 0;
 }
@@ -41,6 +43,12 @@ int net_send(struct net *net, const struct iovec *iov, unsigned count, size_t by
 	if (bytes < NET_HEADER_BYTES + NET_ETHERNET_BYTES || bytes > NET_BUFFER_BYTES)
 		return -EINVAL;
 	return net->ops->send(net, iov, count, bytes);
+}
+
+void net_hear(struct net *net)
+{
+	if (net->ops->hear != NULL)
+		net->ops->hear(net);
 }
 
 void net_flush(struct net *net) { net->ops->flush(net); }

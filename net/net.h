@@ -4,6 +4,7 @@
  *     user    a network of its own inside this process (libslirp): NAT, DHCP, DNS, forwarded ports; no privileges
  *     tap     a tap device that somebody made
  *     bridge  a tap device made for this card, put into a bridge, gone with the card
+ *     group   a network of VMs of one store, and nothing else
  *     libvirt the bridge of one of libvirt's networks: whoever opens it finds that bridge, and opens it as mode bridge
  *
  * Frames travel with a header of NET_HEADER_BYTES in front, that of virtio-net (virtio 1.2, 5.1.6, with num_buffers): every backend takes
@@ -31,6 +32,8 @@
 /* The largest frame with its header: 64 KiB of IP, and a VLAN tag. */
 #define NET_BUFFER_BYTES (NET_HEADER_BYTES + NET_ETHERNET_BYTES + 4u + 65535u)
 #define NET_MAX_FORWARDS 64u
+#define NET_NETWORK_BYTES 64u
+#define NET_PORT_BYTES 68u /* of a port's name in a network, with its end */
 #define NET_INTERFACE_BYTES 16u /* of an interface's name, with its end */
 
 /* Fields of the header (little endian) and their values. */
@@ -49,7 +52,7 @@ enum { NET_GSO_NONE = 0, NET_GSO_TCPV4 = 1, NET_GSO_TCPV6 = 4, NET_GSO_ECN = 0x8
 /* What the guest can take. */
 enum { NET_OFFLOAD_CSUM = 1, NET_OFFLOAD_TSO4 = 2, NET_OFFLOAD_TSO6 = 4, NET_OFFLOAD_ECN = 8 };
 
-enum net_mode { NET_NONE, NET_USER, NET_TAP, NET_BRIDGE, NET_LIBVIRT };
+enum net_mode { NET_NONE, NET_USER, NET_TAP, NET_BRIDGE, NET_LIBVIRT, NET_GROUP };
 
 struct net_forward {
 	bool udp;
@@ -63,6 +66,10 @@ struct net_config {
 	unsigned forward_count; /* user */
 	struct net_forward forwards[NET_MAX_FORWARDS];
 	char interface[NET_INTERFACE_BYTES]; /* tap: the device; bridge: the bridge */
+	/* group: where networks are, copied; the network's name; the card's name in it, which nobody else has, copied; whether it hears nothing before net_hear. */
+	const char *folder, *port;
+	char network[NET_NETWORK_BYTES];
+	bool deaf;
 };
 
 struct net_events {
@@ -86,8 +93,11 @@ struct net;
 int net_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
 void net_close(struct net *net); /* NULL is allowed */
 void net_listen(struct net *net, const struct net_events *events, void *opaque);
-/* The interface of the host, "" of mode user. */
+/* The interface of the host, "" of modes user and group. */
 const char *net_interface(const struct net *net);
+
+/* A card that was deaf hears from here on. In the loop's thread. */
+void net_hear(struct net *net);
 
 /* `readable` comes while frames are wanted; not, at first. */
 void net_want(struct net *net, bool wanted);

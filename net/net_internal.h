@@ -14,6 +14,7 @@ struct net_ops {
 	void (*set_offloads)(struct net *net, unsigned offloads);
 	void (*save_connections)(const struct net *net, struct net_connections *out);
 	void (*restart)(struct net *net, const uint8_t guest_mac[6], const struct net_connections *guest);
+	void (*hear)(struct net *net); /* NULL: it never is deaf */
 };
 
 /* First member of each backend. */
@@ -28,6 +29,7 @@ struct net {
 };
 
 int net_user_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
+int net_group_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
 int net_tap_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
 
 /* Fills in the checksum that a header leaves open (virtio 1.2, 5.1.6.2); the header no more asks for it. -EINVAL where it lies outside of the frame. */
