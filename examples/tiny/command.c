@@ -53,6 +53,13 @@ static void set_report_rate(struct tiny *tiny, uint64_t rate)
 	print_ok_number(tiny, "report_rate", rate);
 }
 
+static void set_beat(struct tiny *tiny, uint64_t rate)
+{
+	tiny->options.beat_rate = rate;
+	pace_set(&tiny->beat_pace, &tiny->clock, rate);
+	print_ok_number(tiny, "beat", rate);
+}
+
 static void set_disk(struct tiny *tiny, uint64_t writing)
 {
 	tiny->disk.writing = writing;
@@ -90,7 +97,7 @@ static void print_help(struct tiny *tiny)
 {
 	line_start(&tiny->line,
 		   "help: check status gap sum balloon net epoch=N rate=N mode=uniform|zipf|hot|seq disk=0|1 disk_rate=N "
-		   "report_rate=N report=MS "
+		   "report_rate=N beat=N report=MS "
 		   "bench=KIND BYTES DEPTH REQUESTS MS pause go crash quit help (a space does for the =)");
 	tiny_print(tiny);
 }
@@ -143,6 +150,7 @@ static bool run_with_number(struct tiny *tiny, const char *text)
 		{"disk_rate", set_disk_rate},
 		{"disk", set_disk},
 		{"report_rate", set_report_rate},
+		{"beat", set_beat},
 	};
 	const char *value;
 	uint64_t number;

@@ -141,6 +141,7 @@ static void start_work(struct tiny *tiny)
 	pace_set(&tiny->mem_pace, &tiny->clock, options->rate);
 	pace_set(&tiny->disk_pace, &tiny->clock, options->disk_rate);
 	pace_set(&tiny->balloon_pace, &tiny->clock, options->report_rate);
+	pace_set(&tiny->beat_pace, &tiny->clock, options->beat_rate);
 	tiny->running = !options->paused;
 	tiny->image_sum = image_sum();
 	report_ready(tiny);
@@ -179,6 +180,15 @@ static void work_balloon(struct tiny *tiny, uint64_t now, bool look)
 		return;
 	balloon_step(&tiny->balloon, &tiny->stamps);
 	pace_take(&tiny->balloon_pace, now);
+}
+
+static void work_net(struct tiny *tiny, uint64_t now)
+{
+	if (tiny->options.beat_rate && pace_due(&tiny->beat_pace, now)) {
+		net_beat(&tiny->net);
+		pace_take(&tiny->beat_pace, now);
+	}
+	net_turn(&tiny->net);
 }
 
 static void work_serial(struct tiny *tiny, bool look)
@@ -222,7 +232,7 @@ static _Noreturn void run(struct tiny *tiny)
 		if (tiny->balloon.there)
 			work_balloon(tiny, now, look);
 		if (tiny->net.there)
-			net_turn(&tiny->net);
+			work_net(tiny, now);
 		work_serial(tiny, look);
 		work_report(tiny, now);
 	}

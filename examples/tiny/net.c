@@ -13,8 +13,12 @@
 #define QUEUE_SIZE   NET_BUFFERS
 #define ECHO_PORT    7u
 
+#define BEAT_TYPE  0x88b5u
+#define BEAT_BYTES 60u
+
 /* Places in a frame. */
 enum {
+	BEAT_NUMBER = 14,
 	ETHER_TYPE = 12,
 	ARP_OPERATION = 20,
 	ARP_SENDER_MAC = 22,
@@ -145,6 +149,35 @@ static uint32_t answer_ip(struct net *net, uint8_t *frame, uint32_t bytes)
 	return (uint32_t)get16(frame + IP_LENGTH) + IP_VERSION;
 }
 
+static struct net_sender *find_sender(struct net *net, const uint8_t *mac)
+{
+	unsigned int i;
+
+	for (i = 0; i < NET_SENDERS && net->senders[i].known; i++)
+		if (same(net->senders[i].mac, mac, 6))
+			return &net->senders[i];
+	if (i == NET_SENDERS)
+		return NULL;
+	net->senders[i].known = true;
+	memcpy(net->senders[i].mac, mac, 6);
+	return &net->senders[i];
+}
+
+static void take_beat(struct net *net, const uint8_t *frame)
+{
+	struct net_sender *sender = find_sender(net, frame + 6);
+	uint64_t number = 0;
+	unsigned int i;
+
+	if (!sender)
+		return;
+	for (i = 0; i < 8; i++)
+		number = number << 8 | frame[BEAT_NUMBER + i];
+	net->heard++;
+	net->behind += number <= sender->last;
+	sender->last = number;
+}
+
 static uint32_t answer(struct net *net, uint8_t *frame, uint32_t bytes)
 {
 	uint32_t length = 0;
@@ -153,6 +186,8 @@ static uint32_t answer(struct net *net, uint8_t *frame, uint32_t bytes)
 		length = answer_arp(net, frame, bytes);
 	else if (bytes >= ARP_END && get16(frame + ETHER_TYPE) == 0x0800)
 		length = answer_ip(net, frame, bytes);
+	else if (bytes >= BEAT_BYTES && get16(frame + ETHER_TYPE) == BEAT_TYPE)
+		take_beat(net, frame);
 	if (length) {
 		memcpy(frame, frame + 6, 6);
 		memcpy(frame + 6, net->mac, 6);
@@ -196,4 +231,19 @@ void net_turn(struct net *net)
 	}
 	virtio_notify(&net->send);
 	virtio_notify(&net->receive);
+}
+
+void net_beat(struct net *net)
+{
+	uint8_t frame[BEAT_BYTES];
+	unsigned int i;
+
+	memset(frame, 0, sizeof(frame));
+	memset(frame, 0xff, 6);
+	memcpy(frame + 6, net->mac, 6);
+	put16(frame + ETHER_TYPE, BEAT_TYPE);
+	net->beats++;
+	for (i = 0; i < 8; i++)
+		frame[BEAT_NUMBER + i] = (uint8_t)(net->beats >> (56 - 8 * i));
+	send(net, frame, sizeof(frame));
 }

@@ -1,6 +1,9 @@
 /*
  * A virtio network card (OASIS virtio 1.2, section 5.1), polled, and just enough of a host on it: 10.0.2.15, which answers ARP, ICMP echo, and
  * every UDP datagram to port 7 with the same datagram.
+ *
+ * Beats: numbered frames to everybody, of Ethernet type 0x88b5 (IEEE 802, for local experiments). What came of each sender is remembered: a number that is not
+ * above all that came before says that two machines do not agree on what was.
  */
 #ifndef TINY_NET_H
 #define TINY_NET_H
@@ -14,6 +17,14 @@
 #define NET_BUFFERS	 32u
 #define NET_BUFFER_BYTES 2048u
 
+#define NET_SENDERS 4u
+
+struct net_sender {
+	bool known;
+	uint8_t mac[6];
+	uint64_t last;
+};
+
 struct net {
 	bool there;
 	uint8_t mac[6];
@@ -21,6 +32,9 @@ struct net {
 	uint32_t free_sends;			 /* a bit for each send buffer */
 	uint64_t arps, pings, datagrams;	 /* answered */
 	uint64_t lost;				 /* no buffer to answer with */
+	uint64_t beats;				 /* sent: the number of the last */
+	uint64_t heard, behind;			 /* beats that came; of them, those whose number had come before */
+	struct net_sender senders[NET_SENDERS];	 /* of the first that were heard */
 	struct virtio virtio;
 	struct virtio_queue receive, send;
 };
@@ -30,5 +44,8 @@ const char *net_start(struct net *net, struct ram *ram);
 
 /* Answers what came. One device access at most. */
 void net_turn(struct net *net);
+
+/* One more beat. It counts as sent before the card knows of it. */
+void net_beat(struct net *net);
 
 #endif

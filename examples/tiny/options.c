@@ -97,6 +97,8 @@ static bool parse_word(struct options *o, const char *word)
 		return parse_flag(value, &o->balloon);
 	if ((value = text_after(word, "net=")))
 		return parse_flag(value, &o->net);
+	if ((value = text_after(word, "beat=")))
+		return parse_limited(value, 0, 1000000, &o->beat_rate);
 	if ((value = text_after(word, "spare=")))
 		return parse_limited(value, 256u << 10, 1ull << 36, &o->spare_bytes);
 	if ((value = text_after(word, "report_rate=")))

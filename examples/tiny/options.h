@@ -19,6 +19,7 @@ struct options {
 	bool bench; /* of the disk, which is then for nothing else */
 	bool balloon;
 	bool net;
+	uint64_t beat_rate; /* frames to everybody per second */
 	uint64_t spare_bytes; /* for the balloon to give back */
 	uint64_t report_rate; /* chunks of it reported as free or filled again per second */
 	bool disk_fill;	      /* write the whole area once at boot */

@@ -110,6 +110,9 @@ void report_net(struct tiny *tiny)
 	line_number(line, "pings", net->pings);
 	line_number(line, "datagrams", net->datagrams);
 	line_number(line, "lost", net->lost);
+	line_number(line, "beats", net->beats);
+	line_number(line, "heard", net->heard);
+	line_number(line, "behind", net->behind);
 	tiny_print(tiny);
 }
 

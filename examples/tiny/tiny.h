@@ -52,6 +52,7 @@ struct tiny {
 	struct pace mem_pace;
 	struct pace disk_pace;
 	struct pace balloon_pace;
+	struct pace beat_pace;
 	bool running; /* pause and go */
 	uint64_t image_sum;
 	uint64_t look_tsc;   /* when to look for input next */
