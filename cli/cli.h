@@ -101,6 +101,13 @@ bool cli_is_of_qemu(const struct store_checkpoint *checkpoint);
 /* cmd_clone.c: `show VM --resources` */
 int cli_show_resources(struct cli *cli, struct err *err);
 
+/* cmd_group.c. As store_resolve, and then a group: *is_group, and its id. */
+int cli_resolve(struct store *store, const char *reference, char id[STORE_ID_BYTES], bool *is_group, struct err *err);
+/* `checkpoint --group`, and what revert and show do with a group. */
+int cli_group_checkpoint(struct cli *cli, uint64_t max_rate, unsigned seconds, struct err *err);
+int cli_group_revert(struct cli *cli, const char *id, struct err *err);
+int cli_group_show(struct cli *cli, struct store *store, const char *id, struct err *err);
+
 /* What SIGINT and SIGTERM set from cli_catch_interrupts on. */
 extern volatile bool cli_interrupted;
 void cli_catch_interrupts(void);

@@ -201,6 +201,12 @@ static int run_checkpoint(struct cli *cli, struct err *err)
 		rc = err_set(err, ERR_USAGE, EINVAL, "--timeout: no checkpoint takes less than a second for sure");
 	if (!rc && tag)
 		rc = store_check_name("--tag", tag, err);
+	if (!rc && cli_given(cli, "group"))
+		return cli_group_checkpoint(cli, rate, seconds, err);
+	if (!rc && cli->argument_count > 1) {
+		err_set(err, ERR_USAGE, EINVAL, "checkpoint: more than one VM");
+		rc = err_hint(err, "of several VMs at one instant: vmcp checkpoint --live --group VM VM...");
+	}
 	if (!rc && cli_given(cli, "connect"))
 		rc = take_domain(cli, &result, err);
 	else if (!rc) {
@@ -301,14 +307,16 @@ static void print_reverted(const json_t *result)
 	       json_string_value(json_object_get(result, "mode")), took);
 }
 
-/* Finds the checkpoint, the VM that is meant, --vm or the one that took it, and whether it runs. */
+/* Finds the group, or the checkpoint, the VM that is meant, --vm or the one that took it, and whether it runs. */
 static int find_target(struct cli *cli, struct store *store, char id[STORE_ID_BYTES], char name[STORE_NAME_BYTES],
-		       bool *alive, struct err *err)
+		       bool *alive, bool *is_group, struct err *err)
 {
 	struct store_checkpoint checkpoint;
 	struct store_vm vm;
-	int rc = store_resolve(store, cli->arguments[0], id, err);
+	int rc = cli_resolve(store, cli->arguments[0], id, is_group, err);
 
+	if (!rc && *is_group)
+		return 0;
 	if (!rc)
 		rc = store_checkpoint_get(store, id, &checkpoint, err);
 	if (rc)
@@ -331,7 +339,7 @@ static int run_revert(struct cli *cli, struct err *err)
 	const char *connect = cli_value(cli, "connect");
 	struct store *store;
 	json_t *result;
-	bool alive;
+	bool alive, is_group = false;
 	int rc = 0;
 
 	if (connect && cli_given(cli, "vm")) {
@@ -342,7 +350,11 @@ static int run_revert(struct cli *cli, struct err *err)
 		rc = cli_open_store(cli, &store, err);
 	if (rc)
 		return rc;
-	rc = find_target(cli, store, id, name, &alive, err);
+	rc = find_target(cli, store, id, name, &alive, &is_group, err);
+	if (!rc && is_group) {
+		store_close(store);
+		return cli_group_revert(cli, id, err);
+	}
 	if (!rc && connect)
 		rc = control_domain_revert(store, connect, id, &result, err);
 	else if (!rc && alive)
@@ -381,7 +393,7 @@ static int run_tag(struct cli *cli, struct err *err)
 {
 	char id[STORE_ID_BYTES];
 	struct store *store;
-	bool delete = cli_given(cli, "delete");
+	bool delete = cli_given(cli, "delete"), is_group;
 
 	if (cli->argument_count != (delete ? 1 : 2)) {
 		err_set(err, ERR_USAGE, EINVAL, delete ? "tag --delete: it takes one name" : "tag: it takes a checkpoint and a name");
@@ -390,7 +402,7 @@ static int run_tag(struct cli *cli, struct err *err)
 	int rc = delete ? delete_tag(cli, err) : cli_open_store(cli, &store, err);
 	if (rc || delete)
 		return rc;
-	rc = store_resolve(store, cli->arguments[0], id, err);
+	rc = cli_resolve(store, cli->arguments[0], id, &is_group, err);
 	if (!rc)
 		rc = store_tag(store, id, cli->arguments[1], err);
 	store_close(store);
@@ -402,6 +414,7 @@ static int run_tag(struct cli *cli, struct err *err)
 static const struct cli_option checkpoint_options[] = {
 	{"connect", 0, "URI", "of a domain that QEMU runs below this libvirt, such as qemu:///system"},
 	{"live", 0, NULL, "the VM keeps running while the checkpoint is generated"},
+	{"group", 0, NULL, "of several VMs, at one instant: all or none"},
 	{"full", 0, NULL, "save all memory again, not only what was written since the parent"},
 	{"instant", 0, "WHEN",
 	 "now (default): the checkpoint shows the VM as it is now; settled: as it is at the end of the save, with less cost to it meanwhile",
@@ -424,25 +437,29 @@ static const struct cli_option none[] = {{0}};
 
 const struct cli_command cli_checkpoint = {
 	.name = "checkpoint",
-	.synopsis = "[--live] [--connect URI] [--full] [--instant now|settled] [--max-rate SIZE] [VM] [-m TEXT] [--tag NAME] [--wait captured|written|durable] [--timeout SECONDS]",
+	.synopsis = "[--live] [--connect URI] [--group] [--full] [--instant now|settled] [--max-rate SIZE] [VM...] [-m TEXT] [--tag NAME] [--wait captured|written|durable] [--timeout SECONDS]",
 	.summary = "save a VM: registers, devices, memory and disks at one instant",
 	.help = "Prints the checkpoint's id. Where one VM runs, VM may be left out. Ctrl-C cancels cleanly: the VM "
 		"runs on and\n"
 		"nothing of the checkpoint is left.\n\n"
 		"Captured, it is whole in the VM's process and dies with it; written, it is in the host's page cache; durable, a crash of the\n"
 		"host does not hurt it. `vmcp log` shows those that are not durable yet too.\n\n"
+		"With --group each VM stops, and none goes on before all stand: no frame that one of them received is missing from what another had sent. Prints the\n"
+		"group's id, which `revert`, `clone`, `show`, `tag` and `rm` take. All are saved, or none.\n\n"
 		"Examples:\n"
 		"    vmcp checkpoint --live web --tag before-upgrade -m 'all tests pass'\n"
 		"    vmcp checkpoint --live --wait captured\n"
+		"    vmcp checkpoint --live --group web db --tag before-upgrade\n"
 		"    vmcp checkpoint --live --connect qemu:///system web",
 	.options = checkpoint_options,
 	.words = "@running",
-	.max_arguments = 1,
+	.max_arguments = STORE_GROUP_MAX,
 	.json =
 		"id, vm, vmm?, parent, tag, message, created, live, durability, pause_ns, pause {quiesce_ns, state_ns, disks_ns, memory_ns, "
 		"resume_ns}, memory {total_pages, saved_pages, zero_pages, parent_pages, cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, "
 		"cow_fault_p999_ns?, cow_fault_max_ns, throttled?, throttled_ns?, written_bytes, plan?, plan_reason?, planner?, armed_again_pages?, "
-		"stage_ns?, stage_passes?}, disks [name, layer, inflight_writes, inflight_reads], captured_ns?, durable_ns",
+		"stage_ns?, stage_passes?}, disks [name, layer, inflight_writes, inflight_reads], captured_ns?, durable_ns, group?, "
+		"pause_start_ns? | group, tag, message, created, live, durability, pause_ns, durable_ns, checkpoints [id, vm]",
 	.run = run_checkpoint,
 };
 const struct cli_command cli_cancel = {.name = "cancel",
@@ -458,11 +475,12 @@ const struct cli_command cli_cancel = {.name = "cancel",
 				       .run = run_cancel};
 const struct cli_command cli_revert = {
 	.name = "revert",
-	.synopsis = "CKPT [--vm VM] [--connect URI]",
+	.synopsis = "CKPT | GROUP  [--vm VM] [--connect URI]",
 	.summary = "take a VM back to a checkpoint",
 	.help = "In place if the VM runs; else it starts from the checkpoint, detached. What the VM did since, on its "
 		"disks too, is\n"
 		"dropped: take a checkpoint first if it matters.\n\n"
+		"Of a group all VMs come back together: none runs before all are ready. Until the first is changed a failure is without effect.\n\n"
 		"Examples:\n"
 		"    vmcp revert before-upgrade\n"
 		"    vmcp revert web~2\n"
@@ -472,7 +490,7 @@ const struct cli_command cli_revert = {
 	.min_arguments = 1,
 	.words = "@ckpt",
 	.max_arguments = 1,
-	.json = "vm, checkpoint, mode, restored_pages, revert_ns, parts?, pid?",
+	.json = "vm, checkpoint, mode, restored_pages, revert_ns, parts?, pid? | group, revert_ns, vms [vm, checkpoint, mode, restored_pages, revert_ns]",
 	.run = run_revert,
 };
 static const struct cli_option tag_options[] = {

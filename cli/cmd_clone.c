@@ -10,6 +10,7 @@
 #include "cli/cli.h"
 #include "control/client.h"
 #include "control/clone.h"
+#include "control/group.h"
 
 #define RULES_MAX_BYTES (1u << 20)
 
@@ -162,11 +163,11 @@ static void print_clone(const struct clone *clone)
 	putchar('\n');
 }
 
-static void print_clones(const struct cli *cli, const struct clone *clones, unsigned count)
+static void print_clones(const struct cli *cli, const struct clone *clones, size_t count)
 {
 	json_t *vms = json_array();
 
-	for (unsigned i = 0; i < count; i++) {
+	for (size_t i = 0; i < count; i++) {
 		if (cli->json)
 			json_array_append_new(vms, clone_to_json(&clones[i]));
 		else
@@ -203,6 +204,21 @@ static int take_origin(const struct cli *cli, const char *vm, char id[STORE_ID_B
 	return rc;
 }
 
+/* True if it is a group that is to be cloned. */
+static bool find_group(const struct cli *cli, const char *reference, struct store_group *group)
+{
+	char id[STORE_ID_BYTES];
+	struct store *store;
+	bool is_group = false;
+
+	if (cli_open_store(cli, &store, NULL))
+		return false;
+	if (cli_resolve(store, reference, id, &is_group, NULL) || !is_group || store_group_get(store, id, group, NULL))
+		is_group = false;
+	store_close(store);
+	return is_group;
+}
+
 static int parse_count(const char *text, unsigned *count, struct err *err)
 {
 	char *end;
@@ -237,6 +253,8 @@ static int run_clone(struct cli *cli, struct err *err)
 					.count = 1,
 					.rules_what = cli_value(cli, "rules")};
 	struct clone *clones = NULL;
+	struct store_group group;
+	size_t all = 0;
 
 	if (!live == !cli->argument_count) {
 		err_set(err, ERR_USAGE, EINVAL, "clone: name either a checkpoint or --live VM");
@@ -250,12 +268,16 @@ static int run_clone(struct cli *cli, struct err *err)
 	if (!rc && live)
 		rc = take_origin(cli, live, id, err);
 	options.rules = rules;
-	if (!rc)
+	if (!rc && !live && find_group(cli, options.checkpoint, &group)) {
+		rc = group_clone(&group, &options, &clones, &all, err);
+	} else if (!rc) {
 		rc = clones_start(&options, &clones, err);
+		all = options.count;
+	}
 	if (rc)
 		return rc;
-	print_clones(cli, clones, options.count);
-	clones_free(clones, options.count);
+	print_clones(cli, clones, all);
+	clones_free(clones, all);
 	return 0;
 }
 
@@ -294,7 +316,7 @@ static const struct cli_option template_options[] = {
 
 const struct cli_command cli_clone = {
 	.name = "clone",
-	.synopsis = "CKPT | --live VM  [--count N] [--name PATTERN] [--rules FILE] [--clock now|checkpoint]",
+	.synopsis = "CKPT | GROUP | --live VM  [--count N] [--name PATTERN] [--rules FILE] [--clock now|checkpoint]",
 	.summary = "start new VMs from a checkpoint, each with its own identity",
 	.help = "Memory that a clone does not write, and disks, are shared. Each gets a uuid, a generation id, "
 		"addresses for its network\n"
@@ -309,6 +331,7 @@ const struct cli_command cli_clone = {
 		"    tap:wan rw set vmtap<N>                # also: allocate vmtap:0-99\n"
 		"    disk:root rw copy /srv/<VM>.qcow2      # the overlay's place\n"
 		"<VM>, <N>, <UUID> and <STORE> are put in for each clone.\n\n"
+		"Of a group a VM of each comes to be, all at once, in networks (mode = group) of their own and with the addresses that the guests know.\n\n"
 		"Examples:\n"
 		"    vmcp clone trained --count 8\n"
 		"    vmcp clone web~2 --name try2 --rules clone.rules\n"

@@ -193,6 +193,7 @@ static void print_checkpoint(const struct tree *tree, const struct store_checkpo
 	print_text("created", json_string_value(created), false);
 	print_text("tag", c->tag, false);
 	print_text("message", c->message, true);
+	print_text("group", c->group.id, false);
 	print_text("durability", tree_level(tree, c), false);
 	printf(",\"size_bytes\":%llu,\"periodic\":%s}%s\n", (unsigned long long)c->size_bytes, c->periodic ? "true" : "false", last ? "" : ",");
 	json_decref(created);
@@ -249,12 +250,12 @@ static void print_line(const struct tree *tree, const struct store_checkpoint *c
 
 	cli_format_age(age, now > c->created_wall_ns ? now - c->created_wall_ns : 0);
 	cli_format_size(size, c->size_bytes);
-	printf("%.12s  %5s  %-12.12s  %6s  %-16s %s%s%s\n", c->id, age, c->parent[0] ? c->parent : "-", size, c->tag[0] ? c->tag : "-",
+	printf("%.12s  %5s  %-12.12s  %6s  %-16s %s%s%.8s%s%s%s\n", c->id, age, c->parent[0] ? c->parent : "-", size, c->tag[0] ? c->tag : "-",
 	       c->message				   ? c->message
 	       : (size_t)(c - tree->list) >= tree->durable ? tree_level(tree, c)
 	       : c->periodic				   ? "(periodic)"
 							   : "",
-	       standing ? "  <- " : "", standing ? standing : "");
+	       c->group.id[0] ? "  [group " : "", c->group.id, c->group.id[0] ? "]" : "", standing ? "  <- " : "", standing ? standing : "");
 }
 
 static void print_list(const struct tree *tree)
@@ -310,8 +311,8 @@ static json_t *show_to_json(const struct store_checkpoint *c)
 			  (json_int_t)c->memory_bytes, "total_pages", (json_int_t)(c->memory_bytes / PAGE_BYTES),
 			  "saved_pages", (json_int_t)c->saved_pages, "zero_pages", (json_int_t)c->zero_pages,
 			  "parent_pages", (json_int_t)c->parent_pages, "written_bytes", (json_int_t)c->written_bytes);
-	return json_pack("{s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:s, s:s}", "id",
-			 c->id, "vm", c->vm, "vm_uuid", c->vm_uuid, "parent", control_text_or_null(c->parent), "tag",
+	return json_pack("{s:s, s:o, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:s, s:s}", "id",
+			 c->id, "group", control_text_or_null(c->group.id), "vm", c->vm, "vm_uuid", c->vm_uuid, "parent", control_text_or_null(c->parent), "tag",
 			 control_text_or_null(c->tag), "message", control_text_or_null(c->message), "created",
 			 control_time_to_json(c->created_wall_ns), "live", c->live, "periodic", c->periodic, "durability", "durable", "cpus",
 			 (int)c->cpus, "pause_ns", (json_int_t)c->pause_ns, "durable_ns", (json_int_t)c->durable_ns,
@@ -329,6 +330,8 @@ static void print_show(const struct store_checkpoint *c)
 	cli_format_duration(durable, c->durable_ns);
 	printf("checkpoint  %s\nvm          %s (%s)\nparent      %s\n", c->id, c->vm, c->vm_uuid,
 	       c->parent[0] ? c->parent : "-");
+	if (c->group.id[0])
+		printf("group       %s (%s)\n", c->group.id, c->group.members);
 	printf("tag         %s\nmessage     %s\ncreated     %s\n", c->tag[0] ? c->tag : "-",
 	       c->message ? c->message : "-", json_string_value(created));
 	printf("durability  durable\ntaken       %s%s, %u vCPU%s, pause %s, durable after %s\nsize        %s\n", c->periodic ? "by a timer, " : "", c->live ? "live" : "stopped",
@@ -401,12 +404,15 @@ static int run_show(struct cli *cli, struct err *err)
 		store_close(store);
 		return 0;
 	}
-	if (rc == -ENOENT) /* it may have been committed since */
-		rc = store_resolve(store, cli->arguments[0], id, err);
-	if (!rc)
+	bool is_group = false;
+	if (rc == -ENOENT) /* it may have been committed since, and it may be a group */
+		rc = cli_resolve(store, cli->arguments[0], id, &is_group, err);
+	if (!rc && is_group)
+		rc = cli_group_show(cli, store, id, err);
+	else if (!rc)
 		rc = store_checkpoint_get(store, id, &checkpoint, err);
 	store_close(store);
-	if (rc)
+	if (rc || is_group)
 		return rc;
 	if (cli->json)
 		cli_print_json(show_to_json(&checkpoint));
@@ -439,18 +445,18 @@ const struct cli_command cli_log = {.name = "log",
 				    .options = log_options,
 				    .words = "@vm",
 				    .max_arguments = 1,
-				    .json = "checkpoints [id, vm, parent, children, created, tag, message, size_bytes, durability, periodic], vms [name, state, at]",
+				    .json = "checkpoints [id, vm, parent, children, created, tag, message, size_bytes, durability, periodic, group], vms [name, state, at]",
 				    .run = run_log};
 const struct cli_command cli_show = {.name = "show",
-				     .synopsis = "CKPT | VM --resources",
-				     .summary = "everything about one checkpoint, or what a VM has",
+				     .synopsis = "CKPT | GROUP | VM --resources",
+				     .summary = "everything about one checkpoint or group, or what a VM has",
 				     .options = show_options,
 				     .min_arguments = 1,
 				     .words = "@ckpt",
 				     .max_arguments = 1,
 				     .json =
-					     "id, vm, vm_uuid, parent, tag, message, created, live, periodic, durability, cpus, pause_ns, durable_ns, size_bytes, memory {layer, "
+					     "id, group, vm, vm_uuid, parent, tag, message, created, live, periodic, durability, cpus, pause_ns, durable_ns, size_bytes, memory {layer, "
 					     "size_bytes, total_pages, saved_pages, zero_pages, parent_pages, written_bytes}, disks [name, layer, format, size_bytes, "
 					     "layer_bytes, inflight_writes, inflight_reads], vmm, config | id, vm, durability, parent, created_wall_ns, phase, done_pages, "
-					     "total_pages | vm, uuid, generation_id, resources [type, name, guest, host, exclusive], hosts [type, host, refs, vms [vm, name, guest]]",
+					     "total_pages | group, tag, created, whole, checkpoints [vm, id] | vm, uuid, generation_id, resources [type, name, guest, host, exclusive], hosts [type, host, refs, vms [vm, name, guest]]",
 				     .run = run_show};

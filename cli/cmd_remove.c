@@ -6,6 +6,7 @@
 
 #include "base/buf.h"
 #include "base/bytes.h"
+#include "checkpoint/store/group.h"
 #include "checkpoint/store/resources.h"
 #include "cli/cli.h"
 #include "control/client.h"
@@ -75,6 +76,30 @@ struct wanted {
 	bool tagged; /* its tags may go with it */
 };
 
+/* Each of a group; its tag goes with the last one, if the group was called by it. */
+static int find_group(struct cli *cli, struct store *store, const char *reference, struct wanted *list, int *count, struct err *err)
+{
+	struct store_group group;
+	char id[STORE_ID_BYTES];
+	int rc = store_group_resolve(store, reference, id, err);
+
+	if (!rc)
+		rc = store_group_get(store, id, &group, err);
+	if (rc)
+		return rc;
+	if (group.tag[0] && strcmp(group.tag, reference) && !cli_given(cli, "force")) {
+		err_set(err, ERR_STATE, EEXIST, "group %.8s: it has the tag '%s'", group.id, group.tag);
+		return err_hint(err, "`vmcp rm --force %.8s` removes it with its tag", group.id);
+	}
+	for (unsigned i = 0; i < group.count; i++) {
+		if (!group.members[i].checkpoint[0])
+			continue;
+		list[*count] = (struct wanted){.tagged = cli_given(cli, "force")};
+		memcpy(list[(*count)++].id, group.members[i].checkpoint, STORE_ID_BYTES);
+	}
+	return 0;
+}
+
 static int find_one(struct cli *cli, struct store *store, const char *reference, struct wanted *wanted, struct err *err)
 {
 	struct err unknown = ERR_INIT;
@@ -94,12 +119,20 @@ static int find_one(struct cli *cli, struct store *store, const char *reference,
 /* All are found before the first goes, as web~2 means another one afterwards. */
 static int remove_all(struct cli *cli, struct store *store, struct store_freed *freed, json_t *removed, struct err *err)
 {
-	struct wanted *list = xcalloc((size_t)cli->argument_count, sizeof(*list));
-	int rc = 0;
+	struct wanted *list = xcalloc((size_t)cli->argument_count * STORE_GROUP_MAX, sizeof(*list));
+	char group[STORE_ID_BYTES];
+	int rc = 0, count = 0;
 
-	for (int i = 0; !rc && i < cli->argument_count; i++)
-		rc = find_one(cli, store, cli->arguments[i], &list[i], err);
 	for (int i = 0; !rc && i < cli->argument_count; i++) {
+		const char *reference = cli->arguments[i];
+		bool is_group = false;
+
+		if (cli_resolve(store, reference, group, &is_group, NULL) == 0 && is_group)
+			rc = find_group(cli, store, reference, list, &count, err);
+		else
+			rc = find_one(cli, store, reference, &list[count++], err);
+	}
+	for (int i = 0; !rc && i < count; i++) {
 		rc = store_checkpoint_remove(store, list[i].id, list[i].tagged, freed, err);
 		if (!rc)
 			json_array_append_new(removed, json_string(list[i].id));

@@ -90,43 +90,69 @@ static int take_response(struct control_client *client, json_t *message, json_t 
 	return 0;
 }
 
+int control_begin(struct control_client *client, const char *method, json_t *params, struct err *err)
+{
+	json_t *request = json_pack("{s:s, s:i, s:s, s:o}", "jsonrpc", "2.0", "id", (int)++client->last_id, "method",
+				    method, "params", params ? params : json_object());
+	int rc = control_send(client->reader.fd, request, err);
+
+	json_decref(request);
+	/* A server that turned us away may have said why. */
+	return rc == -EPIPE || rc == -ECONNRESET ? 0 : rc ? err_prefix(err, "%s", client->name) : 0;
+}
+
+int control_tell(struct control_client *client, const char *method, json_t *params, struct err *err)
+{
+	json_t *note = json_pack("{s:s, s:s, s:o}", "jsonrpc", "2.0", "method", method, "params", params ? params : json_object());
+	int rc = control_send(client->reader.fd, note, err);
+
+	json_decref(note);
+	return rc ? err_prefix(err, "%s", client->name) : 0;
+}
+
+int control_descriptor(const struct control_client *client) { return client->reader.fd; }
+
+int control_next(struct control_client *client, uint64_t deadline_ns, const volatile bool *cancel, json_t **message, json_t **result, struct err *err)
+{
+	struct err local = ERR_INIT;
+	json_t *got;
+
+	*message = *result = NULL;
+	if (!err)
+		err = &local;
+	int rc = control_receive_until(&client->reader, deadline_ns, cancel, &got, err);
+	if (rc == -ENODATA || rc == -ECONNRESET) {
+		err_set(err, ERR_FAILED, ECONNRESET, "%s: the VM's process ended before it answered", client->name);
+		return err_hint(err, "`vmcp ps` shows what became of it");
+	}
+	if (rc == -ETIMEDOUT || rc == -ECANCELED)
+		return rc;
+	if (rc)
+		return err_prefix(err, "%s", client->name);
+	if (json_object_get(got, "method")) {
+		*message = got;
+		return 0;
+	}
+	rc = take_response(client, got, result, err);
+	json_decref(got);
+	return rc;
+}
+
 int control_call(struct control_client *client, const char *method, json_t *params, control_progress_fn *progress,
 		 void *opaque, json_t **result, struct err *err)
 {
-	struct err local = ERR_INIT;
-	json_t *request = json_pack("{s:s, s:i, s:s, s:o}", "jsonrpc", "2.0", "id", (int)++client->last_id, "method",
-				    method, "params", params ? params : json_object());
-	int rc;
+	json_t *message;
+	int rc = control_begin(client, method, params, err);
 
-	if (!err)
-		err = &local;
-	rc = control_send(client->reader.fd, request, err);
-	json_decref(request);
-	/* A server that turned us away may have said why. */
-	if (rc == -EPIPE || rc == -ECONNRESET)
-		rc = 0;
 	while (!rc) {
-		json_t *message;
-
-		rc = control_receive(&client->reader, &message, err);
-		if (rc == -ENODATA || rc == -ECONNRESET) {
-			err_set(err, ERR_FAILED, ECONNRESET, "%s: the VM's process ended before it answered",
-				client->name);
-			return err_hint(err, "`vmcp ps` shows what became of it");
-		}
-		if (rc)
+		rc = control_next(client, 0, NULL, &message, result, err);
+		if (rc || !message)
 			break;
-		if (json_object_get(message, "method")) {
-			if (progress)
-				progress(opaque, json_object_get(message, "params"));
-			json_decref(message);
-			continue;
-		}
-		rc = take_response(client, message, result, err);
+		if (progress)
+			progress(opaque, json_object_get(message, "params"));
 		json_decref(message);
-		return rc;
 	}
-	return err_prefix(err, "%s", client->name);
+	return rc;
 }
 
 json_t *control_ask(struct store *store, const char *name, const char *method)

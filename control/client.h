@@ -2,6 +2,9 @@
 #ifndef VMCP_CONTROL_CLIENT_H
 #define VMCP_CONTROL_CLIENT_H
 
+#include <stdbool.h>
+#include <stdint.h>
+
 #include <jansson.h>
 
 #include "base/err.h"
@@ -20,6 +23,16 @@ void control_close(struct control_client *client);
 typedef void control_progress_fn(void *opaque, const json_t *params);
 int control_call(struct control_client *client, const char *method, json_t *params, control_progress_fn *progress,
 		 void *opaque, json_t **result, struct err *err);
+
+/*
+ * The same in pieces, for a call during which both sides say more: control_begin sends the request; control_next gives what comes, until `deadline_ns` (0: for ever) or
+ * *cancel (NULL: never): a message of the other side (its "method" and "params") in *message, or the end of the call: *message is NULL, and *result is set or the call's error
+ * returned. -ETIMEDOUT, -ECANCELED (err unset): as control_receive_until; the call goes on. control_tell sends a message without an answer.
+ */
+int control_begin(struct control_client *client, const char *method, json_t *params, struct err *err);
+int control_next(struct control_client *client, uint64_t deadline_ns, const volatile bool *cancel, json_t **message, json_t **result, struct err *err);
+int control_tell(struct control_client *client, const char *method, json_t *params, struct err *err);
+int control_descriptor(const struct control_client *client); /* to wait for; the client's */
 
 /* One call without parameters, for who does not mind if there is no answer: then NULL. */
 json_t *control_ask(struct store *store, const char *name, const char *method);

@@ -183,16 +183,14 @@ static int check_places(const struct origin *origin, const struct machine_config
 	return 0;
 }
 
-static int reserve_resources(const struct origin *origin, unsigned number, struct clone *clone,
+static int reserve_resources(const struct origin *origin, const struct clone_variables *variables, struct clone *clone,
 			     struct machine_config *config, struct err *err)
 {
-	const struct clone_variables variables = {
-		.vm = clone->name, .uuid = clone->uuid, .store = store_path(origin->store), .number = number};
 	struct buf text = BUF_INIT;
 	size_t failed = 0;
 
 	snprintf(config->name, sizeof(config->name), "%s", clone->name);
-	int rc = clone_rules_apply(origin->rules, config, &variables, &clone->resources, &clone->resource_count, err);
+	int rc = clone_rules_apply(origin->rules, config, variables, &clone->resources, &clone->resource_count, err);
 	if (!rc)
 		rc = check_places(origin, config, err);
 	if (rc)
@@ -211,7 +209,7 @@ static int reserve_resources(const struct origin *origin, unsigned number, struc
 	return rc;
 }
 
-static int reserve(const struct origin *origin, const struct clone_options *options, unsigned *number,
+static int reserve(const struct origin *origin, const struct clone_options *options, unsigned index, unsigned *number,
 		   struct clone *clone, struct err *err)
 {
 	struct machine_config config = {0};
@@ -221,8 +219,14 @@ static int reserve(const struct origin *origin, const struct clone_options *opti
 		rc = store_vm_uuid(origin->store, clone->name, "", clone->uuid, err);
 	if (!rc)
 		rc = read_config(&origin->checkpoint, &config, err);
+	const struct clone_variables variables = {.vm = clone->name,
+						  .uuid = clone->uuid,
+						  .store = store_path(origin->store),
+						  .number = *number,
+						  .same_addresses = options->same_addresses,
+						  .network = options->networks ? options->networks[index] : NULL};
 	if (!rc)
-		rc = reserve_resources(origin, *number, clone, &config, err);
+		rc = reserve_resources(origin, &variables, clone, &config, err);
 	config_free(&config);
 	++*number;
 	return rc ? err_prefix(err, "clone %s", clone->name) : 0;
@@ -241,8 +245,7 @@ void clones_free(struct clone *clones, size_t count)
 	free(clones);
 }
 
-/* Those that run are ended, those that were to be have nothing any more. */
-static void undo(const char *store_path, struct clone *clones, size_t count)
+void clones_undo(const char *store_path, struct clone *clones, size_t count)
 {
 	struct store *store;
 
@@ -268,6 +271,7 @@ static int start(const struct clone_options *options, const char *id, struct clo
 		.config_text = clone->config_text,
 		.clock_of_checkpoint = options->clock_of_checkpoint,
 		.detach = true,
+		.held = options->held,
 		.started_ns = clock_now_ns(),
 	};
 	int rc = process_run(&process, &clone->result, err);
@@ -299,7 +303,7 @@ int clones_start(const struct clone_options *options, struct clone **out, struct
 	if (!rc)
 		rc = clone_rules_check(origin.rules, &origin.config, options->count, err);
 	for (unsigned i = 0; !rc && i < options->count; i++)
-		rc = reserve(&origin, options, &number, &clones[i], err);
+		rc = reserve(&origin, options, i, &number, &clones[i], err);
 	snprintf(id, sizeof(id), "%s", origin.checkpoint.id);
 	/* A database handle must not be in two processes; the pin may. */
 	store_close(origin.store);
@@ -307,7 +311,7 @@ int clones_start(const struct clone_options *options, struct clone **out, struct
 	for (unsigned i = 0; !rc && i < options->count; i++)
 		rc = start(options, id, &clones[i], err);
 	if (rc)
-		undo(options->store_path, clones, options->count);
+		clones_undo(options->store_path, clones, options->count);
 	origin_close(&origin);
 	for (unsigned i = 0; i < options->count; i++) {
 		store_vm_unlock(clones[i].reservation);

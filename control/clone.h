@@ -13,6 +13,7 @@
 #include "control/process.h"
 
 #define CLONE_MAX 1000u
+#define CLONE_NETWORK_BYTES 9
 
 struct clone_options {
 	const char *store_path;
@@ -23,6 +24,9 @@ struct clone_options {
 	const char *rules_what,
 		*rules; /* what to call the rules in errors, and their text; NULL: those of the template, or none */
 	bool clock_of_checkpoint;
+	bool held; /* they stand still until vm.resume (process.h) */
+	bool same_addresses; /* of network cards, where no rule says another thing */
+	const char (*networks)[CLONE_NETWORK_BYTES]; /* for each clone: what makes its networks of mode group others than the origin's; NULL: they are the same */
 };
 
 struct clone {
@@ -38,6 +42,8 @@ struct clone {
 
 /* On success *out is an array of options->count clones that run, for clones_free. Must be called before the program has other threads. */
 int clones_start(const struct clone_options *options, struct clone **out, struct err *err);
+/* Those that run are ended, those that were to be have nothing any more. */
+void clones_undo(const char *store_path, struct clone *clones, size_t count);
 void clones_free(struct clone *clones, size_t count); /* the VMs run on. NULL is allowed */
 
 /* Makes the checkpoint the origin of clones: it is tagged `name`, and the rules are kept with it, unevaluated. Refused, ERR_USAGE, if it has a resource that

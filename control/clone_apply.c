@@ -302,6 +302,16 @@ static int apply_ports(const struct clone_rules *rules, struct config_net *net, 
 	return rc;
 }
 
+/* "lan" and "lan@0123abcd" become "lan@4567ef89". */
+static void rename_network(struct config_net *net, const char *suffix)
+{
+	char name[CONFIG_NAME_BYTES];
+	size_t length = strcspn(net->network, "@"), room = sizeof(name) - strlen(suffix) - 2;
+
+	snprintf(name, sizeof(name), "%.*s@%s", (int)(length < room ? length : room), net->network, suffix);
+	memcpy(net->network, name, sizeof(name));
+}
+
 static int apply_card(const struct clone_rules *rules, struct machine_config *config, struct config_net *net,
 		      const struct clone_variables *variables, struct err *err)
 {
@@ -312,9 +322,11 @@ static int apply_card(const struct clone_rules *rules, struct machine_config *co
 
 	if (net->mode == NET_NONE)
 		return 0;
-	if (!mac || mac->action == ACTION_NEW)
+	if (net->mode == NET_GROUP && variables->network)
+		rename_network(net, variables->network);
+	if (mac ? mac->action == ACTION_NEW : !variables->same_addresses)
 		net->mac_given = false;
-	else if (mac->action == ACTION_SET)
+	else if (mac && mac->action == ACTION_SET)
 		rc = set_card(rules, mac, config, net->name, "mac", variables, err);
 	if (!rc && net->mode == NET_TAP && tap && tap->action == ACTION_SET)
 		rc = set_card(rules, tap, config, net->name, "tap", variables, err);
@@ -417,7 +429,7 @@ int clone_rules_settle(struct machine_config *config, struct store_resource *lis
 					       list[at].host);
 			snprintf(net->tap, sizeof(net->tap), "%s", list[at++].host);
 		}
-		at += net->mode == NET_BRIDGE || net->mode == NET_LIBVIRT;
+		at += net->mode == NET_BRIDGE || net->mode == NET_LIBVIRT || net->mode == NET_GROUP;
 		for (unsigned k = 0; k < net->forward_count && at < count; k++, at++)
 			net->forwards[k].host_port = (uint16_t)strtoul(strrchr(list[at].host, ':') + 1, NULL, 10);
 	}

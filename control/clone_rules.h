@@ -28,6 +28,8 @@ int clone_rules_check(const struct clone_rules *rules, const struct machine_conf
 struct clone_variables {
 	const char *vm, *uuid, *store;
 	unsigned number;
+	bool same_addresses; /* of network cards, where no rule says another thing */
+	const char *network; /* makes the networks of cards of mode group others than the origin's: NAME becomes NAME@this; NULL: they are the same */
 };
 
 /* After the check. Makes the configuration that of the clone, all but what is to be allocated: that has its pool in the list of all that the clone has,

@@ -295,3 +295,40 @@ Test(clone_rules, bad_ones_are_refused_with_line_and_reason)
 	cr_expect_eq(make(web, "port any allocate 20000-20011", 1, 3, &made, &err), 0, "just enough: %s", err.message);
 	end(&made);
 }
+
+/* --- of a group --- */
+
+static void apply(const char *config, const char *text, const struct clone_variables *variables, struct made *made)
+{
+	struct clone_rules *rules;
+	struct err err = ERR_INIT;
+
+	*made = (struct made){0};
+	read_config(config, &made->config);
+	cr_assert_eq(clone_rules_read("my.rules", text, &rules, &err), 0, "%s", err.message);
+	cr_assert_eq(clone_rules_apply(rules, &made->config, variables, &made->list, &made->count, &err), 0, "%s", err.message);
+	cr_assert_eq(clone_rules_settle(&made->config, made->list, made->count, &err), 0, "%s", err.message);
+	clone_rules_free(rules);
+}
+
+Test(clone_rules, a_group_keeps_addresses_in_a_network_of_its_own)
+{
+	static const char config[] = "[vm]\nname = web\nmemory = 64M\nkernel = /k\n[net lan]\nmode = group\nnetwork = backend@00000000\nmac = 52:54:00:00:00:01\n"
+				     "[net out]\nmode = user\nmac = 52:54:00:00:00:02\nforward = tcp:8080:80\n";
+	struct clone_variables variables = {.vm = "web-1", .uuid = "12345678-1234-4234-8234-123456789abc", .store = "/store", .number = 1};
+	struct made made;
+
+	apply(config, "port any set 9000\n", &variables, &made);
+	cr_expect_str_eq(made.config.nets[0].network, "backend@00000000", "one that is cloned alone stays where it was");
+	cr_expect_eq(made.config.nets[0].mac[1], 0x56, "with an address of its own");
+	end(&made);
+	variables.same_addresses = true;
+	variables.network = "89abcdef";
+	apply(config, "port any set 9000\nmac:out any new\n", &variables, &made);
+	cr_expect_str_eq(made.config.nets[0].network, "backend@89abcdef");
+	cr_expect_eq(made.config.nets[0].mac[5], 1);
+	cr_expect(made.config.nets[1].mac[0] == 0x52 && made.config.nets[1].mac[1] == 0x56, "a rule says more");
+	cr_expect_eq(made.config.nets[1].forwards[0].host_port, 9000);
+	cr_expect_str_eq(find(&made, "network", "lan")->host, "group:backend@89abcdef");
+	end(&made);
+}

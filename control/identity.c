@@ -87,6 +87,11 @@ static void list_card(const struct config_net *net, struct store_resource **list
 		store_resources_add(list, count, "bridge", net->name, "", net->bridge, false);
 	if (net->mode == NET_LIBVIRT)
 		store_resources_add(list, count, "network", net->name, "", net->network, false);
+	if (net->mode == NET_GROUP) {
+		CLEANUP_FREE char *network = xasprintf("group:%s", net->network);
+
+		store_resources_add(list, count, "network", net->name, "", network, false);
+	}
 	for (unsigned i = 0; i < net->forward_count; i++)
 		list_forward(net, i, list, count);
 	for (unsigned i = 0; i < net->shared_count; i++)

@@ -13,6 +13,7 @@
 #include "base/log.h"
 #include "control/agent_host.h"
 #include "control/events.h"
+#include "control/group_member.h"
 #include "control/periodic.h"
 #include "control/protocol.h"
 #include "control/server.h"
@@ -164,6 +165,7 @@ static int vm_resume_method(struct control_exchange *x, const json_t *params, js
 	}
 	if (!target->machine)
 		return no_machine(target, err);
+	atomic_store(&target->held, false);
 	return change_state(x, machine_resume, "running", result, err);
 }
 
@@ -254,6 +256,7 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 	struct reporter reporter;
 	struct ckpt_result taken;
 	const char *wait, *instant;
+	struct group_member member;
 	uint64_t timeout_ns, started_ns = clock_now_ns();
 	int rc;
 
@@ -272,6 +275,8 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 		rc = get_count(params, "max_rate", &request.max_rate, err);
 	if (!rc)
 		rc = get_count(params, "timeout_ns", &timeout_ns, err);
+	if (!rc)
+		rc = group_member_of_take(&member, x, params, &request, err);
 	if (rc)
 		return rc;
 	if (instant && strcmp(instant, "now") && strcmp(instant, "settled"))
@@ -286,16 +291,19 @@ static int checkpoint_take(struct control_exchange *x, const json_t *params, jso
 	request.instant = instant && !strcmp(instant, "settled") ? CKPT_INSTANT_SETTLED : CKPT_INSTANT_NOW;
 	request.wait = wait && !strcmp(wait, "captured") ? CKPT_WAIT_CAPTURED : wait && !strcmp(wait, "written") ? CKPT_WAIT_WRITTEN : CKPT_WAIT_DURABLE;
 	request.deadline_ns = timeout_ns ? started_ns + timeout_ns : 0;
-	bool reports = reporter_begin(&reporter, x);
+	/* Of a group, who leads it is told where each VM is, by this thread. */
+	bool reports = !request.group && reporter_begin(&reporter, x);
 	rc = machine_checkpoint(x->target->machine, &request, &taken, err);
 	if (reports)
 		reporter_end(&reporter);
-	if (rc == -ECANCELED && reporter.late) {
+	if (rc == -ECANCELED && reports && reporter.late) {
 		rc = err_set(err, ERR_FAILED, ETIMEDOUT, "%s: the checkpoint was not done in time, and was cancelled", x->target->name);
 		err_hint(err, "the VM runs on; give it more time, or see what it waits for: `vmcp checkpoint` shows it");
 	}
 	if (!rc) {
 		*result = result_to_json(x->target->name, &request, &taken);
+		if (request.group)
+			group_member_tell(request.group, &taken, *result);
 		events_post(x->target->events, "checkpoint", json_pack("{s:s, s:O, s:b}", "checkpoint", taken.id, "durability", json_object_get(*result, "durability"), "periodic", false));
 	} else
 		tidy_wake(x->target->tidy); /* it may have left disk layers */
@@ -372,11 +380,12 @@ static int checkpoint_pending(struct control_exchange *x, const json_t *params, 
 }
 
 /* A revert takes a moment: a thread is worth starting only for a client that wants to hear. */
-static int revert_reporting(struct control_exchange *x, const char *id, bool wants, struct ckpt_revert_result *out, struct err *err)
+static int revert_reporting(struct control_exchange *x, const char *id, bool wants, const struct ckpt_group *group, struct ckpt_revert_result *out,
+			    struct err *err)
 {
 	struct reporter reporter;
-	bool reports = wants && reporter_begin(&reporter, x);
-	int rc = machine_revert(x->target->machine, id, out, err);
+	bool reports = wants && !group && reporter_begin(&reporter, x);
+	int rc = machine_revert_in_group(x->target->machine, id, group, out, err);
 
 	if (reports)
 		reporter_end(&reporter);
@@ -387,13 +396,16 @@ static int revert(struct control_exchange *x, const json_t *params, json_t **res
 {
 	struct ckpt_revert_result reverted;
 	const char *id;
-	bool wants = false;
+	bool wants = false, with_others = false;
+	struct group_member member;
 	int rc = get_text(params, "id", true, &id, err);
 
 	if (!rc)
 		rc = get_bool(params, "progress", &wants, err);
 	if (!rc)
-		rc = revert_reporting(x, id, wants, &reverted, err);
+		rc = get_bool(params, "group", &with_others, err);
+	if (!rc)
+		rc = revert_reporting(x, id, wants, with_others ? group_member_of_revert(&member, x) : NULL, &reverted, err);
 	if (rc)
 		return rc;
 	json_t *parts = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "check_ns", number(reverted.check_ns), "stop_ns",

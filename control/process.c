@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -118,9 +119,34 @@ static enum event take_event_locked(struct process *process)
 	return event;
 }
 
+/* Who was to let it go is gone: it is not held for ever. */
+static void let_go(struct process *process)
+{
+	struct err err = ERR_INIT;
+
+	if (!atomic_exchange(&process->target.held, false))
+		return;
+	log_warn("nobody has let the VM go: it goes on");
+	int rc = machine_resume(process->target.machine, &err);
+	if (!rc)
+		rc = store_vm_set_state(process->store, process->config.name, "running", &err);
+	if (rc)
+		log_error("%s", err.message);
+}
+
 static enum event wait_event(struct process *process)
 {
+	uint64_t held_ns = process->options->started_ns + PROCESS_HELD_NS;
+	struct timespec until = clock_timespec(held_ns);
+
 	pthread_mutex_lock(&process->lock);
+	while (process->event == EVENT_NONE && atomic_load(&process->target.held) && clock_now_ns() < held_ns)
+		pthread_cond_timedwait(&process->changed, &process->lock, &until);
+	if (process->event == EVENT_NONE) {
+		pthread_mutex_unlock(&process->lock);
+		let_go(process);
+		pthread_mutex_lock(&process->lock);
+	}
 	while (process->event == EVENT_NONE)
 		pthread_cond_wait(&process->changed, &process->lock);
 	enum event event = take_event_locked(process);
@@ -251,7 +277,7 @@ static int write_record(struct process *process, struct err *err)
 	/* A boot is a new root: its memory comes from no checkpoint. */
 	snprintf(vm->at, sizeof(vm->at), "%s", process->from);
 	snprintf(vm->name, sizeof(vm->name), "%s", process->config.name);
-	snprintf(vm->state, sizeof(vm->state), "running");
+	snprintf(vm->state, sizeof(vm->state), process->options->held ? "paused" : "running");
 	snprintf(vm->config_path, sizeof(vm->config_path), "%s", process->config.source);
 	vm->pid = (int)getpid();
 	vm->memory_bytes = process->config.memory_bytes;
@@ -319,6 +345,7 @@ static int build_machine(struct process *process, const char *from, struct err *
 		.uuid = process->record.uuid,
 		.from = from && *from ? from : NULL,
 		.console = process->console,
+		.held = atomic_load(&process->target.held),
 		.clock_back_ns = from == process->from ? process->clock_back_ns : 0, /* not when it wakes up */
 		.stopped = guest_stopped,
 		.opaque = process,
@@ -406,7 +433,7 @@ static int start(struct process *process, struct err *err)
 		rc = control_server_start(process->dir, &process->target, &process->server, err);
 	if (!rc)
 		rc = attach_terminal(process, err);
-	if (!rc)
+	if (!rc && !process->options->held)
 		rc = machine_resume(process->target.machine, err);
 	if (!rc)
 		rc = periodic_begin(process->periodic, err);
@@ -419,7 +446,7 @@ static int start(struct process *process, struct err *err)
 
 static void tell_result(struct process *process, struct process_result *result)
 {
-	uint64_t entry = machine_first_entry_ns(process->target.machine);
+	uint64_t entry = process->options->held ? clock_now_ns() : machine_first_entry_ns(process->target.machine);
 
 	snprintf(result->vm, sizeof(result->vm), "%s", process->config.name);
 	snprintf(result->checkpoint, sizeof(result->checkpoint), "%s", process->from);
@@ -671,7 +698,8 @@ static void process_init(struct process *process, const struct process_options *
 {
 	*process = (struct process){.options = options, .dir = -1, .event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
 	pthread_mutex_init(&process->lock, NULL);
-	pthread_cond_init(&process->changed, NULL);
+	clock_cond_init(&process->changed);
+	atomic_init(&process->target.held, options->held);
 	pthread_rwlock_init(&process->target.machine_lock, NULL);
 	pthread_mutex_init(&process->target.record_lock, NULL);
 }

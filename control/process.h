@@ -16,6 +16,8 @@
 #include "checkpoint/store/store.h"
 #include "machine/machine.h"
 
+#define PROCESS_HELD_NS (60 * 1000000000ull)
+
 struct process_options {
 	const char *store_path;
 	const char *config_path; /* guest.cfg or domain XML, or NULL with `from`; with `connect` a domain's name */
@@ -29,6 +31,7 @@ struct process_options {
 	const char *config_text; /* with `from` and a `name`: what to run, instead of the checkpoint's configuration (config_to_text), or NULL */
 	bool clock_of_checkpoint; /* with `from`: the real-time clock goes on from the checkpoint's time; else it shows the host's */
 	bool detach;
+	bool held;   /* with `from` and `detach`: it stands still, deaf to its networks, until vm.resume; and no longer than PROCESS_HELD_NS */
 	uint64_t started_ns;	 /* CLOCK_MONOTONIC at the exec of this program, or a clone's beginning */
 };
 

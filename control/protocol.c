@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,6 +10,9 @@
 #include <time.h>
 
 #include "base/buf.h"
+#include "base/clock.h"
+
+#define CANCEL_LOOK_NS 20000000ull
 
 int control_send(int fd, const json_t *document, struct err *err)
 {
@@ -36,7 +40,7 @@ int control_send(int fd, const json_t *document, struct err *err)
 	return 0;
 }
 
-static int read_more(struct control_reader *reader, struct err *err)
+static int read_more(struct control_reader *reader, int flags, struct err *err)
 {
 	if (reader->length == reader->capacity) {
 		size_t capacity = reader->capacity ? reader->capacity * 2 : 4096;
@@ -52,7 +56,7 @@ static int read_more(struct control_reader *reader, struct err *err)
 	}
 	ssize_t n;
 	do
-		n = recv(reader->fd, reader->data + reader->length, reader->capacity - reader->length, 0);
+		n = recv(reader->fd, reader->data + reader->length, reader->capacity - reader->length, flags);
 	while (n < 0 && errno == EINTR);
 	if (n < 0)
 		return err_sys(err, errno, "control socket");
@@ -62,22 +66,13 @@ static int read_more(struct control_reader *reader, struct err *err)
 	return 0;
 }
 
-int control_receive(struct control_reader *reader, json_t **out, struct err *err)
+/* The document in the first `length` bytes and their end, which go. */
+static int take_line(struct control_reader *reader, size_t length, json_t **out, struct err *err)
 {
-	size_t searched = 0;
-	char *end;
-
-	while (!(end = reader->length > searched ? memchr(reader->data + searched, '\n', reader->length - searched)
-						 : NULL)) {
-		searched = reader->length;
-		int rc = read_more(reader, err);
-		if (rc)
-			return rc;
-	}
-	size_t length = (size_t)(end - reader->data);
 	json_error_t why;
+
 	*out = json_loadb(reader->data, length, JSON_REJECT_DUPLICATES, &why);
-	memmove(reader->data, end + 1, reader->length - length - 1);
+	memmove(reader->data, reader->data + length + 1, reader->length - length - 1);
 	reader->length -= length + 1;
 	if (!*out)
 		return err_set(err, ERR_FAILED, EPROTO, "control message: %s", why.text);
@@ -87,6 +82,66 @@ int control_receive(struct control_reader *reader, json_t **out, struct err *err
 		return err_set(err, ERR_FAILED, EPROTO, "control message: not an object");
 	}
 	return 0;
+}
+
+/* True if there is a whole line, of *length bytes; the first `searched` bytes are known to have no end. */
+static bool find_line(const struct control_reader *reader, size_t searched, size_t *length)
+{
+	const char *end = reader->length > searched ? memchr(reader->data + searched, '\n', reader->length - searched) : NULL;
+
+	*length = end ? (size_t)(end - reader->data) : 0;
+	return end != NULL;
+}
+
+int control_receive(struct control_reader *reader, json_t **out, struct err *err)
+{
+	size_t searched = 0, length;
+
+	while (!find_line(reader, searched, &length)) {
+		searched = reader->length;
+		int rc = read_more(reader, 0, err);
+		if (rc)
+			return rc;
+	}
+	return take_line(reader, length, out, err);
+}
+
+/* Until something came, or it is time to look at the clock or at who may cancel. */
+static void wait_for_bytes(const struct control_reader *reader, uint64_t deadline_ns, bool may_be_cancelled)
+{
+	struct pollfd one = {.fd = reader->fd, .events = POLLIN};
+	uint64_t now = clock_now_ns(), left = !deadline_ns ? UINT64_MAX : deadline_ns > now ? deadline_ns - now : 0;
+	struct timespec moment;
+
+	if (may_be_cancelled && left > CANCEL_LOOK_NS)
+		left = CANCEL_LOOK_NS;
+	moment = clock_timespec(left);
+	ppoll(&one, 1, left == UINT64_MAX ? NULL : &moment, NULL);
+}
+
+int control_receive_until(struct control_reader *reader, uint64_t deadline_ns, const volatile bool *cancel, json_t **out, struct err *err)
+{
+	struct err one = ERR_INIT;
+	size_t searched = 0, length;
+
+	while (!find_line(reader, searched, &length)) {
+		searched = reader->length;
+		int rc = read_more(reader, MSG_DONTWAIT, &one);
+		if (rc && rc != -EAGAIN) {
+			if (err)
+				*err = one;
+			return rc;
+		}
+		if (!rc && find_line(reader, searched, &length))
+			break;
+		if (cancel && *cancel)
+			return -ECANCELED;
+		if (deadline_ns && clock_now_ns() >= deadline_ns)
+			return -ETIMEDOUT;
+		if (rc)
+			wait_for_bytes(reader, deadline_ns, cancel != NULL);
+	}
+	return take_line(reader, length, out, err);
 }
 
 void control_reader_free(struct control_reader *reader)

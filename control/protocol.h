@@ -7,6 +7,7 @@
 #ifndef VMCP_CONTROL_PROTOCOL_H
 #define VMCP_CONTROL_PROTOCOL_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include <jansson.h>
@@ -27,6 +28,9 @@ struct control_reader {
 int control_send(int fd, const json_t *document, struct err *err);
 /* Receives one document (a new reference). End of stream: -ENODATA. No JSON, not an object, or a line above CONTROL_LINE_MAX: -EPROTO. */
 int control_receive(struct control_reader *reader, json_t **out, struct err *err);
+/* The same, but waits no longer than until `deadline_ns` (clock_now_ns; 0: for ever): -ETIMEDOUT, without err set, and what came so far stays; nor behind
+ * *cancel (NULL: never) turning true: -ECANCELED, without err set. */
+int control_receive_until(struct control_reader *reader, uint64_t deadline_ns, const volatile bool *cancel, json_t **out, struct err *err);
 void control_reader_free(struct control_reader *reader); /* the descriptor stays open */
 
 /* {"code","message","hint"} as in the command line's JSON, and back. */

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "base/clock.h"
 #include "control/protocol.h"
 
 static int ends[2];
@@ -98,6 +99,31 @@ Test(protocol, a_document_in_many_reads)
 	expect_number(1);
 	expect_number(2);
 	pthread_join(thread, NULL);
+}
+
+Test(protocol, what_does_not_come_in_time)
+{
+	json_t *document = NULL;
+	struct err err = ERR_INIT;
+	volatile bool cancel = false;
+
+	send_text("{\"n\":1}\n{\"n\":");
+	cr_assert_eq(control_receive_until(&reader, clock_now_ns() + 1000000000, NULL, &document, &err), 0, "%s", err.message);
+	cr_assert_eq(json_integer_value(json_object_get(document, "n")), 1);
+	json_decref(document);
+	uint64_t began = clock_now_ns();
+	cr_assert_eq(control_receive_until(&reader, began + 30000000, &cancel, &document, &err), -ETIMEDOUT);
+	cr_assert_geq(clock_now_ns() - began, 30000000);
+	cancel = true;
+	cr_assert_eq(control_receive_until(&reader, 0, &cancel, &document, &err), -ECANCELED);
+	cr_assert_eq(err.number, 0);
+	send_text("2}\n"); /* what had come is not lost */
+	cr_assert_eq(control_receive_until(&reader, 0, NULL, &document, &err), 0, "%s", err.message);
+	cr_assert_eq(json_integer_value(json_object_get(document, "n")), 2);
+	json_decref(document);
+	close(ends[0]);
+	ends[0] = -1;
+	cr_assert_eq(control_receive_until(&reader, 0, NULL, &document, &err), -ENODATA);
 }
 
 static void *send_long(void *opaque)

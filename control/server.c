@@ -75,7 +75,7 @@ static bool answer(struct connection *connection, const json_t *request)
 	const json_t *params = json_object_get(request, "params");
 	json_t *id = json_object_get(request, "id"), *result = NULL;
 	struct control_exchange exchange = {
-		.target = connection->server->target, .fd = connection->reader.fd, .id = id ? id : json_null()};
+		.target = connection->server->target, .fd = connection->reader.fd, .reader = &connection->reader, .id = id ? id : json_null()};
 	int rc;
 
 	if (!method || (params && !json_is_object(params)))

@@ -21,6 +21,7 @@ struct control_target {
 	pthread_rwlock_t machine_lock;
 	struct machine *machine; /* under machine_lock; NULL while there is none */
 	_Atomic bool ending;	 /* the machine is about to go: nothing new is begun on it */
+	_Atomic bool held;	 /* it was started to stand still, and nobody has let it go yet */
 	_Atomic bool asleep;	 /* it has gone, or is about to, as the VM is suspended */
 	pthread_mutex_t
 		record_lock; /* within machine_lock: pause or resume together with its entry in the VM's record */
@@ -36,6 +37,7 @@ struct control_target {
 	void *opaque;
 };
 
+struct control_reader;
 struct control_server;
 
 /* Listens on control.sock in the folder `dir` (a leftover of a dead process is replaced: the caller holds the VM's lock). */
@@ -47,6 +49,7 @@ void control_server_stop(struct control_server *server);
 struct control_exchange {
 	struct control_target *target;
 	int fd; /* of the connection */
+	struct control_reader *reader; /* its reading side, for a method that is told something while it works; NULL where there is none */
 	json_t *id;
 	bool console_taken; /* the connection became a console: the descriptor is the console's */
 };

@@ -111,6 +111,7 @@ part "whole VMs: the terminal" "${near_kvm[@]}" python3 tests/vm/terminal_test.p
 part "whole VMs: README, tutorial and examples" "${near_kvm[@]}" python3 tests/vm/tutorial_test.py
 part "whole VMs: chains of disk layers" "${near_kvm[@]}" python3 tests/vm/disk_layers_test.py
 part "whole VMs: ext4, XFS and btrfs" "${near_kvm[@]}" python3 tests/vm/filesystems_test.py
+part "whole VMs: groups" "${near_kvm[@]}" python3 tests/vm/group_test.py
 part "whole VMs: identity and clones" "${near_kvm[@]}" python3 tests/vm/clone_test.py
 together "libvirt_test checkpoint" "libvirt_test domains"
 part "whole VMs: bad input" "${near_kvm[@]}" python3 tests/vm/bad_input_test.py
