@@ -85,10 +85,12 @@ def test_the_cut_is_consistent(env):
     one = env.vmcp_json("checkpoint", "--live", "db")["id"]
     hears(guests[0])
     other = env.vmcp_json("checkpoint", "--live", "web")["id"]
-    env.vmcp("pause", "web")
+    for name in ("web", "db"):
+        env.vmcp("pause", name)
     env.vmcp("revert", one)
-    env.vmcp("resume", "web")
     env.vmcp("revert", other)
+    for name in ("web", "db"):
+        env.vmcp("resume", name)
     guests[0].console.send_line("")
     check(hears(guests[0])["behind"] > 0, "two checkpoints of two moments look like one cut")
     for guest in guests:
