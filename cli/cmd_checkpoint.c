@@ -456,10 +456,10 @@ const struct cli_command cli_checkpoint = {
 	.max_arguments = STORE_GROUP_MAX,
 	.json =
 		"id, vm, vmm?, parent, tag, message, created, live, durability, pause_ns, pause {quiesce_ns, state_ns, disks_ns, memory_ns, "
-		"resume_ns}, memory {total_pages, saved_pages, zero_pages, parent_pages, cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, "
+		"resume_ns, group_ns?}, memory {total_pages, saved_pages, zero_pages, parent_pages, cow_faults, cow_fault_p50_ns, cow_fault_p99_ns, "
 		"cow_fault_p999_ns?, cow_fault_max_ns, throttled?, throttled_ns?, written_bytes, plan?, plan_reason?, planner?, armed_again_pages?, "
 		"stage_ns?, stage_passes?}, disks [name, layer, inflight_writes, inflight_reads], captured_ns?, durable_ns, group?, "
-		"pause_start_ns? | group, tag, message, created, live, durability, pause_ns, durable_ns, checkpoints [id, vm]",
+		"pause_start_ns? | group, tag, message, created, live, durability, pause_ns, durable_ns, checkpoints [id, vm, ...]",
 	.run = run_checkpoint,
 };
 const struct cli_command cli_cancel = {.name = "cancel",
@@ -490,7 +490,7 @@ const struct cli_command cli_revert = {
 	.min_arguments = 1,
 	.words = "@ckpt",
 	.max_arguments = 1,
-	.json = "vm, checkpoint, mode, restored_pages, revert_ns, parts?, pid? | group, revert_ns, vms [vm, checkpoint, mode, restored_pages, revert_ns]",
+	.json = "vm, checkpoint, mode, restored_pages, revert_ns, parts?, pid? | group, revert_ns, vms [vm, checkpoint, mode, restored_pages, revert_ns, parts?, pid?]",
 	.run = run_revert,
 };
 static const struct cli_option tag_options[] = {
