@@ -99,6 +99,7 @@ void consolidated_free(struct consolidated *c)
 struct source {
 	int fd;
 	struct page_sums sums;
+	struct seal_pages *cipher; /* of an encrypted store */
 	bool chosen, spoilt; /* a page of it is damaged: no more of it is copied */
 };
 
@@ -112,6 +113,7 @@ struct merge {
 	uint64_t stored;
 	struct consolidated *made;
 	int fd, sums_fd;
+	struct seal_pages *cipher; /* of the new layer: every layer has a key of its own */
 	uint64_t *saved, *sums; /* bitmap, by page */
 	uint8_t *chunk;
 	uint64_t copied, unflushed;
@@ -126,6 +128,7 @@ static void merge_free(struct merge *m)
 		if (m->sources[i].fd >= 0)
 			close(m->sources[i].fd);
 		page_sums_close(&m->sources[i].sums);
+		seal_pages_free(m->sources[i].cipher);
 		if (m->sources[i].sums.fd >= 0)
 			close(m->sources[i].sums.fd);
 	}
@@ -133,6 +136,7 @@ static void merge_free(struct merge *m)
 		close(m->fd);
 	if (m->sums_fd >= 0)
 		close(m->sums_fd);
+	seal_pages_free(m->cipher);
 	consolidated_free(m->made);
 	page_index_free(&m->index);
 	free(m->sources);
@@ -200,8 +204,10 @@ static int open_chosen(struct merge *m, struct err *err)
 			continue;
 		struct source *source = &m->sources[number - 1];
 		source->fd = store_memory_layer_open(m->engine->store, m->index.layers[number - 1], err);
-		if (source->fd < 0)
-			return source->fd;
+		int r = source->fd < 0 ? source->fd
+				       : store_layer_cipher(m->engine->store, m->index.layers[number - 1], false, &source->cipher, err);
+		if (r != 0)
+			return r;
 		source->chosen = true;
 	}
 	return 0;
@@ -227,6 +233,9 @@ static int make_layer(struct merge *m, struct err *err)
 		r = store_draft_memory_layer(m->made->draft, m->made->layer, &m->fd, &m->sums_fd, err);
 	if (r != 0)
 		m->fd = m->sums_fd = -1; /* closed by whom failed */
+	else
+		r = store_layer_cipher(m->engine->store, m->made->layer, true, &m->cipher, err);
+	m->no_sharing = m->cipher != NULL; /* the same page has other bytes there */
 	return r == 0 ? fault_check(FAULT_CONSOLIDATE_LAYER_MADE, err) : r;
 }
 
@@ -239,7 +248,18 @@ static void spoil(struct merge *m, uint32_t number, const struct err *why)
 	       STORE_ID_BYTES);
 }
 
-/* Reads and checks a run of one layer's pages. *place: where in the layer they begin. -EBADMSG: the layer is damaged. */
+/* In an encrypted store: from the old layer's key to the new one's. */
+static int cipher_anew(struct merge *m, const struct source *source, uint64_t first, uint64_t count, struct err *err)
+{
+	int r = store_cipher_pages(source->cipher, first, count, m->chunk, err);
+	if (r == 0)
+		r = store_cipher_pages(m->cipher, first, count, m->chunk, err);
+	for (uint64_t i = 0; r == 0 && m->cipher && i < count; i++)
+		m->sums[first + i] = page_sum(first + i, m->chunk + i * PAGE_BYTES);
+	return r;
+}
+
+/* Reads and checks a run of one layer's pages, as the new layer shall have them. *place: where in the layer they begin. -EBADMSG: the layer is damaged. */
 static int read_run(struct merge *m, uint32_t number, uint64_t first, uint64_t count, uint64_t *place, struct err *err)
 {
 	struct source *source = &m->sources[number - 1];
@@ -257,7 +277,7 @@ static int read_run(struct merge *m, uint32_t number, uint64_t first, uint64_t c
 			r = -EBADMSG;
 		}
 	}
-	return r;
+	return r == 0 ? cipher_anew(m, source, first, count, err) : r;
 }
 
 /* A filesystem with reflinks gives the new layer the old one's blocks: nothing is written, and no space taken while both are there. */

@@ -108,6 +108,7 @@ struct take {
 	struct store_draft *draft;
 	char memory_layer[STORE_ID_BYTES];
 	int fd, sums_fd;
+	struct seal_pages *cipher; /* of that layer, in an encrypted store */
 	/* The parent's, if only what was written since is saved; else page_count is 0. */
 	struct page_index parent_index;
 	struct page_index index; /* its own, once it was built */

@@ -76,7 +76,7 @@ static uint64_t choose_shortest(const struct page_index *index)
 /* Sets the bitmaps. Returns how many pages are copied. */
 static uint64_t sort_extents(struct loader *l)
 {
-	uint64_t shortest = choose_shortest(&l->index), copied = 0;
+	uint64_t shortest = store_is_encrypted(l->store) ? UINT64_MAX : choose_shortest(&l->index), copied = 0;
 	for (uint64_t i = 0; i < l->index.extent_count; i++) {
 		const struct index_extent *e = &l->index.extents[i];
 		bool map = e->count >= shortest;
@@ -252,7 +252,7 @@ static void *loader_main(void *opaque)
 		err_prefix(&err, "checkpoint %.8s, from which this VM was started", l->checkpoint);
 		l->damaged(l->opaque, &err);
 		vm_fail(l->vm, &err);
-	} else if (!set) {
+	} else if (!set && !store_is_encrypted(l->store)) {
 		wait_for_run(l);
 		record_working_set(l);
 	}

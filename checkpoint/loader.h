@@ -9,6 +9,8 @@
  * guest may have seen it. A page that cannot be read stops it as well: vmm/memory_guard.h for the VMM's accesses, KVM's error for the guest's.
  * A start that finds no working set records one.
  *
+ * What is encrypted cannot be mapped: all of it is copied in while the guest runs, as short runs are, and no working set is recorded.
+ *
  *     loader_start -> loader_destroy       from the controlling thread
  */
 #ifndef VMCP_CHECKPOINT_LOADER_H

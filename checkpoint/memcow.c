@@ -265,6 +265,7 @@ static int begin(struct memcow *cow, const struct memcow_target *target, enum me
 	}
 	cow->fd = target->fd;
 	cow->sums_fd = target->sums_fd;
+	cow->cipher = target->cipher;
 	/* Before anything is protected, until nothing is. The other ways do without: to them it is a write like any other. */
 	if (way == MEMCOW_PROTECT)
 		mem_hold_discards(cow->mem);

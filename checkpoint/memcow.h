@@ -42,6 +42,7 @@
 #include "vmm/memory.h"
 
 struct memcow;
+struct seal_pages;
 
 /* `protect`: opens userfaultfd (ERR_HOST with a hint if the host has none, or it lacks write protection of memfds) and
  * registers the memory, for good. Without it only memcow_arm_stopped works. */
@@ -66,6 +67,7 @@ uint64_t memcow_kept_pages(const struct memcow *cow);
 struct memcow_target {
 	int fd;		       /* the layer file, empty */
 	int sums_fd;	       /* empty: gets the places and checksums of its pages (checkpoint/sums.h); -1 for none, which no reader can do without */
+	struct seal_pages *cipher; /* encrypts what goes to the file; its checksums are of that. NULL: none. The writer's until finish or abandon */
 	const uint64_t *scope; /* bitmap of the pages to save, copied; NULL: all */
 	uint64_t max_rate;     /* bytes a second to the file at most; 0: as fast as it goes */
 	uint64_t buffer_pages; /* stage and settle: how many copies there may be at a time; 0: a quarter more than the scope has, and 8 MiB */

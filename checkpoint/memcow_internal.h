@@ -92,6 +92,7 @@ struct memcow {
 	bool whole;		/* the scope is all memory */
 	struct segment *staged; /* newest first; the sweeper's from memcow_save on */
 	int fd, sums_fd;
+	struct seal_pages *cipher; /* the writer's */
 	struct pool *pool;
 	struct hold hold;     /* protect: has memory then */
 	struct pool *kept;    /* between checkpoints that stage, or NULL */

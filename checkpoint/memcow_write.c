@@ -1,6 +1,7 @@
 /*
  * The writer: takes filled segments to the layer file, pages that follow each other with one request, through io_uring
- * where the host has it and O_DIRECT where the filesystem takes it. It computes each page's checksum on the way.
+ * where the host has it and O_DIRECT where the filesystem takes it. It computes each page's checksum on the way, and in an encrypted store encrypts
+ * the page first, in the buffer: a copy that nobody else reads.
  *
  * A scope of some pages is packed: they lie in the file one behind the other, so that scattered pages need no request, and the file no extent,
  * each. Of all memory each page is at its own number, as it is where the scope is not known before the last page is written (settle).
@@ -22,6 +23,7 @@
 #include "base/fault.h"
 #include "base/priority.h"
 #include "checkpoint/memcow_internal.h"
+#include "checkpoint/store/seal_crypto.h"
 #include "checkpoint/sums.h"
 
 #define QUEUE_DEPTH 64u
@@ -49,6 +51,21 @@ static uint64_t place_of(const struct writer *w, uint64_t page)
 	if (!w->below)
 		return page;
 	return w->below[page / 64] + popcount64(w->cow->scope[page / 64] & (((uint64_t)1 << page % 64) - 1));
+}
+
+static void fail(struct writer *w, int number)
+{
+	if (w->err.number == 0)
+		err_sys(&w->err, number, "writing the memory layer");
+	memcow_fail(w->cow, &w->err);
+}
+
+/* What libcrypto cannot encrypt is not written: the first failure ends the save. */
+static void encrypt_segment(struct writer *w, const struct segment *segment)
+{
+	for (uint32_t i = 0; w->cow->cipher && i < segment->count; i++)
+		if (!seal_page(w->cow->cipher, segment->entries[i].page, segment->entries[i].data))
+			fail(w, EIO);
 }
 
 /* Sums, and as few writes as the entries allow. */
@@ -86,13 +103,6 @@ static void set_direct(struct writer *w, bool on)
 {
 	int flags = fcntl(w->cow->fd, F_GETFL);
 	w->direct = flags >= 0 && fcntl(w->cow->fd, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0 && on;
-}
-
-static void fail(struct writer *w, int number)
-{
-	if (w->err.number == 0)
-		err_sys(&w->err, number, "writing the memory layer");
-	memcow_fail(w->cow, &w->err);
 }
 
 static void end_write(struct writer *w, struct segment_write *write)
@@ -223,6 +233,7 @@ static void write_all(struct writer *w)
 			w->next = 0;
 			took = w->segment != NULL;
 			if (w->segment && w->segment->count > 0) {
+				encrypt_segment(w, w->segment);
 				plan_segment(w, w->segment);
 				keep_rate(w, w->segment->count * (uint64_t)PAGE_BYTES);
 			} else if (w->segment) {

@@ -284,6 +284,7 @@ void take_free(struct take *take)
 		close(take->fd);
 	if (take->sums_fd >= 0)
 		close(take->sums_fd);
+	seal_pages_free(take->cipher);
 	page_index_free(&take->parent_index);
 	page_index_free(&take->index);
 	consolidated_free(take->consolidated);

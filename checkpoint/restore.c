@@ -33,6 +33,7 @@ void restore_close(struct restore_layers *layers)
 		if (layers->layers[i].fd >= 0)
 			close(layers->layers[i].fd);
 		page_sums_close(&layers->layers[i].sums);
+		seal_pages_free(layers->layers[i].cipher);
 		if (layers->layers[i].sums.fd >= 0)
 			close(layers->layers[i].sums.fd);
 	}
@@ -54,10 +55,13 @@ static int open_layer(struct restore_layers *layers, uint32_t number, struct err
 	if (fstat(fd, &st) != 0)
 		return err_sys(err, errno, "memory layer %s", name);
 	layer->pages = (uint64_t)st.st_size / PAGE_BYTES;
+	int r = store_layer_cipher(layers->store, name, false, &layer->cipher, err);
+	if (r != 0)
+		return r;
 	fd = store_memory_sums_open(layers->store, name, err);
 	if (fd < 0)
 		return fd;
-	int r = page_sums_open(&layer->sums, fd, err);
+	r = page_sums_open(&layer->sums, fd, err);
 	if (r != 0)
 		return err_prefix(err, "memory layer %s", name);
 	if (layer->sums.count == 0 || layer->sums.end_place < layer->pages)
@@ -121,7 +125,7 @@ int restore_read(struct restore_layers *layers, uint32_t number, uint64_t first,
 			(unsigned long long)(first + i));
 		return err_hint(err, "checkpoints that do not share this layer are not affected: see `vmcp log`");
 	}
-	return 0;
+	return store_cipher_pages(layer->cipher, first, count, data, err);
 }
 
 unsigned restore_open_layers(const struct restore_layers *layers)

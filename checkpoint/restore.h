@@ -11,7 +11,7 @@
 
 #include "base/err.h"
 #include "checkpoint/index.h"
-#include "checkpoint/store/store.h"
+#include "checkpoint/store/crypt.h"
 #include "checkpoint/sums.h"
 #include "vmm/memory.h"
 
@@ -26,18 +26,20 @@ struct restore_layers {
 		int fd;
 		uint64_t pages; /* that its file has room for */
 		struct page_sums sums;
+		struct seal_pages *cipher; /* of an encrypted store */
 	} *layers;
 };
 /* The index stays the caller's, unchanged until restore_close. */
 int restore_init(struct restore_layers *layers, struct store *store, const struct page_index *index, struct err *err);
 /* All zero is allowed. */
 void restore_close(struct restore_layers *layers);
-/* Where pages [first, first + count) of one extent are: the layer's file, which stays theirs, and the first one's place in it. */
+/* Where pages [first, first + count) of one extent are: the layer's file, which stays theirs, and the first one's place in it. What is there is encrypted if the
+ * store is. */
 int restore_find(struct restore_layers *layers, const struct index_extent *part, int *fd, uint64_t *place, struct err *err);
 /* Reads those pages of [first, end) that the index takes from a layer and checks them against their checksums. which: bitmap,
  * NULL: all. A page that does not check: ERR_DAMAGED, naming layer and page. */
 int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_t first, uint64_t end, struct err *err);
-/* Reads pages [first, first + count), at most RESTORE_CHUNK_PAGES, of layer `number` (from 1) into `data` and checks them. */
+/* Reads pages [first, first + count), at most RESTORE_CHUNK_PAGES, of layer `number` (from 1) into `data`, checks and decrypts them. */
 int restore_read(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, uint8_t *data, struct err *err);
 /* Layers whose files are open. */
 unsigned restore_open_layers(const struct restore_layers *layers);

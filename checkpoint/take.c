@@ -79,6 +79,8 @@ static int stage(struct take *take, struct err *err)
 	r = store_draft_memory_layer(take->draft, take->memory_layer, &take->fd, &take->sums_fd, err);
 	if (r != 0)
 		take->fd = take->sums_fd = -1; /* closed by whom failed */
+	else
+		r = store_layer_cipher(engine->store, take->memory_layer, true, &take->cipher, err);
 	if (r == 0)
 		r = take_stage_disks(take, err);
 	if (r == 0)

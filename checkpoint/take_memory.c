@@ -54,6 +54,7 @@ static int begin(struct take *take, begin_fn *fn, struct err *err)
 	struct memcow_target target = {
 		.fd = take->fd,
 		.sums_fd = take->sums_fd,
+		.cipher = take->cipher,
 		.scope = incremental ? tracker_since(take->engine->tracker) : NULL,
 		.max_rate = take->max_rate,
 		.buffer_pages = take->plan.buffer_pages,

@@ -43,6 +43,8 @@ struct cli_option {
 struct cli {
 	bool json, quiet;
 	char *store_path; /* absolute or as given; never NULL */
+	const char *store_key_path; /* NULL: no key was named */
+	struct store_key *store_key; /* once it was read */
 	uint64_t started_ns; /* CLOCK_MONOTONIC of this program's exec */
 	const struct cli_command *command;
 	/* of the present command line: value by index in the command's option table (a switch given has "") */
@@ -84,6 +86,10 @@ const char *cli_value(const struct cli *cli, const char *name);
 bool cli_given(const struct cli *cli, const char *name);
 /* Opens the store that the command line names; it must exist. */
 int cli_open_store(const struct cli *cli, struct store **out, struct err *err);
+/* The key of the store that the command line names, which stays cli's; NULL: it names none. */
+int cli_store_key(struct cli *cli, struct store_key **out, struct err *err);
+/* Opens the store for what needs its key where it is encrypted: then one must be named. create: it is made, encrypted if a key is named. */
+int cli_open_store_with_key(struct cli *cli, bool create, struct store **out, struct err *err);
 /* The VM that is meant: `name`, or the only one that runs. */
 int cli_choose_vm(struct store *store, const char *name, char out[STORE_NAME_BYTES], struct err *err);
 /* Both, for a command whose first argument may name a VM. On failure nothing is open. */
@@ -113,9 +119,9 @@ extern volatile bool cli_interrupted;
 void cli_catch_interrupts(void);
 /* Replaces the file as a whole or not at all. */
 int cli_replace_file(const char *path, const char *text, size_t length, struct err *err);
-/* The file that --key-file names (BUF_INIT before, freed by the caller also after a failure): all of it but the end of its last line, which an editor may
+/* The file with a key that `option` names (BUF_INIT before, freed by the caller also after a failure): all of it but the end of its last line, which an editor may
  * have put there. One that holds nothing is an error. */
-int cli_read_key_file(const char *path, struct buf *out, struct err *err);
+int cli_read_key_file(const char *option, const char *path, struct buf *out, struct err *err);
 
 /* output.c */
 void cli_print_json(json_t *document); /* steals it */

@@ -286,7 +286,9 @@ static int revert_by_start(struct cli *cli, const char *id, const char *name, js
 	struct process_options options = {
 		.store_path = cli->store_path, .from = id, .name = name, .detach = true, .started_ns = cli->started_ns};
 	struct process_result started;
-	int rc = process_run(&options, &started, err);
+	int rc = cli_store_key(cli, &options.store_key, err);
+	if (!rc)
+		rc = process_run(&options, &started, err);
 
 	if (rc)
 		return rc;

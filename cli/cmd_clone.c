@@ -265,6 +265,8 @@ static int run_clone(struct cli *cli, struct err *err)
 		rc = parse_clock(cli_value(cli, "clock"), &options.clock_of_checkpoint, err);
 	if (!rc)
 		rc = read_rules(cli, &rules, err);
+	if (!rc)
+		rc = cli_store_key(cli, &options.store_key, err);
 	if (!rc && live)
 		rc = take_origin(cli, live, id, err);
 	options.rules = rules;

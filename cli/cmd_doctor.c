@@ -130,6 +130,12 @@ static size_t examine_user(const struct cli *cli, struct finding *list, size_t n
 	snprintf(text, sizeof(text), "%s, %s free", writable ? "writable" : "not writable", size);
 	add(list, &n, "store", writable && free_bytes >= MIN_FREE, text, "checkpoints find no place",
 	    writable ? "make room, or name another store with --store or VMCP_STORE" : "name another store with --store or VMCP_STORE");
+	struct store *store;
+	if (store_open(cli->store_path, false, &store, NULL) == 0) {
+		add(list, &n, "encryption", true,
+		    store_is_encrypted(store) ? "of memory and states; disks, names, messages, consoles are plain" : "none: see --store-key", "", "");
+		store_close(store);
+	}
 	return n;
 }
 

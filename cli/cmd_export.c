@@ -56,7 +56,7 @@ static int begin(struct cli *cli, struct display *display, struct transfer_optio
 	cli_catch_interrupts();
 	signal(SIGPIPE, SIG_IGN);
 	const char *key_file = cli_value(cli, "key-file");
-	int rc = key_file ? cli_read_key_file(key_file, &display->key_text, err) : 0;
+	int rc = key_file ? cli_read_key_file("--key-file", key_file, &display->key_text, err) : 0;
 	if (!rc && key_file) {
 		display->key = (struct transfer_key){.data = display->key_text.data, .bytes = display->key_text.length};
 		options->key = &display->key;
@@ -109,7 +109,7 @@ static int run_export(struct cli *cli, struct err *err)
 	int rc = begin(cli, &display, &options, err);
 
 	if (!rc)
-		rc = cli_open_store(cli, &store, err);
+		rc = cli_open_store_with_key(cli, false, &store, err);
 	if (rc) {
 		end(&display);
 		return rc;
@@ -142,8 +142,8 @@ const struct cli_command cli_export = {
 	.summary = "write a checkpoint to one file, or to a pipe",
 	.help = "The file holds memory, devices, and all disks as the checkpoint sees them, bases included; read-only disks as their files are\n"
 		"now. It is compressed and checksummed; `zstd -t FILE` can check it, too. With --key-file\n"
-		"it is encrypted (AES-256-GCM; the key by scrypt from what is in FILE), disks included, and only who has the key can read or change it. The\n"
-		"store itself is not encrypted: keep it on an encrypted disk.\n\n"
+		"it is encrypted (AES-256-GCM; the key by scrypt from what is in FILE), disks included, and only who has the key can read or change it. That has\n"
+		"nothing to do with --store-key: what comes from an encrypted store is in the file as any other, encrypted with --key-file only.\n\n"
 		"    head -c 32 /dev/urandom | base64 >web.key\n"
 		"    vmcp export web web.vmcp --key-file web.key\n"
 		"    vmcp export web web.vmcp\n"
@@ -188,7 +188,7 @@ static int run_import(struct cli *cli, struct err *err)
 		return err_hint(err, "name a file, or send it one: ssh HOST vmcp export CKPT - | vmcp import -");
 	}
 	if (!rc && !check)
-		rc = store_open(cli->store_path, true, &store, err);
+		rc = cli_open_store_with_key(cli, true, &store, err);
 	if (rc) {
 		end(&display);
 		return rc;

@@ -292,7 +292,7 @@ static int run_log(struct cli *cli, struct err *err)
 /* Whose machine it is, and who can go on with it: the configuration says so where it is not vmcp. */
 static const char *vmm_of(const struct store_checkpoint *c) { return cli_is_of_qemu(c) ? "qemu" : "vmcp"; }
 
-static json_t *show_to_json(const struct store_checkpoint *c)
+static json_t *show_to_json(const struct store_checkpoint *c, bool encrypted)
 {
 	json_t *disks = json_array();
 
@@ -311,16 +311,16 @@ static json_t *show_to_json(const struct store_checkpoint *c)
 			  (json_int_t)c->memory_bytes, "total_pages", (json_int_t)(c->memory_bytes / PAGE_BYTES),
 			  "saved_pages", (json_int_t)c->saved_pages, "zero_pages", (json_int_t)c->zero_pages,
 			  "parent_pages", (json_int_t)c->parent_pages, "written_bytes", (json_int_t)c->written_bytes);
-	return json_pack("{s:s, s:o, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:s, s:s}", "id",
+	return json_pack("{s:s, s:o, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:b, s:s, s:s}", "id",
 			 c->id, "group", control_text_or_null(c->group.id), "vm", c->vm, "vm_uuid", c->vm_uuid, "parent", control_text_or_null(c->parent), "tag",
 			 control_text_or_null(c->tag), "message", control_text_or_null(c->message), "created",
 			 control_time_to_json(c->created_wall_ns), "live", c->live, "periodic", c->periodic, "durability", "durable", "cpus",
 			 (int)c->cpus, "pause_ns", (json_int_t)c->pause_ns, "durable_ns", (json_int_t)c->durable_ns,
-			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "vmm", vmm_of(c),
+			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "encrypted", encrypted, "vmm", vmm_of(c),
 			 "config", c->config_text ? c->config_text : "");
 }
 
-static void print_show(const struct store_checkpoint *c)
+static void print_show(const struct store_checkpoint *c, bool encrypted)
 {
 	char size[16], other[16], pause[24], durable[24];
 	json_t *created = control_time_to_json(c->created_wall_ns);
@@ -336,6 +336,8 @@ static void print_show(const struct store_checkpoint *c)
 	       c->message ? c->message : "-", json_string_value(created));
 	printf("durability  durable\ntaken       %s%s, %u vCPU%s, pause %s, durable after %s\nsize        %s\n", c->periodic ? "by a timer, " : "", c->live ? "live" : "stopped",
 	       c->cpus, c->cpus == 1 ? "" : "s", pause, durable, size);
+	if (encrypted)
+		printf("encrypted   memory and state; not its disks, names, message and configuration\n");
 	if (!strcmp(vmm_of(c), "qemu"))
 		printf("runs on     QEMU only: a domain of libvirt, which `vmcp revert --connect URI` starts; its memory is QEMU's stream\n");
 	cli_format_size(size, c->memory_bytes);
@@ -411,13 +413,14 @@ static int run_show(struct cli *cli, struct err *err)
 		rc = cli_group_show(cli, store, id, err);
 	else if (!rc)
 		rc = store_checkpoint_get(store, id, &checkpoint, err);
+	bool encrypted = store_is_encrypted(store);
 	store_close(store);
 	if (rc || is_group)
 		return rc;
 	if (cli->json)
-		cli_print_json(show_to_json(&checkpoint));
+		cli_print_json(show_to_json(&checkpoint, encrypted));
 	else
-		print_show(&checkpoint);
+		print_show(&checkpoint, encrypted);
 	store_checkpoint_free(&checkpoint);
 	return 0;
 }

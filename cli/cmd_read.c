@@ -318,7 +318,7 @@ static int run_diff(struct cli *cli, struct err *err)
 {
 	struct diff diff = {.watched = watch(cli), .files = cli_given(cli, "files")};
 	struct store *store;
-	int rc = cli_open_store(cli, &store, err);
+	int rc = cli_open_store_with_key(cli, false, &store, err);
 
 	if (rc)
 		return rc;
@@ -349,7 +349,7 @@ static int run_dump(struct cli *cli, struct err *err)
 		return err_hint(err, "name a file");
 	}
 	snprintf(watched.phase, sizeof(watched.phase), "memory");
-	int rc = cli_open_store(cli, &store, err);
+	int rc = cli_open_store_with_key(cli, false, &store, err);
 	if (rc)
 		return rc;
 	cli_allow_many_files();

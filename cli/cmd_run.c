@@ -44,7 +44,9 @@ static int run(struct cli *cli, struct err *err)
 	}
 	if (cli_given(cli, "dry-run"))
 		return print_plan(cli, &options, err);
-	int rc = process_run(&options, &result, err);
+	int rc = cli_store_key(cli, &options.store_key, err);
+	if (!rc)
+		rc = process_run(&options, &result, err);
 	if (rc || !options.detach)
 		return rc;
 	if (cli->json)

@@ -150,8 +150,11 @@ static int look(struct cli *cli, uint64_t max_rate, struct report *report, struc
 	char(*ids)[STORE_ID_BYTES] = xcalloc((size_t)cli->argument_count + 1, sizeof(*ids));
 	struct store *store;
 	uint64_t started_ns = clock_now_ns();
-	int rc = cli_open_store(cli, &store, err);
+	struct store_key *key;
+	int rc = cli_store_key(cli, &key, err);
 
+	if (!rc)
+		rc = store_open_with_key(cli->store_path, false, key, &store, err);
 	if (!rc) {
 		rc = find_all(cli, store, ids, err);
 		if (!rc)

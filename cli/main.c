@@ -18,12 +18,13 @@
 #include "cli/cli.h"
 #include "control/client.h"
 
-#define GLOBAL_OPTIONS 5
+#define GLOBAL_OPTIONS 6
 #define MAX_KEY_BYTES  4096
 
 const struct cli_option cli_global_options[GLOBAL_OPTIONS + 1] = {
 	{"json", 0, NULL, "one JSON document on stdout"},
 	{"store", 0, "DIR", "the store (default: $VMCP_STORE, else /var/lib/vmcp for root, else $XDG_STATE_HOME/vmcp)", "@dir"},
+	{"store-key", 0, "FILE", "the key of an encrypted store (default: $VMCP_STORE_KEY); a store that is made is encrypted with it", "@file"},
 	{"quiet", 'q', NULL, "say only what was asked for"},
 	{"verbose", 'v', NULL, "say more on stderr"},
 	{"help", 'h', NULL, "this text"},
@@ -139,10 +140,13 @@ static void take_global(struct cli *cli, int index, const char *value, bool *hel
 		cli->store_path = xstrdup(value);
 		break;
 	case 2:
+		cli->store_key_path = value;
+		break;
+	case 3:
 		cli->quiet = true;
 		log_set_level(LOG_LEVEL_WARN);
 		break;
-	case 3:
+	case 4:
 		log_set_level(log_get_level() == LOG_LEVEL_INFO ? LOG_LEVEL_DEBUG : LOG_LEVEL_INFO);
 		break;
 	default:
@@ -276,6 +280,37 @@ int cli_open_store(const struct cli *cli, struct store **out, struct err *err)
 	return store_open(cli->store_path, false, out, err);
 }
 
+int cli_store_key(struct cli *cli, struct store_key **out, struct err *err)
+{
+	CLEANUP_BUF struct buf text = BUF_INIT;
+	int rc = 0;
+
+	if (cli->store_key_path && !cli->store_key) {
+		rc = cli_read_key_file("--store-key", cli->store_key_path, &text, err);
+		if (!rc)
+			cli->store_key = store_key_new(text.data, text.length, 0);
+		if (text.data)
+			explicit_bzero(text.data, text.capacity);
+	}
+	*out = cli->store_key;
+	return rc;
+}
+
+int cli_open_store_with_key(struct cli *cli, bool create, struct store **out, struct err *err)
+{
+	struct store_key *key;
+	int rc = cli_store_key(cli, &key, err);
+
+	if (!rc)
+		rc = store_open_with_key(cli->store_path, create, key, out, err);
+	if (rc)
+		return rc;
+	rc = store_check_key(*out, err);
+	if (rc)
+		store_close(*out);
+	return rc;
+}
+
 void cli_allow_many_files(void)
 {
 	struct rlimit limit;
@@ -356,19 +391,19 @@ int cli_replace_file(const char *path, const char *text, size_t length, struct e
 	return file_write_atomic(dir, slash ? slash + 1 : path, text, length, 0644, err);
 }
 
-int cli_read_key_file(const char *path, struct buf *out, struct err *err)
+int cli_read_key_file(const char *option, const char *path, struct buf *out, struct err *err)
 {
 	int rc = file_read_all(AT_FDCWD, path, MAX_KEY_BYTES, out, err);
 
 	if (rc)
-		return err_prefix(err, "--key-file");
+		return err_prefix(err, "%s", option);
 	if (out->length && out->data[out->length - 1] == '\n')
 		out->length--;
 	if (out->length && out->data[out->length - 1] == '\r')
 		out->length--;
 	if (out->length)
 		return 0;
-	err_set(err, ERR_USAGE, EINVAL, "--key-file: %s is empty", path);
+	err_set(err, ERR_USAGE, EINVAL, "%s: %s is empty", option, path);
 	return err_hint(err, "it holds a passphrase, or random bytes: head -c 32 /dev/urandom | base64 >FILE");
 }
 
@@ -376,7 +411,7 @@ int cli_read_key_file(const char *path, struct buf *out, struct err *err)
 static int find_command_word(int argc, char **argv)
 {
 	for (int i = 1; i < argc; i++) {
-		if (!strcmp(argv[i], "--store"))
+		if (!strcmp(argv[i], "--store") || !strcmp(argv[i], "--store-key"))
 			i++;
 		else if (argv[i][0] != '-')
 			return i;
@@ -435,6 +470,9 @@ int main(int argc, char **argv)
 
 	log_set_level(LOG_LEVEL_WARN);
 	cli.store_path = control_default_store();
+	cli.store_key_path = getenv("VMCP_STORE_KEY");
+	if (cli.store_key_path && !*cli.store_key_path)
+		cli.store_key_path = NULL;
 	/* Seen early, so that an error in the rest of the command line is told in this form too. */
 	for (int i = 1; i < argc && strcmp(argv[i], "--"); i++)
 		cli.json |= !strcmp(argv[i], "--json");
@@ -443,6 +481,7 @@ int main(int argc, char **argv)
 		rc = run(&cli, argc, argv, &error);
 	if (rc && error.message[0])
 		cli_print_error(&cli, &error);
+	store_key_free(cli.store_key);
 	free(cli.store_path);
 	if (fflush(stdout) && !rc) {
 		fprintf(stderr, "vmcp: stdout: %s\n", strerror(errno));

@@ -215,6 +215,7 @@ static const char rest[] =
 static const char files[] =
 	".SH ENVIRONMENT\n"
 	".TP\n.B VMCP_STORE\nthe store, where\n.B \\-\\-store\nis not given.\n"
+	".TP\n.B VMCP_STORE_KEY\nthe file with the key of an encrypted store, where\n.B \\-\\-store\\-key\nis not given.\n"
 	".TP\n.B XDG_STATE_HOME\nfor users other than root the store is its folder vmcp. Default: ~/.local/state.\n"
 	".TP\n.B NO_COLOR\nif it is set and not empty, nothing is coloured. Elsewhere colour is for terminals only.\n"
 	".SH FILES\n"

@@ -57,13 +57,13 @@ static int read_rules(struct origin *origin, const char *what, const char *text,
 	return clone_rules_read(what, text, &origin->rules, err);
 }
 
-static int origin_open(struct origin *origin, const char *store_path, const char *reference, const char *rules_what,
+static int origin_open(struct origin *origin, const char *store_path, struct store_key *key, const char *reference, const char *rules_what,
 		       const char *rules, struct err *err)
 {
 	char id[STORE_ID_BYTES];
 
 	*origin = (struct origin){0};
-	int rc = store_open(store_path, false, &origin->store, err);
+	int rc = store_open_with_key(store_path, false, key, &origin->store, err);
 	if (!rc)
 		rc = store_resolve(origin->store, reference, id, err);
 	if (!rc)
@@ -266,6 +266,7 @@ static int start(const struct clone_options *options, const char *id, struct clo
 {
 	const struct process_options process = {
 		.store_path = options->store_path,
+		.store_key = options->store_key,
 		.from = id,
 		.name = clone->name,
 		.config_text = clone->config_text,
@@ -299,7 +300,9 @@ int clones_start(const struct clone_options *options, struct clone **out, struct
 	if (rc)
 		return rc;
 	struct clone *clones = xcalloc(options->count, sizeof(*clones));
-	rc = origin_open(&origin, options->store_path, options->checkpoint, options->rules_what, options->rules, err);
+	rc = origin_open(&origin, options->store_path, options->store_key, options->checkpoint, options->rules_what, options->rules, err);
+	if (!rc)
+		rc = store_check_key(origin.store, err);
 	if (!rc)
 		rc = clone_rules_check(origin.rules, &origin.config, options->count, err);
 	for (unsigned i = 0; !rc && i < options->count; i++)
@@ -328,7 +331,7 @@ int clone_template(const char *store_path, const char *checkpoint, const char *n
 		   const char *rules, char id[STORE_ID_BYTES], struct err *err)
 {
 	struct origin origin;
-	int rc = origin_open(&origin, store_path, checkpoint, rules_what ? rules_what : "no rules",
+	int rc = origin_open(&origin, store_path, NULL, checkpoint, rules_what ? rules_what : "no rules",
 			     rules ? rules : "", err);
 
 	if (!rc)

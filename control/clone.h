@@ -17,6 +17,7 @@
 
 struct clone_options {
 	const char *store_path;
+	struct store_key *store_key; /* of an encrypted store; NULL: none. The clones' processes have what it opened, and need no scrypt */
 	const char *checkpoint; /* a reference */
 	const char *
 		pattern; /* of the names, with <VM> (the VM that was saved) and <N>; NULL: <VM>-<N>. Numbers of names that are known are left out */

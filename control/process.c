@@ -682,8 +682,10 @@ static int configure(struct process *process, struct err *err)
 
 static int prepare(struct process *process, struct err *err)
 {
-	int rc = store_open(process->options->store_path, true, &process->store, err);
+	int rc = store_open_with_key(process->options->store_path, true, process->options->store_key, &process->store, err);
 
+	if (!rc)
+		rc = store_check_key(process->store, err);
 	if (!rc)
 		rc = configure(process, err);
 	if (!rc)

@@ -20,6 +20,7 @@
 
 struct process_options {
 	const char *store_path;
+	struct store_key *store_key; /* of an encrypted store; NULL: none */
 	const char *config_path; /* guest.cfg or domain XML, or NULL with `from`; with `connect` a domain's name */
 	const char *connect;	 /* --connect: URI of the libvirt that has the domain, or NULL */
 	const char *from;	 /* a reference to a checkpoint, or NULL */

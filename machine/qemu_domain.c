@@ -19,6 +19,14 @@
 
 #define MARK ".vmcp-"
 
+int qemu_check_store(const struct store *store, struct err *err)
+{
+	if (!store_is_encrypted(store))
+		return 0;
+	err_set(err, ERR_STATE, ENOTSUP, "store %s: it is encrypted, and what QEMU writes and reads is not", store_path(store));
+	return err_hint(err, "keep checkpoints of domains in another store, on an encrypted filesystem: vmcp --store DIR");
+}
+
 /* --- definitions --- */
 
 static int read_disk(const char *name, const struct xml_node *node, struct qemu_disk *disk, struct err *err)

@@ -25,6 +25,9 @@ struct qemu_domain {
 int qemu_domain_read(const char *name, const char *xml, struct qemu_domain *out, struct err *err);
 void qemu_domain_free(struct qemu_domain *domain);
 
+/* QEMU reads and writes its stream itself, as it is: ERR_STATE for an encrypted store. */
+int qemu_check_store(const struct store *store, struct err *err);
+
 /* For an attribute (malloc). */
 char *qemu_escape(const char *text);
 /* "IMAGE.vmcp-1a2b3c4d" (malloc): an overlay of checkpoint or start `id`, beside the image, whose own mark goes. */

@@ -64,7 +64,9 @@ static int read_checkpoint(struct revert *r, struct err *err)
 		err_set(err, ERR_USAGE, EINVAL, "%s: is of a VM of vmcp's own, not of a domain", what);
 		return err_hint(err, "without --connect: vmcp revert %.8s", r->id);
 	}
-	rc = store_checkpoint_read(r->store, &r->checkpoint, "state", &state, err);
+	rc = qemu_check_store(r->store, err);
+	if (!rc)
+		rc = store_checkpoint_read(r->store, &r->checkpoint, "state", &state, err);
 	if (!rc)
 		rc = qemu_state_decode(state.data, state.length, &r->xml, &r->stream_bytes, err);
 	if (!rc && r->stream_bytes > r->checkpoint.memory_bytes)

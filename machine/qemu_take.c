@@ -445,7 +445,9 @@ int qemu_checkpoint(struct store *store, const struct qemu_request *request, str
 	struct qemu_take take = {.store = store, .request = request, .result = result, .fd = -1, .sums_fd = -1, .start_ns = clock_now_ns()};
 
 	*result = (struct qemu_result){0};
-	int rc = find_guest(&take, err);
+	int rc = qemu_check_store(store, err);
+	if (!rc)
+		rc = find_guest(&take, err);
 	if (!rc)
 		rc = find_parent(&take, err);
 	if (!rc)

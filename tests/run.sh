@@ -106,6 +106,7 @@ part "whole VMs: the tiny guest" "${near_kvm[@]}" python3 tests/vm/tiny_test.py
 part "whole VMs: removing, keeping, collecting" "${near_kvm[@]}" python3 tests/vm/keep_test.py
 part "whole VMs: verify, diff, dump" "${near_kvm[@]}" python3 tests/vm/verify_test.py
 part "whole VMs: exports and imports" "${near_kvm[@]}" python3 tests/vm/export_test.py
+part "whole VMs: encrypted stores" "${near_kvm[@]}" python3 tests/vm/encryption_test.py
 part "whole VMs: golden stores" "${near_kvm[@]}" python3 tests/vm/golden_test.py
 part "whole VMs: the terminal" "${near_kvm[@]}" python3 tests/vm/terminal_test.py
 part "whole VMs: README, tutorial and examples" "${near_kvm[@]}" python3 tests/vm/tutorial_test.py

@@ -24,6 +24,7 @@
 #include "base/fault.h"
 #include "base/file.h"
 #include "base/log.h"
+#include "checkpoint/store/crypt.h"
 #include "checkpoint/store/store_internal.h"
 
 #define MAX_DISK_LAYERS	  26
@@ -321,10 +322,14 @@ static int put_file(struct store_draft *draft, const char *name, const void *dat
 int store_draft_put(struct store_draft *draft, const char *name, const void *data, size_t length, struct err *err)
 {
 	bool is_state = !strcmp(name, "state");
-	uint64_t sum = XXH3_64bits(data, length);
+	CLEANUP_BUF struct buf sealed = BUF_INIT;
 	int rc = 0;
 
-	if (!is_state) {
+	if (is_state && draft->store->encrypted) {
+		rc = crypt_seal_state(draft->store, draft->id, data, length, &sealed, err);
+		data = sealed.data;
+		length = sealed.length;
+	} else if (!is_state) {
 		layers_free(&draft->index_layers);
 		rc = layers_of_index(data, length, &draft->index_layers, err);
 	}
@@ -333,7 +338,7 @@ int store_draft_put(struct store_draft *draft, const char *name, const void *dat
 	if (rc)
 		return rc;
 	*(is_state ? &draft->state_bytes : &draft->index_bytes) = length;
-	*(is_state ? &draft->state_xxh3 : &draft->index_xxh3) = sum;
+	*(is_state ? &draft->state_xxh3 : &draft->index_xxh3) = XXH3_64bits(data, length);
 	return 0;
 }
 
@@ -358,6 +363,7 @@ static int prepare_commit(struct store_draft *draft, struct store_checkpoint *ch
 	checkpoint->state_bytes = draft->state_bytes;
 	checkpoint->state_xxh3 = draft->state_xxh3;
 	checkpoint->index_bytes = draft->index_bytes;
+	checkpoint->size_bytes += draft->store->encrypted ? CRYPT_STATE_MORE : 0;
 	checkpoint->index_xxh3 = draft->index_xxh3;
 	/* Before the commit point, as there is no way back behind it. */
 	int rc = checkpoint->tag[0] ? catalog_check_tag(draft->store, checkpoint->tag, err) : 0;

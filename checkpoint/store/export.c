@@ -113,13 +113,32 @@ static int open_since(struct export *x, const char *since, struct err *err)
 	}
 	memcpy(x->head.since, c->id, sizeof(x->head.since));
 	x->head.since_created_ns = c->created_wall_ns;
-	x->head.since_state_xxh3 = c->state_xxh3;
-	return 0;
+	uint64_t bytes;
+	return store_checkpoint_plain_state(x->store, c, &bytes, &x->head.since_state_xxh3, err);
+}
+
+/* As it is in its store; of an encrypted one's the state is that of the stream. */
+static int read_manifest(struct export *x, struct err *err)
+{
+	const char *id = x->own.checkpoint.id;
+	struct store_checkpoint plain;
+	char path[STORE_ID_BYTES + 16];
+
+	snprintf(path, sizeof(path), "%s/manifest", id);
+	if (!store_is_encrypted(x->store))
+		return file_read_all(x->store->checkpoints_dir, path, MANIFEST_MAX_BYTES, &x->manifest, err);
+	int rc = store_read_manifest(x->store, id, &plain, err);
+	if (rc)
+		return rc;
+	plain.state_bytes = x->state.length;
+	plain.state_xxh3 = XXH3_64bits(x->state.data, x->state.length);
+	rc = manifest_encode(&plain, &x->manifest, err);
+	store_checkpoint_free(&plain);
+	return rc;
 }
 
 static int open_export(struct export *x, const char *id, const char *since, struct err *err)
 {
-	char path[STORE_ID_BYTES + 16];
 	uint64_t tags;
 	int rc = transfer_side_open(x->store, id, &x->own, err);
 
@@ -129,10 +148,9 @@ static int open_export(struct export *x, const char *id, const char *since, stru
 		return rc;
 	memcpy(x->head.id, x->own.checkpoint.id, sizeof(x->head.id));
 	x->total_bytes = x->own.checkpoint.memory_bytes;
-	snprintf(path, sizeof(path), "%s/manifest", x->own.checkpoint.id);
-	rc = file_read_all(x->store->checkpoints_dir, path, MANIFEST_MAX_BYTES, &x->manifest, err);
+	rc = store_checkpoint_read(x->store, &x->own.checkpoint, "state", &x->state, err);
 	if (!rc)
-		rc = store_checkpoint_read(x->store, &x->own.checkpoint, "state", &x->state, err);
+		rc = read_manifest(x, err);
 	if (!rc)
 		rc = store_count_tags(x->store, x->head.id, &tags, x->head.tag, err);
 	if (!rc)

@@ -71,33 +71,38 @@ static int look_for_it(struct import *im, struct err *err)
 {
 	const struct store_checkpoint *c = &im->checkpoint;
 	struct store_checkpoint there;
+	uint64_t bytes, state_xxh3;
 	int rc = store_checkpoint_get(im->store, c->id, &there, err);
 
 	if (rc == -ENOENT)
 		return 0;
 	if (rc)
 		return rc;
-	im->result->present = there.created_wall_ns == c->created_wall_ns && there.state_xxh3 == c->state_xxh3 &&
+	rc = store_checkpoint_plain_state(im->store, &there, &bytes, &state_xxh3, err);
+	im->result->present = !rc && there.created_wall_ns == c->created_wall_ns && state_xxh3 == c->state_xxh3 &&
 			      there.memory_bytes == c->memory_bytes && !strcmp(there.vm_uuid, c->vm_uuid);
 	memcpy(im->result->vm, there.vm, sizeof(im->result->vm));
 	store_checkpoint_free(&there);
-	if (im->result->present)
-		return 0;
+	if (rc || im->result->present)
+		return rc;
 	return err_set(err, ERR_STATE, EEXIST, "checkpoint %.8s: another one of that id is here", c->id);
 }
 
 static int need_since(struct import *im, struct err *err)
 {
 	const struct store_checkpoint *base = &im->base.checkpoint;
+	uint64_t bytes, state_xxh3;
 	int rc = transfer_side_open(im->store, im->head.since, &im->base, err);
 
 	if (rc == -ENOENT) {
 		err_set(err, ERR_NOT_FOUND, ENOENT, "it holds only what differs from checkpoint %.8s, which is not here", im->head.since);
 		return err_hint(err, "import that one first, or export %.8s whole, without --since", im->head.id);
 	}
+	if (!rc)
+		rc = store_checkpoint_plain_state(im->store, base, &bytes, &state_xxh3, err);
 	if (rc)
 		return rc;
-	if (base->created_wall_ns != im->head.since_created_ns || base->state_xxh3 != im->head.since_state_xxh3 ||
+	if (base->created_wall_ns != im->head.since_created_ns || state_xxh3 != im->head.since_state_xxh3 ||
 	    base->memory_bytes != im->checkpoint.memory_bytes)
 		return err_set(err, ERR_STATE, ESTALE, "it needs checkpoint %.8s, and the one of that id here is another", im->head.since);
 	im->has_base = true;

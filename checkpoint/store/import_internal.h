@@ -15,6 +15,8 @@ struct import_memory {
 	uint64_t *seen, *scope, *saved, *zero;
 	uint64_t *sums;
 	uint8_t *before; /* RESTORE_CHUNK_PAGES pages of the base */
+	struct seal_pages *cipher; /* of the layer, in an encrypted store; with it: */
+	uint8_t *sealed;	   /* RESTORE_CHUNK_PAGES pages */
 };
 
 struct import_disk {

@@ -25,9 +25,10 @@ int import_memory_begin(struct import *im, struct err *err)
 	m->zero = calloc(words, sizeof(uint64_t));
 	m->sums = calloc(m->pages, sizeof(uint64_t)); /* touched only where there are pages */
 	m->before = malloc(RESTORE_CHUNK_PAGES * PAGE_BYTES);
-	if (!m->seen || !m->scope || !m->saved || !m->zero || !m->sums || !m->before)
+	m->sealed = malloc(RESTORE_CHUNK_PAGES * PAGE_BYTES);
+	if (!m->seen || !m->scope || !m->saved || !m->zero || !m->sums || !m->before || !m->sealed)
 		return err_sys(err, ENOMEM, "map of %llu pages", (unsigned long long)m->pages);
-	return 0;
+	return store_layer_cipher(im->store, m->layer, true, &m->cipher, err);
 }
 
 void import_memory_free(struct import_memory *m)
@@ -42,14 +43,23 @@ void import_memory_free(struct import_memory *m)
 	free(m->zero);
 	free(m->sums);
 	free(m->before);
+	free(m->sealed);
+	seal_pages_free(m->cipher);
 }
 
-/* Pages that the base does not have so: appended to the layer, in order. */
+/* Pages that the base does not have so: appended to the layer, in order. At most RESTORE_CHUNK_PAGES. */
 static int save(struct import_memory *m, uint64_t first, uint64_t count, const uint8_t *data, struct err *err)
 {
+	int rc = 0;
+
 	if (!count)
 		return 0;
-	int rc = file_pwrite_full(m->fd, data, count * PAGE_BYTES, m->places * PAGE_BYTES, err);
+	if (m->cipher) {
+		data = memcpy(m->sealed, data, count * PAGE_BYTES);
+		rc = store_cipher_pages(m->cipher, first, count, m->sealed, err);
+	}
+	if (!rc)
+		rc = file_pwrite_full(m->fd, data, count * PAGE_BYTES, m->places * PAGE_BYTES, err);
 
 	for (uint64_t i = 0; !rc && i < count; i++) {
 		set_bit(m->scope, first + i);
@@ -80,13 +90,12 @@ static int save_if_new(struct import *im, const struct index_extent *e, uint64_t
 
 static int take_data(struct import *im, uint64_t first, uint64_t count, const uint8_t *data, struct err *err)
 {
-	if (!im->has_base)
-		return save(&im->memory, first, count, data, err);
 	for (uint64_t at = first, n; at < first + count; at += n) {
-		const struct index_extent *e = page_index_find(&im->base.index, at);
+		const struct index_extent *e = im->has_base ? page_index_find(&im->base.index, at) : NULL;
+		const uint8_t *from = data + (at - first) * PAGE_BYTES;
 
-		n = min_u64(min_u64(first + count, e->first + e->count) - at, RESTORE_CHUNK_PAGES);
-		int rc = save_if_new(im, e, at, n, data + (at - first) * PAGE_BYTES, err);
+		n = min_u64((e ? min_u64(first + count, e->first + e->count) : first + count) - at, RESTORE_CHUNK_PAGES);
+		int rc = e ? save_if_new(im, e, at, n, from, err) : save(&im->memory, at, n, from, err);
 		if (rc)
 			return rc;
 	}

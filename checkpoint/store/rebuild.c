@@ -195,7 +195,7 @@ int store_rebuild(const char *path, struct store_rebuilt *out, struct err *err)
 	struct store *store;
 
 	*out = (struct store_rebuilt){0};
-	int rc = store_open_folders(path, false, &store, err);
+	int rc = store_open_folders(path, false, NULL, &store, err);
 	if (rc)
 		return rc;
 	rc = lock_alone(store, err);

@@ -5,7 +5,12 @@
 #include <string.h>
 
 #include <openssl/evp.h>
+#include <openssl/hmac.h>
 #include <openssl/rand.h>
+
+#define MOST_LOG_N 20u
+#define MOST_R	   8u
+#define MOST_P	   4u
 
 struct seal_crypto {
 	EVP_CIPHER_CTX *context;
@@ -33,6 +38,13 @@ void seal_crypto_free(struct seal_crypto *crypto)
 }
 
 bool seal_random(void *data, size_t bytes) { return RAND_bytes(data, (int)bytes) == 1; }
+
+bool seal_may_derive(unsigned log_n, unsigned r, unsigned p)
+{
+	return log_n >= 1 && log_n <= MOST_LOG_N && r >= 1 && r <= MOST_R && p >= 1 && p <= MOST_P;
+}
+
+void seal_set_key(struct seal_crypto *crypto, const uint8_t key[SEAL_KEY_BYTES]) { memcpy(crypto->key, key, SEAL_KEY_BYTES); }
 
 bool seal_derive(struct seal_crypto *crypto, const void *secret, size_t secret_bytes, const void *salt,
 		 size_t salt_bytes, unsigned log_n, unsigned r, unsigned p)
@@ -72,4 +84,47 @@ int seal_decrypt(struct seal_crypto *crypto, const struct seal_message *m)
 	    EVP_CIPHER_CTX_ctrl(crypto->context, EVP_CTRL_GCM_SET_TAG, SEAL_TAG_BYTES, m->tag) != 1)
 		return -1;
 	return EVP_CipherFinal_ex(crypto->context, rest, &n) == 1;
+}
+
+bool seal_hmac(const uint8_t key[SEAL_KEY_BYTES], const char *text, uint8_t out[SEAL_HMAC_BYTES])
+{
+	unsigned n;
+
+	return HMAC(EVP_sha512(), key, SEAL_KEY_BYTES, (const unsigned char *)text, strlen(text), out, &n) && n == SEAL_HMAC_BYTES;
+}
+
+struct seal_pages {
+	EVP_CIPHER_CTX *context;
+};
+
+/* The key is set up once, as that takes longer than a page. */
+struct seal_pages *seal_pages_new(const uint8_t key[SEAL_PAGES_KEY_BYTES], bool encrypt)
+{
+	struct seal_pages *pages = calloc(1, sizeof(*pages));
+
+	if (pages && (!(pages->context = EVP_CIPHER_CTX_new()) ||
+		      EVP_CipherInit_ex(pages->context, EVP_aes_256_xts(), NULL, key, NULL, encrypt) != 1)) {
+		seal_pages_free(pages);
+		return NULL;
+	}
+	return pages;
+}
+
+void seal_pages_free(struct seal_pages *pages)
+{
+	if (!pages)
+		return;
+	EVP_CIPHER_CTX_free(pages->context);
+	free(pages);
+}
+
+bool seal_page(struct seal_pages *pages, uint64_t number, void *data)
+{
+	uint8_t unit[16] = {0};
+	int n;
+
+	for (unsigned i = 0; i < sizeof(number); i++)
+		unit[i] = (uint8_t)(number >> 8 * i);
+	return EVP_CipherInit_ex(pages->context, NULL, NULL, NULL, unit, -1) == 1 &&
+	       EVP_CipherUpdate(pages->context, data, &n, data, SEAL_PAGE_BYTES) == 1 && n == SEAL_PAGE_BYTES;
 }

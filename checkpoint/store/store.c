@@ -15,7 +15,9 @@
 #include <xxhash.h>
 
 #include "base/bytes.h"
+#include "base/fault.h"
 #include "base/file.h"
+#include "checkpoint/store/crypt.h"
 #include "checkpoint/store/store_internal.h"
 
 #define FORMAT_FILE	"format"
@@ -84,9 +86,28 @@ static bool is_empty(int dir)
 	return empty;
 }
 
-static int make_format(struct store *store, bool create, struct err *err)
+/* Never in the place of another one: two makers at a time would have two keys. */
+static int make_encrypted(struct store *store, struct store_key *key, struct err *err)
 {
-	char line[32];
+	char text[CRYPT_FORMAT_BYTES] = "", id[STORE_ID_BYTES], name[STORE_ID_BYTES + 8];
+	int rc = crypt_make_format(key, text, err);
+
+	store_new_id(id);
+	snprintf(name, sizeof(name), FILE_TEMP_PREFIX "%.16s", id);
+	if (!rc)
+		rc = file_write_atomic(store->dir, name, text, strlen(text), 0600, err);
+	if (rc)
+		return rc;
+	rc = fault_check(FAULT_STORE_KEY_WRITTEN, err);
+	if (!rc && linkat(store->dir, name, store->dir, FORMAT_FILE, 0) && errno != EEXIST)
+		rc = err_sys(err, errno, "%s/%s", store->path, FORMAT_FILE);
+	unlinkat(store->dir, name, 0);
+	return rc ? rc : file_sync_dir(store->dir, err);
+}
+
+static int make_format(struct store *store, bool create, struct store_key *key, struct err *err)
+{
+	const char *line = "vmcp store 1\n";
 
 	if (!is_empty(store->dir)) {
 		err_set(err, ERR_FAILED, ENOTDIR, "%s: is no vmcp store, and not empty", store->path);
@@ -98,21 +119,20 @@ static int make_format(struct store *store, bool create, struct err *err)
 		err_hint(err, MISSING_HINT);
 		return -ENOENT;
 	}
-	int length = snprintf(line, sizeof(line), "vmcp store %d\n", STORE_FORMAT_VERSION);
-	return file_write_atomic(store->dir, FORMAT_FILE, line, (size_t)length, 0600, err);
+	return key ? make_encrypted(store, key, err) : file_write_atomic(store->dir, FORMAT_FILE, line, strlen(line), 0600, err);
 }
 
 /* A folder is a store if it holds the format file; an empty one becomes a store. */
-static int check_format(struct store *store, bool create, struct err *err)
+static int check_format(struct store *store, bool create, struct store_key *key, struct err *err)
 {
 	CLEANUP_BUF struct buf text = BUF_INIT;
 	unsigned version;
 
 	if (faccessat(store->dir, FORMAT_FILE, F_OK, 0)) {
-		int made = make_format(store, create, err);
+		int made = make_format(store, create, key, err);
 
 		/* Not empty: another process may have made the store since, and the format file comes first. */
-		if (made != -ENOTDIR || faccessat(store->dir, FORMAT_FILE, F_OK, 0))
+		if (made && (made != -ENOTDIR || faccessat(store->dir, FORMAT_FILE, F_OK, 0)))
 			return made;
 		if (err)
 			*err = ERR_INIT;
@@ -128,7 +148,13 @@ static int check_format(struct store *store, bool create, struct err *err)
 		err_hint(err, "use the newer vmcp that wrote it");
 		return -ENOTSUP;
 	}
-	return 0;
+	if (version == CRYPT_FORMAT_VERSION)
+		return crypt_open_format(store, key, (char *)text.data, err);
+	if (!key)
+		return 0;
+	err_set(err, ERR_STATE, EEXIST, "store %s: it is not encrypted", store->path);
+	err_hint(err, "export its checkpoints, and import them into a new store that --store-key encrypts; or leave out --store-key");
+	return -EEXIST;
 }
 
 static int open_folders(struct store *store, struct err *err)
@@ -168,7 +194,7 @@ static int share(struct store *store, struct err *err)
 	return 0;
 }
 
-int store_open_folders(const char *path, bool create, struct store **out, struct err *err)
+int store_open_folders(const char *path, bool create, struct store_key *key, struct store **out, struct err *err)
 {
 	struct store *store = xcalloc(1, sizeof(*store));
 	int rc;
@@ -189,7 +215,7 @@ int store_open_folders(const char *path, bool create, struct store **out, struct
 		rc = err_sys(err, errno, "%s", path);
 		goto fail;
 	}
-	rc = check_format(store, create, err);
+	rc = check_format(store, create, key, err);
 	if (!rc)
 		rc = share(store, err);
 	if (!rc)
@@ -203,9 +229,11 @@ fail:
 	return rc < 0 ? rc : -EIO;
 }
 
-int store_open(const char *path, bool create, struct store **out, struct err *err)
+int store_open(const char *path, bool create, struct store **out, struct err *err) { return store_open_with_key(path, create, NULL, out, err); }
+
+int store_open_with_key(const char *path, bool create, struct store_key *key, struct store **out, struct err *err)
 {
-	int rc = store_open_folders(path, create, out, err);
+	int rc = store_open_folders(path, create, key, out, err);
 
 	if (rc)
 		return rc;
@@ -229,6 +257,7 @@ void store_close(struct store *store)
 		if (fds[i] >= 0)
 			close(fds[i]);
 	pthread_mutex_destroy(&store->lock);
+	explicit_bzero(store->master, sizeof(store->master));
 	free(store->path);
 	free(store);
 }
@@ -311,8 +340,8 @@ int store_checkpoint_stamp(struct store *store, const char *id, struct store_sta
 	return 0;
 }
 
-int store_checkpoint_read(struct store *store, const struct store_checkpoint *checkpoint, const char *name,
-			  struct buf *out, struct err *err)
+int store_checkpoint_read_stored(struct store *store, const struct store_checkpoint *checkpoint, const char *name, struct buf *out,
+				 struct err *err)
 {
 	char path[STORE_ID_BYTES + 16];
 	bool is_state = !strcmp(name, "state");
@@ -333,6 +362,31 @@ int store_checkpoint_read(struct store *store, const struct store_checkpoint *ch
 		return -EBADMSG;
 	}
 	return 0;
+}
+
+int store_checkpoint_read(struct store *store, const struct store_checkpoint *checkpoint, const char *name, struct buf *out, struct err *err)
+{
+	int rc = store_checkpoint_read_stored(store, checkpoint, name, out, err);
+
+	if (!rc && store->encrypted && !strcmp(name, "state"))
+		rc = crypt_open_state(store, checkpoint->id, out, err);
+	if (rc)
+		buf_free(out);
+	return rc;
+}
+
+int store_checkpoint_plain_state(struct store *store, const struct store_checkpoint *checkpoint, uint64_t *bytes, uint64_t *xxh3, struct err *err)
+{
+	CLEANUP_BUF struct buf state = BUF_INIT;
+
+	*bytes = checkpoint->state_bytes;
+	*xxh3 = checkpoint->state_xxh3;
+	int rc = store->encrypted ? store_checkpoint_read(store, checkpoint, "state", &state, err) : 0;
+	if (!rc && store->encrypted) {
+		*bytes = state.length;
+		*xxh3 = XXH3_64bits(state.data, state.length);
+	}
+	return rc;
 }
 
 static int open_checkpoint_dir(struct store *store, const char *id, struct err *err)

@@ -33,6 +33,19 @@ struct store;
 /* Opens the store, making it (mode 0700) if `create`. Replays nothing: staging folders of dead makers are removed, manifests that the catalogue
  * lacks (a crash between rename and transaction) are entered. Newer format than ours: ERR_FAILED with a hint. Missing and !create: -ENOENT. */
 int store_open(const char *path, bool create, struct store **out, struct err *err);
+/*
+ * The same with the key of an encrypted store (crypt.h); a store that is made is encrypted with it. One that is not encrypted is refused: ERR_STATE. Another key:
+ * -EKEYREJECTED. key NULL: as store_open, which opens an encrypted store too, but whatever needs what is encrypted in it fails as store_check_key says.
+ */
+struct store_key;
+int store_open_with_key(const char *path, bool create, struct store_key *key, struct store **out, struct err *err);
+/* secret: a passphrase, or random bytes, at least 1; copied. log_n: of scrypt, for a store that is made; 0: as it should be; tests take less. It remembers the
+ * last store that it opened, so that it opens it again at once. Any thread, one at a time. */
+struct store_key *store_key_new(const void *secret, size_t bytes, unsigned log_n);
+void store_key_free(struct store_key *key); /* NULL is allowed */
+bool store_is_encrypted(const struct store *store);
+/* 0: what it keeps can be read and written. -ENOKEY, ERR_USAGE with a hint: it is encrypted, and was opened without its key. */
+int store_check_key(const struct store *store, struct err *err);
 void store_close(struct store *store);
 const char *store_path(const struct store *store); /* absolute */
 

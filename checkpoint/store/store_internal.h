@@ -11,7 +11,7 @@
 
 #include "checkpoint/store/store.h"
 
-#define STORE_FORMAT_VERSION 1
+#define STORE_FORMAT_VERSION 2 /* the newest; 1 is that of stores that are not encrypted */
 #define MANIFEST_MAX_BYTES   (16u << 20)
 
 struct store {
@@ -20,10 +20,13 @@ struct store {
 	int format_fd; /* with a read lock: rebuild.c has to be alone */
 	pthread_mutex_t lock;
 	sqlite3 *db; /* under lock */
+	/* immutable; crypt.c */
+	bool encrypted, has_key;
+	uint8_t master[32];
 };
 
 /* store.c: without the catalogue. */
-int store_open_folders(const char *path, bool create, struct store **out, struct err *err);
+int store_open_folders(const char *path, bool create, struct store_key *key, struct store **out, struct err *err);
 
 /* In the table `images`: there are some that are not known. */
 #define STORE_UNKNOWN_IMAGES "?"
@@ -100,6 +103,12 @@ int group_enter_locked(struct store *store, const struct store_checkpoint *check
 void group_collect(struct store *store);
 /* What is known of a group ("": none) goes with the last of its checkpoints. */
 int group_forget_locked(struct store *store, const char *id, struct err *err);
+
+/* store.c: the file as it is, which in an encrypted store is not what store_checkpoint_read gives. */
+int store_checkpoint_read_stored(struct store *store, const struct store_checkpoint *checkpoint, const char *name, struct buf *out,
+				 struct err *err);
+/* What the state is that store_checkpoint_read gives: what the manifest says of it where the store is not encrypted. */
+int store_checkpoint_plain_state(struct store *store, const struct store_checkpoint *checkpoint, uint64_t *bytes, uint64_t *xxh3, struct err *err);
 
 /* fill.c */
 /* Of the folder <id> in `parent`, whose name is `folder`. */

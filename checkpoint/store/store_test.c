@@ -73,7 +73,7 @@ Test(store, formats_newer_or_damaged_are_refused)
 	char path[128];
 
 	snprintf(path, sizeof(path), "%s/format", store_test_folder);
-	store_test_write_text(path, "vmcp store 2\n");
+	store_test_write_text(path, "vmcp store 3\n");
 	cr_assert_eq(store_open(store_test_folder, true, &other, &err), -ENOTSUP);
 	cr_assert_eq(err.class, ERR_FAILED);
 	cr_assert_not_null(strstr(err.hint, "newer vmcp"));

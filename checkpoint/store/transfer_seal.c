@@ -12,19 +12,11 @@
 #include "checkpoint/store/transfer_internal.h"
 
 #define SEAL_VERSION 1
-#define SALT_BYTES   16u
 #define FIELDS_BYTES 40u /* of the start, before its tag */
 #define LENGTH_BYTES 4u
 #define PIECE_BYTES  (256u << 10)
 #define LAST_PIECE   0x80000000u
 #define CHECK_NUMBER UINT64_MAX /* no piece has it: the tag of the start */
-/* 64 MiB of memory and a fifth of a second. What a file may ask for is bounded: nobody has vouched for it yet. */
-#define SCRYPT_LOG_N 16
-#define SCRYPT_R     8
-#define SCRYPT_P     1
-#define MOST_LOG_N   20
-#define MOST_R	     8
-#define MOST_P	     4
 
 static const char start_text[12] = "vmcp-sealed\n";
 
@@ -104,9 +96,9 @@ static int derive_key(struct transfer_seal *s, const struct transfer_key *key, c
 {
 	unsigned log_n = fields[32], r = fields[33], p = fields[34];
 
-	if (log_n < 1 || log_n > MOST_LOG_N || r < 1 || r > MOST_R || p < 1 || p > MOST_P || fields[35])
+	if (!seal_may_derive(log_n, r, p) || fields[35])
 		return err_set(err, ERR_DAMAGED, EINVAL, "damaged: how its key is made from yours");
-	return seal_derive(s->crypto, key->data, key->bytes, fields + 16, SALT_BYTES, log_n, r, p) ? 0 : failed(err);
+	return seal_derive(s->crypto, key->data, key->bytes, fields + 16, SEAL_SALT_BYTES, log_n, r, p) ? 0 : failed(err);
 }
 
 /* --- writing --- */
@@ -121,11 +113,11 @@ int transfer_seal_begin(struct transfer_io *io, const struct transfer_key *key, 
 	io->seal = NULL;
 	memcpy(start, start_text, sizeof(start_text));
 	put_le32(start + 12, SEAL_VERSION);
-	if (!rc && !seal_random(start + 16, SALT_BYTES))
+	if (!rc && !seal_random(start + 16, SEAL_SALT_BYTES))
 		rc = failed(err);
-	start[32] = key->log_n ? (uint8_t)key->log_n : SCRYPT_LOG_N;
-	start[33] = SCRYPT_R;
-	start[34] = SCRYPT_P;
+	start[32] = key->log_n ? (uint8_t)key->log_n : SEAL_LOG_N;
+	start[33] = SEAL_R;
+	start[34] = SEAL_P;
 	put_le32(start + 36, PIECE_BYTES);
 	if (!rc)
 		rc = derive_key(s, key, start, err);

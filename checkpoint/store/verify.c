@@ -13,6 +13,7 @@
 #include "base/clock.h"
 #include "base/file.h"
 #include "checkpoint/state_file.h"
+#include "checkpoint/store/crypt.h"
 #include "checkpoint/store/verify_internal.h"
 
 #define PIN_NS 10000000000ull /* that a removal may take to be refused */
@@ -99,7 +100,7 @@ static int pin(struct verify *v, size_t i, struct err *err)
 
 static int read_part(struct verify *v, const struct store_checkpoint *c, const char *name, struct buf *out, struct err *why)
 {
-	int r = store_checkpoint_read(v->store, c, name, out, why);
+	int r = store_checkpoint_read_stored(v->store, c, name, out, why);
 	if (r == 0) {
 		v->result->files++;
 		v->result->read_bytes += out->length;
@@ -113,6 +114,12 @@ static int check_state(struct verify *v, const struct store_checkpoint *c, struc
 	struct state_section *sections = NULL;
 	size_t count;
 	int r = read_part(v, c, "state", &state, why);
+	if (store_is_encrypted(v->store)) {
+		/* Without the key its checksum has to do, as it does for pages. */
+		if (r != 0 || store_check_key(v->store, NULL) != 0)
+			return r;
+		r = crypt_open_state(v->store, c->id, &state, why);
+	}
 	if (r == 0)
 		r = state_file_parse(state.data, state.length, &sections, &count, why);
 	if (r == 0)

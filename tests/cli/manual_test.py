@@ -38,7 +38,7 @@ PROMISED_FIELDS = {
     "clone": "vms [name, pid, clone_ns, identity {}]",
     "verify": "checkpoints [id, ok, errors]",
 }
-EVERYWHERE = ["--json", "--store", "--quiet", "--verbose", "--help"]
+EVERYWHERE = ["--json", "--store", "--store-key", "--quiet", "--verbose", "--help"]
 
 
 def tables(env):

@@ -141,10 +141,10 @@ def tag(world, fault):
     return ended
 
 
-def bring_in(world, fault):
+def bring_in(world, fault, *words):
     """Into a store of its own, which comes into being with it."""
     other = world.env.path("other")
-    _, ended = command(world, fault, "import", world.env.path("good.vmcp"), store=other)
+    _, ended = command(world, fault, "import", world.env.path("good.vmcp"), *words, store=other)
     if not os.path.isdir(os.path.join(other, "staging")):
         return ended  # not yet a store
     there = [one["id"] for one in world.env.vmcp_json("log", store=other)["checkpoints"]]
@@ -158,6 +158,11 @@ def bring_in(world, fault):
     if there:
         check_equal(world.read(f"{world.ids[2]}:data", other), world.contents[world.ids[2]], "the imported disk")
     return ended
+
+
+def bring_in_encrypted(world, fault):
+    """The same, and the store is encrypted."""
+    return bring_in(world, fault, "--store-key", world.env.write("key", "a passphrase\n"))
 
 
 def resize(world, fault):
@@ -316,6 +321,7 @@ def rotation(world, fault):
 # Which operation reaches which points.
 ROWS = [
     (bring_in, [1, 2, 3, 317, 300, 301, 100, 101, 332, 333, 334, 335, 336, 308, 303, 304, 305, 337]),
+    (bring_in_encrypted, [350]),
     (tag, [351]),
     (checkpoint, [*range(200, 222), *range(300, 307), 308, 100, 101, 102, 116, 117]),
     (revert, [*range(230, 239)]),
@@ -330,7 +336,7 @@ ROWS = [
     (guest_disk, [*range(104, 118)]),
 ]
 # These write nothing to the world's own store: they look after what they did themselves.
-ELSEWHERE = (bring_in, export, resize, guest_disk)
+ELSEWHERE = (bring_in, bring_in_encrypted, export, resize, guest_disk)
 # What died there has made a checkpoint all the same: behind the commit point.
 COMMITTED = {"checkpoint": {221, 304, 305}}
 
