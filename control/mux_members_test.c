@@ -75,7 +75,7 @@ static void enter(struct store *store, const char *name, const char *port, const
 	store_resources_add(&resources, &count, "port", "lan/tcp/80", "tcp:80", port, true);
 	store_resources_add(&resources, &count, "mux", "lan/tcp/80", "tcp:80", place, false);
 	cr_assert_eq(store_vm_lock(store, name, lock, &err), 0, "%s", err.message);
-	cr_assert_eq(store_vm_uuid(store, name, uuid, &err), 0, "%s", err.message);
+	cr_assert_eq(store_vm_uuid(store, name, "", uuid, &err), 0, "%s", err.message);
 	cr_assert_eq(store_resources_bind(store, name, resources, count, NULL, NULL, NULL, &err), 0, "%s", err.message);
 	store_resources_free_list(resources, count);
 }

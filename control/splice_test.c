@@ -63,7 +63,7 @@ static void end(struct line *line)
 static size_t drain(int fd, char *out, size_t room, int *number)
 {
 	size_t used = 0;
-	ssize_t n;
+	ssize_t n = 0;
 
 	while (used < room && (n = read(fd, out + used, room - used)) > 0)
 		used += (size_t)n;
