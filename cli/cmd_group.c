@@ -78,15 +78,18 @@ int cli_group_checkpoint(struct cli *cli, uint64_t max_rate, unsigned seconds, s
 
 int cli_group_revert(struct cli *cli, const char *id, struct err *err)
 {
-	const struct group_revert_options options = {.store_path = cli->store_path, .group = id, .cancel = &cli_interrupted};
+	struct group_revert_options options = {.store_path = cli->store_path, .group = id, .cancel = &cli_interrupted};
 	json_t *result, *one;
 	char took[24];
 	size_t index;
 
 	if (cli_given(cli, "vm") || cli_given(cli, "connect"))
 		return err_set(err, ERR_USAGE, EINVAL, "revert: --vm and --connect have no meaning for a group");
+	int rc = cli_store_key(cli, &options.store_key, err);
+	if (rc)
+		return rc;
 	cli_catch_interrupts();
-	int rc = group_revert(&options, &result, err);
+	rc = group_revert(&options, &result, err);
 	if (rc)
 		return rc;
 	if (cli->json) {

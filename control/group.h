@@ -33,6 +33,7 @@ int group_take(const struct group_take_options *options, json_t **result, struct
 
 struct group_revert_options {
 	const char *store_path;
+	struct store_key *store_key; /* of an encrypted store, for VMs that are started; NULL: none */
 	const char *group; /* its id */
 	const volatile bool *cancel;
 };

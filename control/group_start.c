@@ -66,6 +66,7 @@ static int start_the_rest(struct comeback *c, struct err *err)
 	for (unsigned i = 0; !rc && i < c->started_count; i++) {
 		struct started *one = &c->started[i];
 		const struct process_options options = {.store_path = c->options->store_path,
+							.store_key = c->options->store_key,
 							.from = one->checkpoint,
 							.name = one->vm,
 							.detach = true,
