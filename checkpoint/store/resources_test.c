@@ -196,10 +196,10 @@ Test(resources, uuids_are_of_one_vm)
 	cr_assert_eq(store_vm_uuid(store_test_store, "a", "", again, &err), 0);
 	cr_expect_str_eq(again, a, "as long as it is its own");
 	/* One that has a record keeps that; where two have the same, as after an import of a copy, the one that starts gets another. */
-	cr_assert_eq(store_test_put_vm(store_test_store, "known"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "known", NULL), 0);
 	cr_assert_eq(store_vm_uuid(store_test_store, "known", "", again, &err), 0);
 	cr_expect_str_eq(again, VM_UUID);
-	cr_assert_eq(store_test_put_vm(store_test_store, "copy"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "copy", NULL), 0);
 	cr_assert_eq(store_vm_uuid(store_test_store, "copy", "", again, &err), 0);
 	cr_expect_str_neq(again, VM_UUID);
 }

@@ -70,7 +70,7 @@ Test(store_fault, killed_at_every_fault_point)
 {
 	char last[STORE_ID_BYTES];
 
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 	store_test_must_take(&(struct store_test_plan){.disk = true}, last);
 	for (size_t i = 0; i < ARRAY_LENGTH(points); i++) {
 		for (unsigned count = 1; count <= passages(points[i]); count++) {
@@ -104,7 +104,7 @@ Test(store_fault, an_error_at_every_fault_point)
 {
 	char last[STORE_ID_BYTES];
 
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 	store_test_must_take(&(struct store_test_plan){.disk = true}, last);
 	for (size_t i = 0; i < ARRAY_LENGTH(points); i++) {
 		for (unsigned count = 1; count <= passages(points[i]); count++) {
@@ -156,7 +156,7 @@ Test(store_fault, a_late_entry_does_not_move_a_vm_that_went_on)
 {
 	char root[STORE_ID_BYTES], late[STORE_ID_BYTES], other[STORE_ID_BYTES], at[STORE_ID_BYTES];
 
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 	store_test_must_take(&(struct store_test_plan){0}, root);
 	arm(304, 1, "eio");
 	log_set_level(LOG_LEVEL_ERROR);
@@ -274,7 +274,7 @@ static bool do_one(struct store **mine, unsigned *seed, const char *vm, struct e
 		store_close(*mine);
 		return store_open(store_test_folder, rand_r(seed) & 1, mine, err) == 0;
 	case 4:
-		return store_vm_set_state(*mine, vm, "paused", err) == 0 && store_test_put_vm(*mine, vm) == 0;
+		return store_vm_set_state(*mine, vm, "paused", err) == 0 && store_test_put_vm(*mine, vm, err) == 0;
 	case 5:
 		if (store_checkpoint_list(*mine, NULL, &list, &count, err))
 			return false;
@@ -291,7 +291,7 @@ static bool do_one(struct store **mine, unsigned *seed, const char *vm, struct e
 		return store_gc(*mine, &(struct store_gc_result){0}, err) == 0;
 	default:
 		snprintf(tag, sizeof(tag), "t%d", rand_r(seed) % 200);
-		return store_resolve(*mine, vm, last, NULL) || store_tag(*mine, last, tag, NULL) != -EIO;
+		return store_resolve(*mine, vm, last, NULL) || store_tag(*mine, last, tag, err) != -EIO;
 	}
 }
 
@@ -311,7 +311,7 @@ Test(store_fault, processes_at_once)
 
 			snprintf(vm, sizeof(vm), "vm%u", i);
 			bool good = store_open(store_test_folder, true, &mine, &err) == 0 &&
-				    store_test_put_vm(mine, vm) == 0;
+				    store_test_put_vm(mine, vm, NULL) == 0;
 			for (; good && clock_now_ns() < end; done++)
 				good = do_one(&mine, &seed, vm, &err);
 			if (!good)

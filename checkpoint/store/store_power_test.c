@@ -135,7 +135,7 @@ static void judge(const char *folder, const char *what)
 	store_test_expect_exact(in, what);
 	expect_claims(in, what);
 	if (power_sim_pick(4) == 0) {
-		cr_assert_eq(store_test_put_vm(in, "web"), 0, "%s: a VM's record", what);
+		cr_assert_eq(store_test_put_vm(in, "web", NULL), 0, "%s: a VM's record", what);
 		cr_assert_eq(store_test_take(in, &(struct store_test_plan){.disk = true}, NULL, &err), 0,
 			     "%s: the next checkpoint: %s", what, err.message);
 	}
@@ -270,7 +270,7 @@ static void begin_run(uint64_t seed)
 	cr_assert_eq(mkdir(store_test_folder, 0700), 0);
 	power_sim_begin(store_test_folder, seed);
 	store_test_store = store_test_must_open();
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 }
 
 /* The store itself comes into being while cuts may come. */

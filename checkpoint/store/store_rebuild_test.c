@@ -24,7 +24,7 @@ static void make_history(char ids[4][STORE_ID_BYTES])
 	struct store_freed freed = {0};
 	struct err err = ERR_INIT;
 
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 	for (unsigned i = 0; i < 4; i++)
 		store_test_must_take(&(struct store_test_plan){.parent = i ? ids[i - 1] : NULL, .tag = i ? NULL : "born", .disk = i == 2}, ids[i]);
 	cr_assert_eq(store_tag(store_test_store, ids[2], "later", NULL), 0);

@@ -86,7 +86,7 @@ Test(store_remove, where_a_vm_stands)
 	struct store_vm_lock *lock;
 	struct err err = ERR_INIT;
 
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 	take_chain(ids, 3);
 	cr_assert_eq(store_vm_lock(store_test_store, "web", &lock, NULL), 0);
 	cr_expect_eq(remove_one(ids[2], true, &err), -EBUSY);
@@ -335,7 +335,7 @@ Test(store_remove, an_older_catalogue_learns_the_references)
 {
 	char ids[4][STORE_ID_BYTES], at[STORE_ID_BYTES];
 
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 	take_chain(ids, 4);
 	cr_assert_eq(store_tag(store_test_store, ids[1], "later", NULL), 0);
 	store_close(store_test_store);
@@ -617,8 +617,8 @@ Test(store_remove, keep_lets_go_what_is_old_periodic_and_nothing_else)
 {
 	char ids[10][STORE_ID_BYTES], fork[STORE_ID_BYTES], (*gone)[STORE_ID_BYTES];
 
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
-	cr_assert_eq(store_test_put_vm(store_test_store, "other"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "other", NULL), 0);
 	for (unsigned i = 0; i < 10; i++) /* 3 by the user, 5 with a tag */
 		store_test_must_take(&(struct store_test_plan){.parent = i ? ids[i - 1] : NULL, .periodic = i != 3, .tag = i == 5 ? "good" : NULL},
 				     ids[i]);
@@ -671,7 +671,7 @@ Test(store_remove, keep_leaves_one_of_each_hour_and_day)
 		{{1, 0, 2}, 0x180}, {{1, 0, 100}, 0x184}, {{2, 2, 3}, 0x184}, {{3, 0, 3}, 0x1c4}, {{9, 0, 0}, 0x1ff},
 	};
 
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 	for (unsigned i = 0; i < 9; i++)
 		store_test_must_take(&(struct store_test_plan){.parent = i ? ids[i - 1] : NULL, .periodic = true,
 							       .created_wall_ns = day + minutes[i] * 60000000000}, ids[i]);

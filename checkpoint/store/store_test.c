@@ -181,7 +181,7 @@ Test(store, a_commit_gives_back_what_was_put)
 	struct err err = ERR_INIT;
 	char id[STORE_ID_BYTES], child[STORE_ID_BYTES], at[STORE_ID_BYTES];
 
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 	store_test_must_take(&(struct store_test_plan){.tag = "first", .disk = true, .live = true}, id);
 	cr_assert(store_test_is_whole(store_test_store, id, &err), "%s", err.message);
 	cr_assert_eq(store_checkpoint_get(store_test_store, id, &c, &err), 0, "%s", err.message);
@@ -443,7 +443,7 @@ Test(store, references_resolve)
 	char upper[STORE_ID_BYTES + 2] = "";
 	snprintf(upper, sizeof(upper), "%s0", ids[0]);
 	expect_none(upper);
-	cr_assert_eq(store_test_put_vm(store_test_store, "fresh"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "fresh", NULL), 0);
 	struct err err = ERR_INIT;
 	cr_assert_eq(store_resolve(store_test_store, "fresh", prefix, &err), -ENOENT);
 	cr_assert_not_null(strstr(err.hint, "vmcp checkpoint"));
@@ -533,9 +533,9 @@ Test(store, vm_records)
 	cr_assert_eq(store_vm_get(store_test_store, "web", &vm, &err), -ENOENT);
 	cr_assert_eq(err.class, ERR_NOT_FOUND);
 	cr_assert_not_null(strstr(err.hint, "vmcp run"));
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
-	cr_assert_eq(store_test_put_vm(store_test_store, "db"), 0);
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "db", NULL), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 	err = ERR_INIT;
 	cr_assert_eq(store_vm_get(store_test_store, "bew", &vm, &err), -ENOENT);
 	cr_assert_not_null(strstr(err.hint, "db, web"));
@@ -567,7 +567,7 @@ Test(store, a_lock_lives_as_long_as_its_process)
 	int ready[2];
 	char byte, pid_text[16];
 
-	cr_assert_eq(store_test_put_vm(store_test_store, "web"), 0);
+	cr_assert_eq(store_test_put_vm(store_test_store, "web", NULL), 0);
 	cr_assert_eq(pipe(ready), 0);
 	pid_t child = fork();
 	if (child == 0) {

@@ -39,7 +39,7 @@ void store_test_must_take(const struct store_test_plan *plan, char id[STORE_ID_B
 int store_test_put_index(struct store *in, struct store_draft *draft, const char *parent, const char *own, struct err *err);
 /* Every checkpoint is whole and its parent there; the memory layers that are there are those that they need; nothing is staged. */
 void store_test_expect_exact(struct store *in, const char *what);
-int store_test_put_vm(struct store *in, const char *name);
+int store_test_put_vm(struct store *in, const char *name, struct err *err);
 /* True if every byte that the checkpoint needs is there. */
 bool store_test_is_whole(struct store *in, const char *id, struct err *err);
 size_t store_test_count_listed(struct store *in, const char *vm);

@@ -234,7 +234,7 @@ void store_test_must_take(const struct store_test_plan *plan, char id[STORE_ID_B
 	cr_assert_eq(store_test_take(store_test_store, plan, id, &err), 0, "%s", err.message);
 }
 
-int store_test_put_vm(struct store *in, const char *name)
+int store_test_put_vm(struct store *in, const char *name, struct err *err)
 {
 	struct store_vm vm = {.uuid = VM_UUID,
 			      .state = "running",
@@ -244,7 +244,7 @@ int store_test_put_vm(struct store *in, const char *name)
 			      .started_wall_ns = clock_wall_ns(),
 			      .config_text = (char *)"[vm]\n"};
 	snprintf(vm.name, sizeof(vm.name), "%s", name);
-	return store_vm_put(in, &vm, NULL);
+	return store_vm_put(in, &vm, err);
 }
 
 static bool has_all_layers(struct store *in, const struct buf *index, struct err *err)
