@@ -147,7 +147,8 @@ int catalog_find_tag(struct store *store, const char *tag, char id[STORE_ID_BYTE
 int catalog_tag_is_taken(const char *tag, const char *id, struct err *err)
 {
 	err_set(err, ERR_STATE, EEXIST, "tag '%s': it names %.8s already", tag, id);
-	return err_hint(err, "choose another tag");
+	err_hint(err, "choose another tag");
+	return -EEXIST; /* err may be NULL */
 }
 
 int catalog_check_tag(struct store *store, const char *tag, struct err *err)
