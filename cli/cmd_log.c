@@ -460,6 +460,6 @@ const struct cli_command cli_show = {.name = "show",
 				     .json =
 					     "id, group, vm, vm_uuid, parent, tag, message, created, live, periodic, durability, cpus, pause_ns, durable_ns, size_bytes, memory {layer, "
 					     "size_bytes, total_pages, saved_pages, zero_pages, parent_pages, written_bytes}, disks [name, layer, format, size_bytes, "
-					     "layer_bytes, inflight_writes, inflight_reads], vmm, config | id, vm, durability, parent, created_wall_ns, phase, done_pages, "
+					     "layer_bytes, inflight_writes, inflight_reads], encrypted, vmm, config | id, vm, durability, parent, created_wall_ns, phase, done_pages, "
 					     "total_pages | group, tag, created, whole, checkpoints [vm, id] | vm, uuid, generation_id, resources [type, name, guest, host, exclusive], hosts [type, host, refs, vms [vm, name, guest]]",
 				     .run = run_show};

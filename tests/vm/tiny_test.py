@@ -866,7 +866,7 @@ def test_json_contract(env):
     check_equal(sorted(back["parts"]), ["check_ns", "disks_ns", "drain_ns", "memory_ns", "pages_ns", "resume_ns", "state_ns", "stop_ns"], "revert: parts")
     log = env.vmcp_json("log", "tiny")
     check_equal(sorted(log["checkpoints"][0]),
-                ["children", "created", "durability", "id", "message", "parent", "periodic", "size_bytes", "tag", "vm"], "log")
+                ["children", "created", "durability", "group", "id", "message", "parent", "periodic", "size_bytes", "tag", "vm"], "log")
     check_equal(log["vms"], [{"name": "tiny", "state": "running", "at": taken["id"]}], "log: vms")
     vm = env.vmcp_json("ps")["vms"][0]
     for key in ("name", "state", "pid", "memory_bytes", "cpus", "last_checkpoint"):
