@@ -234,11 +234,12 @@ void balloon_step(struct balloon *b, struct stamp_source *stamps)
 
 bool balloon_drain(struct balloon *b, const struct clock *clock)
 {
-	uint64_t start = cpu_tsc();
+	struct patience patience;
 
+	patience_begin(&patience);
 	while (b->moving != BALLOON_NONE || b->reported != BALLOON_NONE) {
 		take_answers(b);
-		if (cpu_tsc() - start > clock_from_us(clock, LOST_AFTER_US))
+		if (patience_ends(&patience, clock, LOST_AFTER_US))
 			return false;
 		cpu_relax();
 	}

@@ -146,3 +146,16 @@ void gap_note_long(struct gap *gap, uint64_t now, uint64_t cycles)
 	for (i = 0; i < GAP_LIMITS && cycles > gap->limit_cycles[i]; i++)
 		gap->over[i]++;
 }
+
+#define LONGEST_STEP_US 10000
+
+void patience_begin(struct patience *patience) { *patience = (struct patience){.last_tsc = cpu_tsc()}; }
+
+bool patience_ends(struct patience *patience, const struct clock *clock, uint64_t us)
+{
+	uint64_t now = cpu_tsc(), step = now - patience->last_tsc, longest = clock_from_us(clock, LONGEST_STEP_US);
+
+	patience->last_tsc = now;
+	patience->waited += step < longest ? step : longest;
+	return patience->waited > clock_from_us(clock, us);
+}

@@ -17,6 +17,15 @@ uint64_t clock_to_ns(const struct clock *clock, uint64_t cycles);
 uint64_t clock_to_ms(const struct clock *clock, uint64_t cycles);
 uint64_t clock_from_us(const struct clock *clock, uint64_t us);
 
+/* How long something is waited for awake. A pause, and the time from a checkpoint to a start from it, count as one small step. */
+struct patience {
+	uint64_t last_tsc, waited; /* cycles */
+};
+
+void patience_begin(struct patience *patience);
+/* In each turn of the waiting; true once it has waited for `us` in all. */
+bool patience_ends(struct patience *patience, const struct clock *clock, uint64_t us);
+
 #define GAP_LIMITS 6
 
 /*

@@ -138,7 +138,6 @@ static void submit(struct disk *disk, struct disk_slot *slot, enum virtio_blk_ki
 
 	if (slot->sectors > 1 && (random_next(&disk->random) & 1ull << 40))
 		split = (1 + (uint32_t)random_below(&disk->random, slot->sectors - 1)) * VIRTIO_BLK_SECTOR_BYTES;
-	slot->issued_tsc = cpu_tsc();
 	disk->in_flight++;
 	slot->device = kind == VIRTIO_BLK_FLUSH ? (unsigned int)(disk->flushes % disk->devices) : slot->first / disk->device_sectors;
 	virtio_blk_submit(&disk->blk[slot->device], (unsigned int)(slot - disk->slot), kind, slot->first % disk->device_sectors, slot->data,
@@ -303,27 +302,17 @@ bool disk_turn(struct disk *disk, struct stamp_source *stamps, bool may_issue)
 	return wrote;
 }
 
-static bool is_lost(const struct disk *disk, const struct clock *clock)
-{
-	uint64_t now = cpu_tsc(), limit = clock_from_us(clock, LOST_AFTER_US);
-	const struct disk_slot *slot;
-
-	for (slot = disk->slot; slot < disk->slot + disk->depth; slot++) {
-		if (slot->purpose != DISK_FREE && now - slot->issued_tsc > limit)
-			return true;
-	}
-	return false;
-}
-
 /* Waits until a slot is free and returns it; NULL if a request is lost. */
 static struct disk_slot *wait_for_slot(struct disk *disk, const struct clock *clock)
 {
+	struct patience patience;
 	struct disk_slot *slot;
 
+	patience_begin(&patience);
 	while (!(slot = free_slot(disk))) {
 		notify(disk);
 		if (!reap(disk)) {
-			if (is_lost(disk, clock))
+			if (patience_ends(&patience, clock, LOST_AFTER_US))
 				return NULL;
 			cpu_relax();
 		}
@@ -333,13 +322,17 @@ static struct disk_slot *wait_for_slot(struct disk *disk, const struct clock *cl
 
 bool disk_drain(struct disk *disk, const struct clock *clock)
 {
+	struct patience patience;
+
 	notify(disk);
+	patience_begin(&patience);
 	while (disk->in_flight) {
-		if (!reap(disk)) {
-			if (is_lost(disk, clock))
-				return false;
+		if (reap(disk))
+			patience_begin(&patience);
+		else if (patience_ends(&patience, clock, LOST_AFTER_US))
+			return false;
+		else
 			cpu_relax();
-		}
 	}
 	return true;
 }

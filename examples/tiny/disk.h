@@ -28,7 +28,6 @@ struct disk_slot {
 	uint32_t sectors;
 	unsigned int device;
 	uint64_t stamp;
-	uint64_t issued_tsc;
 	uint8_t *data;
 };
 
