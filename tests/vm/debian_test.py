@@ -322,10 +322,11 @@ def test_agent(env):
     env.vmcp("pause", "debian")
     rules = env.write("web.rules", f"port:lan/tcp/80 any multiplex {shared}\nhostname any set web-<N>\n")
     clones = env.vmcp_json("clone", "good", "--count", "2", "--rules", rules, timeout=120)["vms"]
-    seen = []
+    seen, consoles = [], []
     for number, clone in enumerate(clones, 1):
         wait_agent(clone["name"], "clone")
-        inside = said(attach(env, clone["name"]), everything).splitlines()
+        consoles.append(attach(env, clone["name"]))
+        inside = said(consoles[-1], everything).splitlines()
         check_equal((inside[:2], inside[2]), ([f"web-{number}"] * 2, clone["identity"]["uuid"].replace("-", "")), "who it is")
         check(inside[3].endswith(f" root@web-{number}") and inside[3] != before[2], f"its key: {inside}")
         check_equal((inside[-3], inside[-1]), ("0", f"clone {clone['name']}"), "/etc/hosts and hooks")
@@ -337,7 +338,7 @@ def test_agent(env):
     env.vmcp("kill", clones[0]["name"])
     check_equal([whoami(shared) for _ in range(2)], ["web-2"] * 2, "who answers when the other one has gone")
     # The shell variant, in a machine whose agent knows it.
-    second = attach(env, clones[1]["name"])
+    second = consoles[1]  # who attaches beside it may only watch
     second.check("kill $(pidof vmcp-agent); rm /run/events; (/opt/tools/vmcp-agent.sh > /run/agent 2>&1 &)")
     wait_agent(clones[1]["name"], "life")
     check_equal(said(second, "cat /run/events"), f"life {clones[1]['name']}", "hooks of the shell variant")
