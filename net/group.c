@@ -166,25 +166,12 @@ static bool is_sane(const uint8_t *header, size_t bytes)
 					get_le16(header + NET_H_GSO_SIZE) > 0);
 }
 
-static size_t copy_head(const struct iovec *iov, unsigned count, uint8_t *out, size_t wanted)
-{
-	size_t got = 0;
-
-	for (unsigned i = 0; i < count && got < wanted; i++) {
-		size_t now = iov[i].iov_len < wanted - got ? iov[i].iov_len : wanted - got;
-
-		memcpy(out + got, iov[i].iov_base, now);
-		got += now;
-	}
-	return got;
-}
-
 static int send_frame(struct net *net, const struct iovec *iov, unsigned count, size_t bytes)
 {
 	struct group *g = (struct group *)net;
 	uint8_t head[NET_HEADER_BYTES + NET_ETHERNET_BYTES];
 
-	if (copy_head(iov, count, head, sizeof(head)) < sizeof(head) || !is_sane(head, bytes))
+	if (net_gather(iov, count, head, sizeof(head)) < sizeof(head) || !is_sane(head, bytes))
 		return -EINVAL;
 	if (send_to_learned(g, head + NET_HEADER_BYTES, iov, count))
 		return 0;
@@ -288,15 +275,7 @@ static void hear(struct net *net)
 	watch(g);
 }
 
-static void flush(struct net *net) { (void)net; }
-
 static void set_offloads(struct net *net, unsigned offloads) { ((struct group *)net)->offloads = offloads; }
-
-static void save_connections(const struct net *net, struct net_connections *out)
-{
-	(void)net;
-	out->bytes = 0;
-}
 
 static void restart(struct net *net, const uint8_t guest_mac[6], const struct net_connections *guest)
 {
@@ -424,9 +403,7 @@ static const struct net_ops ops = {
 	.waiting = waiting,
 	.receive = receive,
 	.send = send_frame,
-	.flush = flush,
 	.set_offloads = set_offloads,
-	.save_connections = save_connections,
 	.restart = restart,
 	.hear = hear,
 };

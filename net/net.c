@@ -1,6 +1,7 @@
 #include "net/net_internal.h"
 
 #include <errno.h>
+#include <string.h>
 
 #include "base/bytes.h"
 
@@ -32,7 +33,8 @@ void net_want(struct net *net, bool wanted)
 	if (wanted == net->wanted)
 		return;
 	net->wanted = wanted;
-	net->ops->want(net, wanted);
+	if (net->ops->want != NULL)
+		net->ops->want(net, wanted);
 }
 
 bool net_waiting(const struct net *net) { return net->ops->waiting(net); }
@@ -51,13 +53,37 @@ void net_hear(struct net *net)
 		net->ops->hear(net);
 }
 
-void net_flush(struct net *net) { net->ops->flush(net); }
+void net_flush(struct net *net)
+{
+	if (net->ops->flush != NULL)
+		net->ops->flush(net);
+}
+
 void net_set_offloads(struct net *net, unsigned offloads) { net->ops->set_offloads(net, offloads); }
-void net_save_connections(const struct net *net, struct net_connections *out) { net->ops->save_connections(net, out); }
+
+void net_save_connections(const struct net *net, struct net_connections *out)
+{
+	out->bytes = 0;
+	if (net->ops->save_connections != NULL)
+		net->ops->save_connections(net, out);
+}
+
 void net_restart(struct net *net, const uint8_t guest_mac[6], const struct net_connections *guest) { net->ops->restart(net, guest_mac, guest); }
 
-/* The sum of 16-bit words in memory order (RFC 1071: the order of bytes does not matter to it). */
-static uint16_t sum_words(const uint8_t *data, size_t bytes)
+size_t net_gather(const struct iovec *iov, unsigned count, uint8_t *out, size_t wanted)
+{
+	size_t got = 0;
+
+	for (unsigned i = 0; i < count && got < wanted; i++) {
+		size_t now = min_u64(iov[i].iov_len, wanted - got);
+
+		memcpy(out + got, iov[i].iov_base, now);
+		got += now;
+	}
+	return got;
+}
+
+uint16_t net_sum(const uint8_t *data, size_t bytes)
 {
 	uint64_t sum = 0;
 	size_t i = 0;
@@ -86,7 +112,7 @@ int net_fill_checksum(uint8_t *frame, size_t bytes)
 	if (start < NET_ETHERNET_BYTES || start > length || !range_within(at, 2, length))
 		return -EINVAL;
 	/* The field holds the sum of the pseudo header. */
-	uint16_t sum = (uint16_t)~sum_words(packet + start, length - start);
+	uint16_t sum = (uint16_t)~net_sum(packet + start, length - start);
 	put_le16(packet + at, sum == 0 ? 0xffff : sum);
 	frame[NET_H_FLAGS] &= (uint8_t)~NET_F_NEEDS_CSUM;
 	return 0;

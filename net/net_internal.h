@@ -6,13 +6,13 @@
 
 struct net_ops {
 	void (*close)(struct net *net);
-	void (*want)(struct net *net, bool wanted);
+	void (*want)(struct net *net, bool wanted); /* NULL: all the same to it */
 	bool (*waiting)(const struct net *net);
 	size_t (*receive)(struct net *net, uint8_t *buffer);
 	int (*send)(struct net *net, const struct iovec *iov, unsigned count, size_t bytes);
-	void (*flush)(struct net *net);
+	void (*flush)(struct net *net); /* NULL: it keeps nothing back */
 	void (*set_offloads)(struct net *net, unsigned offloads);
-	void (*save_connections)(const struct net *net, struct net_connections *out);
+	void (*save_connections)(const struct net *net, struct net_connections *out); /* NULL: it knows of none */
 	void (*restart)(struct net *net, const uint8_t guest_mac[6], const struct net_connections *guest);
 	void (*hear)(struct net *net); /* NULL: it never is deaf */
 };
@@ -32,6 +32,10 @@ int net_user_open(const struct net_config *config, struct loop *loop, struct net
 int net_group_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
 int net_tap_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
 
+/* The first `wanted` bytes of a frame, or as many as it has. Returns how many. */
+size_t net_gather(const struct iovec *iov, unsigned count, uint8_t *out, size_t wanted);
+/* The sum of 16-bit words in memory order (RFC 1071: the order of bytes does not matter to it): what is to be stored is got and put by le16. */
+uint16_t net_sum(const uint8_t *data, size_t bytes);
 /* Fills in the checksum that a header leaves open (virtio 1.2, 5.1.6.2); the header no more asks for it. -EINVAL where it lies outside of the frame. */
 int net_fill_checksum(uint8_t *frame, size_t bytes);
 

@@ -43,15 +43,7 @@ int segmenter_begin(struct segmenter *s, size_t bytes)
 	return 0;
 }
 
-/* Of the words, in network order. */
-static uint32_t add_words(uint32_t sum, const uint8_t *data, size_t bytes)
-{
-	for (; bytes > 1; data += 2, bytes -= 2)
-		sum += get_be16(data);
-	sum += bytes ? (uint32_t)data[0] << 8 : 0;
-	return (sum & 0xffff) + (sum >> 16);
-}
-
+/* The checksum of what has these sums. */
 static uint16_t fold(uint32_t sum)
 {
 	while (sum >> 16)
@@ -68,13 +60,14 @@ static void set_ip(const struct segmenter *s, uint8_t *ip, size_t bytes)
 	put_be16(ip + V4_LENGTH, (uint16_t)bytes);
 	put_be16(ip + V4_ID, (uint16_t)(get_be16(ip + V4_ID) + s->pieces));
 	put_be16(ip + V4_CHECKSUM, 0);
-	put_be16(ip + V4_CHECKSUM, fold(add_words(0, ip, s->tcp - IP)));
+	put_le16(ip + V4_CHECKSUM, fold(net_sum(ip, s->tcp - IP)));
 }
 
 static void set_tcp(const struct segmenter *s, uint8_t *out, size_t bytes, bool last)
 {
 	uint8_t *tcp = out + s->tcp;
 	size_t length = bytes - s->tcp, addresses = s->ipv6 ? 32 : 8;
+	uint8_t pseudo[8] = {[7] = IPV4_TCP}; /* beside the addresses */
 
 	put_be32(tcp + TCP_SEQUENCE, get_be32(tcp + TCP_SEQUENCE) + (uint32_t)(s->at - s->data));
 	if (!last)
@@ -82,8 +75,9 @@ static void set_tcp(const struct segmenter *s, uint8_t *out, size_t bytes, bool 
 	if (s->pieces)
 		tcp[TCP_FLAGS] &= (uint8_t)~TCP_CWR;
 	put_be16(tcp + TCP_CHECKSUM, 0);
-	uint32_t sum = add_words((uint32_t)length + IPV4_TCP, out + IP + (s->ipv6 ? V6_SOURCE : V4_SOURCE), addresses);
-	put_be16(tcp + TCP_CHECKSUM, fold(add_words(sum, tcp, length)));
+	put_be32(pseudo, (uint32_t)length);
+	uint32_t sum = (uint32_t)net_sum(pseudo, sizeof(pseudo)) + net_sum(out + IP + (s->ipv6 ? V6_SOURCE : V4_SOURCE), addresses);
+	put_le16(tcp + TCP_CHECKSUM, fold(sum + net_sum(tcp, length)));
 }
 
 size_t segmenter_next(struct segmenter *s, uint8_t *out)

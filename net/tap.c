@@ -114,8 +114,6 @@ static int send_frame(struct net *net, const struct iovec *iov, unsigned count, 
 	return -EAGAIN;
 }
 
-static void flush(struct net *net) { (void)net; }
-
 static void set_offloads(struct net *net, unsigned offloads)
 {
 	struct tap *tap = (struct tap *)net;
@@ -129,12 +127,6 @@ static void set_offloads(struct net *net, unsigned offloads)
 	}
 	if (!tap->gone && ioctl(tap->fd, TUNSETOFFLOAD, (unsigned long)bits) < 0)
 		log_warn("net %s: offloads 0x%x of %s: %s", net->config.name, bits, net->interface, strerror(errno));
-}
-
-static void save_connections(const struct net *net, struct net_connections *out)
-{
-	(void)net;
-	out->bytes = 0;
 }
 
 static void restart(struct net *net, const uint8_t guest_mac[6], const struct net_connections *guest)
@@ -167,9 +159,7 @@ static const struct net_ops ops = {
 	.waiting = waiting,
 	.receive = receive,
 	.send = send_frame,
-	.flush = flush,
 	.set_offloads = set_offloads,
-	.save_connections = save_connections,
 	.restart = restart,
 };
 

@@ -415,13 +415,7 @@ static void timer_ready(void *opaque, uint32_t events)
 static int send_frame(struct net *net, const struct iovec *iov, unsigned count, size_t bytes)
 {
 	struct user *user = (struct user *)net;
-	size_t done = 0;
-
-	for (unsigned i = 0; i < count && done < bytes; i++) {
-		size_t n = min_u64(iov[i].iov_len, bytes - done);
-		memcpy(user->frame + done, iov[i].iov_base, n);
-		done += n;
-	}
+	size_t done = net_gather(iov, count, user->frame, bytes);
 	const uint8_t *packet = user->frame + NET_HEADER_BYTES;
 	if (done != bytes || net_fill_checksum(user->frame, bytes) < 0)
 		return -EINVAL;
@@ -449,12 +443,6 @@ static void flush(struct net *net)
 	refresh(user);
 }
 
-static void want(struct net *net, bool wanted)
-{
-	(void)net;
-	(void)wanted; /* the card looks for waiting frames itself when it begins to want them */
-}
-
 static void set_offloads(struct net *net, unsigned offloads) { ((struct user *)net)->offloads = offloads; }
 
 static void save_connections(const struct net *net, struct net_connections *out) { flows_save(&((const struct user *)net)->flows, out); }
@@ -478,7 +466,7 @@ static void close_user(struct net *net)
 
 static const struct net_ops ops = {
 	.close = close_user,
-	.want = want,
+	/* No .want: the card looks for waiting frames itself when it begins to want them. */
 	.waiting = waiting,
 	.receive = receive,
 	.send = send_frame,
