@@ -37,14 +37,8 @@ static int find_members(struct comeback *c, struct err *err)
 		rc = store_group_check_whole(&c->group, err);
 	for (unsigned i = 0; !rc && i < c->group.count; i++) {
 		const struct store_group_member *member = &c->group.members[i];
-		struct store_vm vm;
-		bool alive = store_vm_get(c->party.store, member->vm, &vm, NULL) == 0;
 
-		if (alive) {
-			alive = vm.alive;
-			store_vm_free(&vm);
-		}
-		if (alive) {
+		if (store_vm_is_alive(c->party.store, member->vm)) {
 			struct seat *seat = &c->party.seats[c->party.count++];
 
 			seat->vm = member->vm;
