@@ -86,6 +86,27 @@ int catalog_run_locked(struct store *store, const char *sql, struct err *err)
 									   : catalog_error_locked(store, "write", err);
 }
 
+int catalog_begin_locked(struct store *store, struct err *err)
+{
+	int rc = catalog_run_locked(store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
+
+	if (rc)
+		catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
+	return rc;
+}
+
+int catalog_end_locked(struct store *store, int rc, enum fault_point point, struct err *err)
+{
+	if (!rc)
+		rc = fault_check(point, err);
+	if (!rc)
+		rc = catalog_run_locked(store, "COMMIT", err);
+	if (rc)
+		catalog_run_locked(store, "ROLLBACK", NULL);
+	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
+	return rc;
+}
+
 int catalog_prepare_locked(struct store *store, const char *sql, sqlite3_stmt **out, struct err *err)
 {
 	return sqlite3_prepare_v2(store->db, sql, -1, out, NULL) == SQLITE_OK
@@ -145,7 +166,7 @@ static int read_version(struct store *store, int *version, struct err *err)
 static int upgrade(struct store *store, struct err *err)
 {
 	char set_version[64];
-	int version, rc = catalog_run_locked(store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
+	int version, rc = catalog_begin_locked(store, err);
 
 	if (rc)
 		return rc;
@@ -163,14 +184,7 @@ static int upgrade(struct store *store, struct err *err)
 	snprintf(set_version, sizeof(set_version), "PRAGMA user_version = %d", SCHEMA_VERSION);
 	if (!rc)
 		rc = catalog_run_locked(store, set_version, err);
-	if (!rc)
-		rc = fault_check(FAULT_STORE_BEFORE_UPGRADE_COMMIT, err);
-	if (!rc)
-		rc = catalog_run_locked(store, "COMMIT", err);
-	if (rc)
-		catalog_run_locked(store, "ROLLBACK", NULL);
-	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
-	return rc;
+	return catalog_end_locked(store, rc, FAULT_STORE_BEFORE_UPGRADE_COMMIT, err);
 }
 
 static int open_file(struct store *store, const char *name, struct err *err)
@@ -345,19 +359,9 @@ int catalog_enter_inside_locked(struct store *store, const struct store_checkpoi
 int catalog_enter_locked(struct store *store, const struct store_checkpoint *c, const struct store_layers *layers,
 			 enum catalog_position position, struct err *err)
 {
-	int rc = catalog_run_locked(store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
+	int rc = catalog_begin_locked(store, err);
 
-	if (rc)
-		return rc;
-	rc = catalog_enter_inside_locked(store, c, layers, position, err);
-	if (!rc)
-		rc = fault_check(FAULT_STORE_BEFORE_CATALOG_COMMIT, err);
-	if (!rc)
-		rc = catalog_run_locked(store, "COMMIT", err);
-	if (rc)
-		catalog_run_locked(store, "ROLLBACK", NULL);
-	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
-	return rc;
+	return rc ? rc : catalog_end_locked(store, catalog_enter_inside_locked(store, c, layers, position, err), FAULT_STORE_BEFORE_CATALOG_COMMIT, err);
 }
 
 int store_vm_set_position(struct store *store, const char *name, const char *checkpoint_id, struct err *err)

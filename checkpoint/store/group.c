@@ -51,21 +51,15 @@ static int given_up(const char *id, struct err *err)
 int store_group_commit(struct store *store, const char *id, const char *tag, struct err *err)
 {
 	pthread_mutex_lock(&store->lock);
-	int rc = catalog_run_locked(store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
+	int rc = catalog_begin_locked(store, err);
 
 	if (!rc) {
 		rc = change_locked(store, "UPDATE groups SET state = 'committed' WHERE id = ?1 AND state = 'open'", id, NULL, err);
 		rc = rc < 0 ? rc : rc ? 0 : given_up(id, err);
 		if (!rc && tag)
 			rc = catalog_enter_tag_locked(store, id, tag, err);
-		if (!rc)
-			rc = fault_check(FAULT_GROUP_BEFORE_COMMIT, err);
-		if (!rc)
-			rc = catalog_run_locked(store, "COMMIT", err);
-		if (rc)
-			catalog_run_locked(store, "ROLLBACK", NULL);
+		rc = catalog_end_locked(store, rc, FAULT_GROUP_BEFORE_COMMIT, err);
 	}
-	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
 	pthread_mutex_unlock(&store->lock);
 	struct err ignored = ERR_INIT;
 	if (!rc)
@@ -76,15 +70,9 @@ int store_group_commit(struct store *store, const char *id, const char *tag, str
 /* 1: it is committed, 0: it is not, -errno. */
 static int is_committed_locked(struct store *store, const char *id, struct err *err)
 {
-	sqlite3_stmt *s;
-	int rc = catalog_prepare_locked(store, "SELECT 1 FROM groups WHERE id = ? AND state = 'committed'", &s, err);
+	char found[STORE_ID_BYTES];
 
-	if (rc)
-		return rc;
-	sqlite3_bind_text(s, 1, id, -1, SQLITE_STATIC);
-	rc = catalog_step_locked(store, s, err);
-	sqlite3_finalize(s);
-	return rc;
+	return catalog_find_locked(store, "SELECT id FROM groups WHERE id = ?1 AND state = 'committed'", id, 0, found, err);
 }
 
 int store_group_settle(struct store *store, const char *id, struct err *err)

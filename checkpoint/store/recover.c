@@ -252,6 +252,10 @@ static int find_unentered(struct store *store, char found[STORE_ID_BYTES + 8], s
 int draft_recover(struct store *store, struct err *err)
 {
 	char unentered[STORE_ID_BYTES + 8];
+
+	/* As it is for most commands: nothing to look for six times. */
+	if (store_folder_is_empty(store->staging_dir))
+		return 0;
 	int rc = each_staged(store, store_is_id, move_decided, err);
 
 	if (!rc)

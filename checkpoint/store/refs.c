@@ -83,15 +83,9 @@ int refs_enter_locked(struct store *store, const struct store_checkpoint *c, con
 
 int refs_has_layer_locked(struct store *store, const char *layer, struct err *err)
 {
-	sqlite3_stmt *s;
-	int rc = catalog_prepare_locked(store, "SELECT 1 FROM layers WHERE id = ?", &s, err);
+	char found[STORE_ID_BYTES];
 
-	if (rc)
-		return rc;
-	sqlite3_bind_text(s, 1, layer, -1, SQLITE_STATIC);
-	rc = catalog_step_locked(store, s, err);
-	sqlite3_finalize(s);
-	return rc;
+	return catalog_find_locked(store, "SELECT id FROM layers WHERE id = ?1", layer, 0, found, err);
 }
 
 /* --- forgetting --- */

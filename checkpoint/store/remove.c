@@ -170,7 +170,7 @@ static int move_all_away(struct removal *list, size_t count, struct err *err)
 static int forget_locked(struct removal *list, size_t count, bool move, struct err *err)
 {
 	struct store *store = list->store;
-	int rc = catalog_run_locked(store, "PRAGMA synchronous = FULL; BEGIN IMMEDIATE", err);
+	int rc = catalog_begin_locked(store, err);
 
 	if (rc)
 		return rc;
@@ -183,14 +183,7 @@ static int forget_locked(struct removal *list, size_t count, bool move, struct e
 			disk_records_keep(store, list[i].staged);
 		rc = known < 0 ? known : 0;
 	}
-	if (!rc)
-		rc = fault_check(FAULT_STORE_REMOVE_BEFORE_COMMIT, err);
-	if (!rc)
-		rc = catalog_run_locked(store, "COMMIT", err);
-	if (rc)
-		catalog_run_locked(store, "ROLLBACK", NULL);
-	catalog_run_locked(store, "PRAGMA synchronous = NORMAL", NULL);
-	return rc;
+	return catalog_end_locked(store, rc, FAULT_STORE_REMOVE_BEFORE_COMMIT, err);
 }
 
 static uint64_t file_bytes(struct store *store, const char *layer, const char *suffix)

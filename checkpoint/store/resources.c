@@ -184,20 +184,10 @@ static int bind_locked(struct store *store, const char *vm, struct store_resourc
 
 /* --- transactions --- */
 
+/* Not on the disk at once: what is lost with the machine is held by nobody then. */
 static int begin_locked(struct store *store, struct err *err)
 {
 	return catalog_run_locked(store, "BEGIN IMMEDIATE", err);
-}
-
-static int end_locked(struct store *store, int rc, enum fault_point point, struct err *err)
-{
-	if (!rc)
-		rc = fault_check(point, err);
-	if (!rc)
-		rc = catalog_run_locked(store, "COMMIT", err);
-	if (rc)
-		catalog_run_locked(store, "ROLLBACK", NULL);
-	return rc;
 }
 
 int store_resources_bind(struct store *store, const char *vm, struct store_resource *list, size_t count,
@@ -206,8 +196,7 @@ int store_resources_bind(struct store *store, const char *vm, struct store_resou
 	pthread_mutex_lock(&store->lock);
 	int rc = begin_locked(store, err);
 	if (!rc)
-		rc = end_locked(store, bind_locked(store, vm, list, count, pool_free, opaque, failed, err),
-				FAULT_RESOURCES_BIND, err);
+		rc = catalog_end_locked(store, bind_locked(store, vm, list, count, pool_free, opaque, failed, err), FAULT_RESOURCES_BIND, err);
 	pthread_mutex_unlock(&store->lock);
 	return rc;
 }
@@ -217,7 +206,7 @@ int store_resources_free(struct store *store, const char *vm, struct err *err)
 	pthread_mutex_lock(&store->lock);
 	int rc = begin_locked(store, err);
 	if (!rc)
-		rc = end_locked(store, release_locked(store, vm, err), FAULT_RESOURCES_FREE, err);
+		rc = catalog_end_locked(store, release_locked(store, vm, err), FAULT_RESOURCES_FREE, err);
 	pthread_mutex_unlock(&store->lock);
 	return rc;
 }
@@ -289,7 +278,7 @@ int store_resources_collect(struct store *store, uint64_t *freed, struct err *er
 	pthread_mutex_lock(&store->lock);
 	int rc = begin_locked(store, err);
 	if (!rc)
-		rc = end_locked(store, collect_locked(store, freed, err), FAULT_RESOURCES_FREE, err);
+		rc = catalog_end_locked(store, collect_locked(store, freed, err), FAULT_RESOURCES_FREE, err);
 	pthread_mutex_unlock(&store->lock);
 	return rc;
 }
@@ -367,7 +356,7 @@ int store_vm_uuid(struct store *store, const char *vm, const char *wanted, char 
 	pthread_mutex_lock(&store->lock);
 	int rc = begin_locked(store, err);
 	if (!rc)
-		rc = end_locked(store, choose_uuid_locked(store, vm, wanted, uuid, err), FAULT_RESOURCES_BIND, err);
+		rc = catalog_end_locked(store, choose_uuid_locked(store, vm, wanted, uuid, err), FAULT_RESOURCES_BIND, err);
 	pthread_mutex_unlock(&store->lock);
 	return rc;
 }

@@ -68,8 +68,7 @@ int store_try_lock(int fd)
 
 /* --- opening --- */
 
-/* Temporaries that a crash left do not count: the folder may hold one of the format file itself. */
-static bool is_empty(int dir)
+bool store_folder_is_empty(int dir)
 {
 	int copy = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
@@ -109,7 +108,7 @@ static int make_format(struct store *store, bool create, struct store_key *key, 
 {
 	const char *line = "vmcp store 1\n";
 
-	if (!is_empty(store->dir)) {
+	if (!store_folder_is_empty(store->dir)) {
 		err_set(err, ERR_FAILED, ENOTDIR, "%s: is no vmcp store, and not empty", store->path);
 		err_hint(err, "name another folder with --store or VMCP_STORE");
 		return -ENOTDIR;

@@ -9,6 +9,7 @@
 
 #include <sqlite3.h>
 
+#include "base/fault.h"
 #include "checkpoint/store/store.h"
 
 #define STORE_FORMAT_VERSION 2 /* the newest; 1 is that of stores that are not encrypted */
@@ -38,6 +39,10 @@ int catalog_make(struct store *store, const char *name, struct err *err);
 void catalog_close(struct store *store);
 /* Runs statements without results. */
 int catalog_run_locked(struct store *store, const char *sql, struct err *err);
+/* A transaction that is on the disk when it has ended; where it does not begin there is none. The end commits it if rc, what its statements came to, is 0,
+ * and takes it back otherwise, or where it fails; `point` is passed just before the commit. Returns rc, or that failure. */
+int catalog_begin_locked(struct store *store, struct err *err);
+int catalog_end_locked(struct store *store, int rc, enum fault_point point, struct err *err);
 int catalog_prepare_locked(struct store *store, const char *sql, sqlite3_stmt **out, struct err *err);
 /* One step of a statement: 1 row, 0 done, -errno. */
 int catalog_step_locked(struct store *store, sqlite3_stmt *statement, struct err *err);
@@ -183,5 +188,7 @@ bool store_is_id(const char *text);
 void store_file_name(char out[STORE_ID_BYTES + 8], const char *id, const char *suffix);
 /* An OFD write lock on the whole file: 0, or -EAGAIN if somebody holds it. */
 int store_try_lock(int fd);
+/* Temporaries that a crash left do not count: the folder may hold one of the format file itself. False also where it cannot be read. */
+bool store_folder_is_empty(int dir);
 
 #endif
