@@ -93,4 +93,27 @@ static inline uint64_t max_u64(uint64_t a, uint64_t b) { return a > b ? a : b; }
 /* length: at least 1. */
 static inline bool bytes_are_zero(const uint8_t *data, size_t length) { return data[0] == 0 && memcmp(data, data + 1, length - 1) == 0; }
 
+/* Two lower-case digits a byte, and a 0 behind them. */
+static inline void put_hex(char *out, const uint8_t *data, size_t bytes)
+{
+	static const char digits[] = "0123456789abcdef";
+
+	for (size_t i = 0; i < bytes; i++) {
+		out[2 * i] = digits[data[i] >> 4];
+		out[2 * i + 1] = digits[data[i] & 15];
+	}
+	out[2 * bytes] = '\0';
+}
+/* The same back. False, and *out is undefined, if the text is anything else. */
+static inline bool get_hex(uint8_t *out, const char *text, size_t bytes)
+{
+	static const char digits[] = "0123456789abcdef";
+
+	if (strlen(text) != 2 * bytes || strspn(text, digits) != 2 * bytes)
+		return false;
+	for (size_t i = 0; i < bytes; i++)
+		out[i] = (uint8_t)((strchr(digits, text[2 * i]) - digits) << 4 | (strchr(digits, text[2 * i + 1]) - digits));
+	return true;
+}
+
 #endif

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "base/clock.h"
 #include "base/log.h"
 #include "control/local_socket.h"
@@ -64,8 +65,7 @@ static char *make_seed(void)
 
 	if (getrandom(bytes, sizeof(bytes), 0) != (ssize_t)sizeof(bytes))
 		abort(); /* the kernel does not fail for so few bytes */
-	for (size_t i = 0; i < sizeof(bytes); i++)
-		snprintf(text + 2 * i, 3, "%02x", bytes[i]);
+	put_hex(text, bytes, sizeof(bytes));
 	return text;
 }
 

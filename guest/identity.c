@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "guest/agent.h"
 
 static bool is_made_of(const char *text, const char *characters, size_t least, size_t most)
@@ -52,13 +53,8 @@ static bool parse_seed(const char *text, struct agent_identity *identity)
 {
 	size_t length = strlen(text);
 
-	if (length % 2 || !is_made_of(text, "0123456789abcdef", 32, sizeof(identity->seed) * 2))
+	if (length < 32 || length > sizeof(identity->seed) * 2 || !get_hex(identity->seed, text, length / 2))
 		return false;
-	for (size_t i = 0; i < length / 2; i++) {
-		const char digits[3] = {text[2 * i], text[2 * i + 1], '\0'};
-
-		identity->seed[i] = (uint8_t)strtoul(digits, NULL, 16);
-	}
 	identity->seed_bytes = (unsigned)(length / 2);
 	return true;
 }

@@ -12,6 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/bytes.h"
 #include "base/clock.h"
 #include "base/event.h"
 #include "base/log.h"
@@ -210,8 +211,8 @@ void machine_generation(struct machine *machine, char out[MACHINE_GENERATION_BYT
 	uint8_t id[ACPI_GENERATION_BYTES];
 
 	out[0] = '\0';
-	for (unsigned i = 0; i < sizeof(id) && (i > 0 || acpi_get_generation(vm_memory(machine->vm), id)); i++)
-		snprintf(out + 2 * i, 3, "%02x", id[i]);
+	if (acpi_get_generation(vm_memory(machine->vm), id))
+		put_hex(out, id, sizeof(id));
 }
 
 /* --- building --- */

@@ -47,24 +47,6 @@ static int failed(struct err *err) { return err_set(err, ERR_FAILED, EIO, "encry
 
 /* --- the file `format` --- */
 
-static void put_hex(char *out, const uint8_t *data, size_t bytes)
-{
-	for (size_t i = 0; i < bytes; i++)
-		snprintf(out + 2 * i, 3, "%02x", data[i]);
-}
-
-static bool get_hex(uint8_t *out, const char *text, size_t bytes)
-{
-	bool good = strlen(text) == 2 * bytes && strspn(text, "0123456789abcdef") == 2 * bytes;
-
-	for (size_t i = 0; good && i < bytes; i++) {
-		const char digits[3] = {text[2 * i], text[2 * i + 1]};
-
-		out[i] = (uint8_t)strtoul(digits, NULL, 16);
-	}
-	return good;
-}
-
 struct fields {
 	unsigned log_n, r, p;
 	uint8_t salt[SEAL_SALT_BYTES], wrapped[WRAPPED_BYTES];

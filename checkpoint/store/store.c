@@ -31,8 +31,7 @@ void store_new_id(char id[STORE_ID_BYTES])
 
 	if (getrandom(bytes, sizeof(bytes), 0) != (ssize_t)sizeof(bytes))
 		abort(); /* the kernel does not fail for 16 bytes once it is up */
-	for (size_t i = 0; i < sizeof(bytes); i++)
-		snprintf(id + 2 * i, 3, "%02x", bytes[i]);
+	put_hex(id, bytes, sizeof(bytes));
 }
 
 bool store_is_id(const char *text)
