@@ -10,12 +10,21 @@
 
 #include "base/buf.h"
 #include "base/bytes.h"
+#include "base/library.h"
 #include "cli/ext4_journal.h"
 
 #define SUPER_OFFSET 1024u
 #define MAGIC_OFFSET 56u
 #define MBR_ENTRIES  4u
 #define GPT_MAX_BYTES (1u << 20)
+
+/* The last one is libcom_err's, which libext2fs brings along. */
+#define FUNCTIONS(X) \
+	X(ext2fs_open2) X(ext2fs_free) X(ext2fs_bmap2) X(ext2fs_read_inode_full) X(ext2fs_dir_iterate2) X(ext2fs_block_iterate3) X(error_message)
+static struct {
+	FUNCTIONS(LIBRARY_FIELD)
+} lib;
+static const struct library libext2fs = {"libext2fs.so.2", LIBRARY_NAMES(FUNCTIONS)};
 
 /* Blocks that the journal holds, by number. The newest list entry of a bucket stands for older ones. */
 #define BUCKETS 4096u
@@ -140,7 +149,7 @@ static int fail(struct ext4_view *view, errcode_t code, const char *what, struct
 	}
 	if (code == EXT2_ET_UNSUPP_FEATURE || code == EXT2_ET_RO_UNSUPP_FEATURE)
 		return err_set(err, ERR_FAILED, ENOTSUP, "%s: it has features that this libext2fs does not know", what);
-	return err_set(err, ERR_DAMAGED, EINVAL, "%s: %s", what, error_message(code));
+	return err_set(err, ERR_DAMAGED, EINVAL, "%s: %s", what, lib.error_message(code));
 }
 
 static int open_once(struct ext4_view *view, struct err *err)
@@ -148,7 +157,7 @@ static int open_once(struct ext4_view *view, struct err *err)
 	char name[32];
 	snprintf(name, sizeof(name), "%p", (void *)view);
 	view->channel = (struct struct_io_channel){.magic = EXT2_ET_MAGIC_IO_CHANNEL, .manager = &manager, .name = NULL, .private_data = view};
-	errcode_t code = ext2fs_open2(name, NULL, EXT2_FLAG_64BITS | EXT2_FLAG_SKIP_MMP | EXT2_FLAG_IGNORE_CSUM_ERRORS, 0, 0, &manager, &view->fs);
+	errcode_t code = lib.ext2fs_open2(name, NULL, EXT2_FLAG_64BITS | EXT2_FLAG_SKIP_MMP | EXT2_FLAG_IGNORE_CSUM_ERRORS, 0, 0, &manager, &view->fs);
 	return code ? fail(view, code, "filesystem", err) : 0;
 }
 
@@ -158,7 +167,7 @@ static int read_journal(void *opaque, uint32_t number, uint8_t *data, struct err
 {
 	struct ext4_view *view = opaque;
 	blk64_t block = 0;
-	errcode_t code = ext2fs_bmap2(view->fs, view->fs->super->s_journal_inum, NULL, NULL, 0, number, NULL, &block);
+	errcode_t code = lib.ext2fs_bmap2(view->fs, view->fs->super->s_journal_inum, NULL, NULL, 0, number, NULL, &block);
 	if (code == 0 && block == 0)
 		return err_set(err, ERR_DAMAGED, EINVAL, "its journal: block %u is a hole", number);
 	if (code == 0)
@@ -194,13 +203,19 @@ static int apply_journal(struct ext4_view *view, struct err *err)
 	if (r != 0)
 		return r;
 	view->patch_bytes = view->fs->blocksize;
-	ext2fs_free(view->fs);
+	lib.ext2fs_free(view->fs);
 	view->fs = NULL;
 	return open_once(view, err);
 }
 
 int ext4_open(struct cow_disk *disk, uint64_t offset_bytes, struct ext4_view **out, struct err *err)
 {
+	const char *why = library_load(&libext2fs, &lib);
+	if (why) {
+		err_set(err, ERR_HOST, ENOSYS, "libext2fs: %s", why);
+		err_hint(err, "`--files` needs it: `apt-get install libext2fs2`");
+		return -ENOSYS;
+	}
 	struct ext4_view *view = xcalloc(1, sizeof(*view));
 	view->disk = disk;
 	view->offset = offset_bytes;
@@ -221,7 +236,7 @@ void ext4_close(struct ext4_view *view)
 	if (!view)
 		return;
 	if (view->fs)
-		ext2fs_free(view->fs);
+		lib.ext2fs_free(view->fs);
 	for (unsigned i = 0; i < BUCKETS; i++)
 		while (view->patches[i]) {
 			struct patch *next = view->patches[i]->next;
@@ -337,7 +352,7 @@ static int visit(ext2_ino_t dir, int entry, struct ext2_dir_entry *dirent, int o
 	if (entry != DIRENT_OTHER_FILE || dirent->inode == 0)
 		return 0;
 	memset(&inode, 0, sizeof(inode));
-	errcode_t code = ext2fs_read_inode_full(w->view->fs, dirent->inode, (struct ext2_inode *)&inode, sizeof(inode));
+	errcode_t code = lib.ext2fs_read_inode_full(w->view->fs, dirent->inode, (struct ext2_inode *)&inode, sizeof(inode));
 	char *path = xasprintf("%s/%.*s", w->path, length, dirent->name);
 	if (code)
 		w->result = fail(w->view, code, path, w->err);
@@ -361,7 +376,7 @@ int ext4_walk(struct ext4_view *view, int (*fn)(void *opaque, const struct ext4_
 	while (w.count && w.result == 0) {
 		struct folder folder = w.stack[--w.count];
 		w.path = folder.path;
-		errcode_t code = ext2fs_dir_iterate2(view->fs, folder.inode, 0, NULL, visit, &w);
+		errcode_t code = lib.ext2fs_dir_iterate2(view->fs, folder.inode, 0, NULL, visit, &w);
 		if (code && w.result == 0)
 			w.result = fail(view, code, *folder.path ? folder.path : "/", err);
 		free(folder.path);
@@ -392,6 +407,6 @@ bool ext4_any_block(struct ext4_view *view, uint32_t inode, bool (*touches)(void
 {
 	struct touching t = {.view = view, .touches = touches, .opaque = opaque};
 	/* Links that are within their inode, and devices, have none: that is an error to libext2fs. */
-	ext2fs_block_iterate3(view->fs, inode, BLOCK_FLAG_READ_ONLY | BLOCK_FLAG_DATA_ONLY, NULL, look_at_block, &t);
+	lib.ext2fs_block_iterate3(view->fs, inode, BLOCK_FLAG_READ_ONLY | BLOCK_FLAG_DATA_ONLY, NULL, look_at_block, &t);
 	return t.any;
 }

@@ -22,7 +22,7 @@ struct ext4_place {
 /* Those that hold an ext filesystem. The disk is open read-only, and nobody serves its ring. */
 int ext4_find(struct cow_disk *disk, struct ext4_place places[EXT4_MAX_PLACES], unsigned *count, struct err *err);
 
-/* -ENOTSUP, ERR_FAILED: a filesystem with what libext2fs does not read, or with its journal on another device. Damaged: ERR_DAMAGED. */
+/* -ENOSYS, ERR_HOST: libext2fs is not there. -ENOTSUP, ERR_FAILED: a filesystem with what libext2fs does not read, or with its journal on another device. Damaged: ERR_DAMAGED. */
 int ext4_open(struct cow_disk *disk, uint64_t offset_bytes, struct ext4_view **out, struct err *err);
 void ext4_close(struct ext4_view *view); /* NULL is allowed */
 

@@ -47,12 +47,14 @@ int legacy_recognise(const char *path, struct legacy *out, struct err *err)
 }
 
 #ifdef VMCP_HAVE_LIBQCOW
-#include <libqcow.h>
+#include "cowdisk/qcow_library.h"
+
+static struct qcow_library lib;
 
 static int library_failed(struct err *err, const char *path, libqcow_error_t *error)
 {
 	char text[256] = "";
-	libqcow_error_sprint(error, text, sizeof(text));
+	lib.libqcow_error_sprint(error, text, sizeof(text));
 	for (char *c = text; *c; c++)
 		if (*c == '\n')
 			*c = ' ';
@@ -78,13 +80,13 @@ static int read_all(const struct cow_export *e, const struct legacy *image, int 
 	size_t name_bytes = 0;
 	size64_t size = 0;
 	static uint8_t data[CHUNK_BYTES];
-	if (libqcow_file_initialize(&file, &error) != 1)
+	if (lib.libqcow_file_initialize(&file, &error) != 1)
 		return library_failed(err, e->source, error);
-	if (image->encrypted && libqcow_file_set_utf8_password(file, (const uint8_t *)e->password, strlen(e->password), &error) != 1)
+	if (image->encrypted && lib.libqcow_file_set_utf8_password(file, (const uint8_t *)e->password, strlen(e->password), &error) != 1)
 		return library_failed(err, e->source, error);
-	if (libqcow_file_open(file, e->source, LIBQCOW_OPEN_READ, &error) != 1 || libqcow_file_get_media_size(file, &size, &error) != 1)
+	if (lib.libqcow_file_open(file, e->source, LIBQCOW_OPEN_READ, &error) != 1 || lib.libqcow_file_get_media_size(file, &size, &error) != 1)
 		return library_failed(err, e->source, error);
-	if (libqcow_file_get_utf8_backing_filename_size(file, &name_bytes, &error) == 1 && name_bytes > 1) {
+	if (lib.libqcow_file_get_utf8_backing_filename_size(file, &name_bytes, &error) == 1 && name_bytes > 1) {
 		err_set(err, ERR_FAILED, ENOTSUP, "%s: it has a backing file, which is not read for images of this kind", e->source);
 		return err_hint(err, "make it whole first: qemu-img rebase -b ''");
 	}
@@ -92,7 +94,7 @@ static int read_all(const struct cow_export *e, const struct legacy *image, int 
 		return err_set(err, ERR_DAMAGED, EINVAL, "%s: libqcow takes its size for %llu", e->source, (unsigned long long)size);
 	for (uint64_t at = 0; at < size; at += CHUNK_BYTES) {
 		size_t bytes = (size_t)min_u64(size - at, CHUNK_BYTES);
-		if (libqcow_file_read_buffer_at_offset(file, data, bytes, (off64_t)at, &error) != (ssize_t)bytes)
+		if (lib.libqcow_file_read_buffer_at_offset(file, data, bytes, (off64_t)at, &error) != (ssize_t)bytes)
 			return library_failed(err, e->source, error);
 		int rc = write_full(out, data, bytes, err);
 		if (rc < 0)
@@ -233,8 +235,11 @@ int legacy_export(const struct cow_export *e, const struct legacy *image, struct
 		err_set(err, ERR_FAILED, EACCES, "%s: it is encrypted", e->source);
 		return err_hint(err, "give its password: --key-file FILE");
 	}
+	int rc = qcow_library_load(&lib, e->source, err);
+	if (rc < 0)
+		return rc;
 	/* The reader first, as it forks: this process has no other thread yet. */
-	int rc = start_reader(&reader, e, image, err);
+	rc = start_reader(&reader, e, image, err);
 	if (rc < 0)
 		return rc;
 	rc = cow_io_create(NULL, &io, err);

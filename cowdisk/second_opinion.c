@@ -26,7 +26,9 @@ static int refuse(struct err *err, const char *path, const char *why)
 }
 
 #ifdef VMCP_HAVE_LIBQCOW
-#include <libqcow.h>
+#include "cowdisk/qcow_library.h"
+
+static struct qcow_library lib;
 
 enum { MAX_DEPTH = 64 };
 
@@ -42,8 +44,8 @@ struct opinion {
 static int library_failed(struct err *err, const char *path, libqcow_error_t **error)
 {
 	char text[256] = "";
-	libqcow_error_sprint(*error, text, sizeof(text));
-	libqcow_error_free(error);
+	lib.libqcow_error_sprint(*error, text, sizeof(text));
+	lib.libqcow_error_free(error);
 	for (char *c = text; *c; c++)
 		if (*c == '\n')
 			*c = ' ';
@@ -75,10 +77,10 @@ static int open_layer(struct opinion *o, const struct image *image, struct err *
 	if (o->depth == MAX_DEPTH)
 		return refuse(err, image->path, "the chain is too long");
 	libqcow_file_t **file = &o->files[o->depth++];
-	if (libqcow_file_initialize(file, &error) != 1 ||
-	    libqcow_file_open(*file, image->path, LIBQCOW_OPEN_READ, &error) != 1)
+	if (lib.libqcow_file_initialize(file, &error) != 1 ||
+	    lib.libqcow_file_open(*file, image->path, LIBQCOW_OPEN_READ, &error) != 1)
 		return library_failed(err, image->path, &error);
-	if (o->depth > 1 && libqcow_file_set_parent_file(o->files[o->depth - 2], *file, &error) != 1)
+	if (o->depth > 1 && lib.libqcow_file_set_parent_file(o->files[o->depth - 2], *file, &error) != 1)
 		return library_failed(err, image->path, &error);
 	return 0;
 }
@@ -111,7 +113,7 @@ static int compare_run(struct opinion *o, uint64_t offset, uint64_t length, stru
 	if (rc < 0)
 		return rc;
 	memset(o->theirs, 0xa5, (size_t)length);
-	ssize_t n = libqcow_file_read_buffer_at_offset(o->files[0], o->theirs, (size_t)length, (off64_t)offset, &error);
+	ssize_t n = lib.libqcow_file_read_buffer_at_offset(o->files[0], o->theirs, (size_t)length, (off64_t)offset, &error);
 	if (n != (ssize_t)length) {
 		if (error)
 			return library_failed(err, path, &error);
@@ -160,7 +162,9 @@ int cow_second_opinion(const char *path, struct cow_second_opinion *out, struct 
 	struct opinion o = {.out = out};
 	struct cow_io *io;
 	*out = (struct cow_second_opinion){0};
-	int rc = cow_io_create(NULL, &io, err);
+	int rc = qcow_library_load(&lib, path, err);
+	if (rc == 0)
+		rc = cow_io_create(NULL, &io, err);
 	if (rc < 0)
 		return rc;
 	rc = cow_open(io, path, COW_OPEN_READONLY, &o.disk, err);
@@ -168,7 +172,7 @@ int cow_second_opinion(const char *path, struct cow_second_opinion *out, struct 
 		rc = ask(&o, err);
 		for (unsigned i = 0; i < o.depth; i++)
 			if (o.files[i])
-				libqcow_file_free(&o.files[i], NULL);
+				lib.libqcow_file_free(&o.files[i], NULL);
 		cow_close(o.disk, NULL);
 	}
 	cow_io_destroy(io);

@@ -1,7 +1,6 @@
 /* The only file that knows libvirt: its functions are looked up at run time by the types of its headers. */
 #include "machine/libvirt.h"
 
-#include <dlfcn.h>
 #include <errno.h>
 #include <libvirt/libvirt.h>
 #include <libvirt/libvirt-qemu.h>
@@ -12,8 +11,9 @@
 #include <time.h>
 
 #include "base/buf.h"
+#include "base/library.h"
 
-/* Every function that is used, once: X(name). */
+/* Every function that is used. */
 #define FUNCTIONS(X)                                                                                                                        \
 	X(virSetErrorFunc)                                                                                                                  \
 	X(virGetLastError)                                                                                                                  \
@@ -53,10 +53,9 @@
 	X(virStorageVolFree)
 
 struct functions {
-#define X(name) __typeof__(name) *name;
-	FUNCTIONS(X)
-#undef X
+	FUNCTIONS(LIBRARY_FIELD)
 };
+static const struct library libvirt_library = {"libvirt.so.0", LIBRARY_NAMES(FUNCTIONS)};
 
 struct libvirt {
 	struct functions fn;
@@ -69,24 +68,14 @@ static void keep_silent(void *opaque, virErrorPtr error)
 	(void)opaque, (void)error;
 }
 
-/* Never unloaded: it has threads' data and state of its own. */
 static int load(struct functions *fn, struct err *err)
 {
-	void *handle = dlopen("libvirt.so.0", RTLD_NOW | RTLD_LOCAL);
+	const char *why = library_load(&libvirt_library, fn);
 
-	if (!handle) {
-		err_set(err, ERR_HOST, ENOSYS, "libvirt: is not installed");
-		return err_hint(err, "`apt-get install libvirt0`, or name files and bridges instead");
-	}
-#define X(name)                                                                                                                             \
-	fn->name = (__typeof__(name) *)dlsym(handle, #name);                                                                                \
-	if (!fn->name) {                                                                                                                    \
-		err_set(err, ERR_HOST, ENOSYS, "libvirt: is too old: it has no " #name);                                                    \
-		return err_hint(err, "install version 1.0 or later");                                                                       \
-	}
-	FUNCTIONS(X)
-#undef X
-	return 0;
+	if (!why)
+		return 0;
+	err_set(err, ERR_HOST, ENOSYS, "libvirt: %s", why);
+	return err_hint(err, "`apt-get install libvirt0` (1.0 or later), or name files and bridges instead");
 }
 
 /* --- errors --- */
@@ -302,6 +291,7 @@ int libvirt_volume_path(struct libvirt *libvirt, const char *pool, const char *v
 #define MERGE_POLL_NS 20000000
 
 typedef __typeof__(virDomainQemuMonitorCommandWithFiles) monitor_command;
+static const struct library libvirt_qemu = {"libvirt-qemu.so.0", (const char *const[]){"virDomainQemuMonitorCommandWithFiles", NULL}};
 
 struct libvirt_guest {
 	const struct libvirt *libvirt;
@@ -405,11 +395,7 @@ int libvirt_guest_merge(struct libvirt_guest *guest, const char *disk, struct er
 
 static int find_command(struct libvirt_guest *guest, struct err *err)
 {
-	void *handle = guest->command ? NULL : dlopen("libvirt-qemu.so.0", RTLD_NOW | RTLD_LOCAL);
-
-	if (handle)
-		guest->command = (monitor_command *)dlsym(handle, "virDomainQemuMonitorCommandWithFiles");
-	if (guest->command)
+	if (!library_load(&libvirt_qemu, &guest->command))
 		return 0;
 	err_set(err, ERR_HOST, ENOSYS, "libvirt: this version cannot hand files to QEMU");
 	return err_hint(err, "libvirt 8.2 or later is needed");

@@ -2,7 +2,6 @@
 #include "machine/xml.h"
 
 #include <ctype.h>
-#include <dlfcn.h>
 #include <errno.h>
 #include <libxml/parser.h>
 #include <libxml/tree.h>
@@ -10,33 +9,23 @@
 #include <string.h>
 
 #include "base/buf.h"
+#include "base/library.h"
 
 #define MAX_DEPTH 64
 
-struct library {
-	__typeof__(xmlReadMemory) *read_memory;
-	__typeof__(xmlFreeDoc) *free_doc;
-	__typeof__(xmlDocGetRootElement) *root_element;
-	__typeof__(xmlGetLastError) *last_error;
-	__typeof__(xmlResetLastError) *reset_error;
+#define FUNCTIONS(X) X(xmlReadMemory) X(xmlFreeDoc) X(xmlDocGetRootElement) X(xmlGetLastError) X(xmlResetLastError)
+struct functions {
+	FUNCTIONS(LIBRARY_FIELD)
 };
+static const struct library libxml2 = {"libxml2.so.2", LIBRARY_NAMES(FUNCTIONS)};
 
-/* Never unloaded: it has state of its own. */
-static int load(struct library *out, struct err *err)
+static int load(struct functions *out, struct err *err)
 {
-	void *handle = dlopen("libxml2.so.2", RTLD_NOW | RTLD_LOCAL);
+	const char *why = library_load(&libxml2, out);
 
-	if (handle)
-		*out = (struct library){
-			.read_memory = (__typeof__(xmlReadMemory) *)dlsym(handle, "xmlReadMemory"),
-			.free_doc = (__typeof__(xmlFreeDoc) *)dlsym(handle, "xmlFreeDoc"),
-			.root_element = (__typeof__(xmlDocGetRootElement) *)dlsym(handle, "xmlDocGetRootElement"),
-			.last_error = (__typeof__(xmlGetLastError) *)dlsym(handle, "xmlGetLastError"),
-			.reset_error = (__typeof__(xmlResetLastError) *)dlsym(handle, "xmlResetLastError"),
-		};
-	if (handle && out->read_memory && out->free_doc && out->root_element && out->last_error && out->reset_error)
+	if (!why)
 		return 0;
-	err_set(err, ERR_HOST, ENOSYS, "libxml2: %s", handle ? "is too old" : "is not installed");
+	err_set(err, ERR_HOST, ENOSYS, "libxml2: %s", why);
 	return err_hint(err, "domain XML needs it: `apt-get install libxml2`, or write a guest.cfg");
 }
 
@@ -138,9 +127,9 @@ static int copy_node(const xmlNode *from, const xmlNode *root, unsigned depth, s
 
 /* --- parsing --- */
 
-static int tell_error(const struct library *xml, const char *what, struct err *err)
+static int tell_error(const struct functions *xml, const char *what, struct err *err)
 {
-	const xmlError *last = xml->last_error();
+	const xmlError *last = xml->xmlGetLastError();
 	const char *why = last && last->message ? last->message : "it cannot be read";
 	int line = last && last->line > 0 ? last->line : 1;
 
@@ -150,18 +139,18 @@ static int tell_error(const struct library *xml, const char *what, struct err *e
 
 int xml_parse(const char *what, const char *data, size_t length, struct xml_node **out, struct err *err)
 {
-	struct library xml = {0};
+	struct functions xml = {0};
 	int rc = load(&xml, err);
 
 	if (rc)
 		return rc;
 	if (length > XML_MAX_BYTES)
 		return err_set(err, ERR_USAGE, EFBIG, "%s: longer than %u bytes", what, XML_MAX_BYTES);
-	xml.reset_error();
-	xmlDoc *doc = xml.read_memory(data, (int)length, NULL, NULL, XML_PARSE_NONET | XML_PARSE_NOERROR | XML_PARSE_NOWARNING);
+	xml.xmlResetLastError();
+	xmlDoc *doc = xml.xmlReadMemory(data, (int)length, NULL, NULL, XML_PARSE_NONET | XML_PARSE_NOERROR | XML_PARSE_NOWARNING);
 	if (!doc)
 		return tell_error(&xml, what, err);
-	const xmlNode *root = xml.root_element(doc);
+	const xmlNode *root = xml.xmlDocGetRootElement(doc);
 	if (!root || doc->intSubset) {
 		rc = err_set(err, ERR_USAGE, EINVAL, "%s: %s", what, root ? "has a document type of its own (DTD)" : "is empty");
 		err_hint(err, "a libvirt domain is needed, as `virsh dumpxml` prints it");
@@ -174,6 +163,6 @@ int xml_parse(const char *what, const char *data, size_t length, struct xml_node
 			*out = NULL;
 		}
 	}
-	xml.free_doc(doc);
+	xml.xmlFreeDoc(doc);
 	return rc;
 }

@@ -22,6 +22,7 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/clock.h"
+#include "base/library.h"
 #include "base/log.h"
 #include "net/flows.h"
 #include "net/fragments.h"
@@ -38,6 +39,13 @@
 #define HOST	    0x0a000202u
 #define NAME_SERVER 0x0a000203u
 #define FIRST_GUEST 0x0a00020fu
+
+#define FUNCTIONS(X) \
+	X(slirp_new) X(slirp_cleanup) X(slirp_version_string) X(slirp_add_hostfwd) X(slirp_input) X(slirp_pollfds_fill) X(slirp_pollfds_poll)
+static struct {
+	FUNCTIONS(LIBRARY_FIELD)
+} lib;
+static const struct library libslirp = {"libslirp.so.0", LIBRARY_NAMES(FUNCTIONS)};
 
 struct watch {
 	uint32_t wished, in_set; /* epoll events */
@@ -238,7 +246,7 @@ static void refresh(struct user *user)
 	for (int fd = 0; fd < user->watch_count; fd++)
 		user->watches[fd].wished = 0;
 	if (user->slirp != NULL)
-		slirp_pollfds_fill(user->slirp, &timeout, add_poll, user);
+		lib.slirp_pollfds_fill(user->slirp, &timeout, add_poll, user);
 	for (int fd = 0; fd < user->watch_count; fd++)
 		if (user->watches[fd].wished != user->watches[fd].in_set)
 			update_set(user, fd);
@@ -259,7 +267,7 @@ static void poll_slirp(struct user *user)
 	for (int i = 0; i < count; i++)
 		watch_of(user, events[i].data.fd)->ready = events[i].events;
 	if (user->slirp != NULL)
-		slirp_pollfds_poll(user->slirp, count < 0, get_revents, user);
+		lib.slirp_pollfds_poll(user->slirp, count < 0, get_revents, user);
 	for (int i = 0; i < count; i++)
 		watch_of(user, events[i].data.fd)->ready = 0;
 	refresh(user);
@@ -308,7 +316,7 @@ static int add_forwards(struct user *user, struct err *err)
 		struct in_addr host, guest = {0};
 
 		memcpy(&host, forward->host_address, sizeof(host));
-		if (!user->bound[i] && slirp_add_hostfwd(user->slirp, forward->udp, host, forward->host_port, guest, forward->guest_port) < 0)
+		if (!user->bound[i] && lib.slirp_add_hostfwd(user->slirp, forward->udp, host, forward->host_port, guest, forward->guest_port) < 0)
 			return forward_fails(forward, errno, err);
 		user->bound[i] = true;
 	}
@@ -327,9 +335,16 @@ static int start(struct user *user, struct err *err)
 		.vdhcp_start.s_addr = htonl(FIRST_GUEST),
 	};
 
-	user->slirp = slirp_new(&config, &callbacks, user);
+	const char *why = library_load(&libslirp, &lib);
+
+	if (why) {
+		err_set(err, ERR_HOST, ENOSYS, "libslirp: %s", why);
+		err_hint(err, "`mode = user` needs it: `apt-get install libslirp0`");
+		return -ENOSYS;
+	}
+	user->slirp = lib.slirp_new(&config, &callbacks, user);
 	if (user->slirp == NULL)
-		return err_set(err, ERR_FAILED, ENOMEM, "libslirp %s does not start", slirp_version_string());
+		return err_set(err, ERR_FAILED, ENOMEM, "libslirp %s does not start", lib.slirp_version_string());
 	return add_forwards(user, err);
 }
 
@@ -354,7 +369,7 @@ static void stop(struct user *user, bool spare)
 	for (int fd = 0; fd < user->watch_count; fd++)
 		if ((user->watches[fd].ours || user->watches[fd].in_set != 0) && !(spare && has_said_all(fd)))
 			setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)); /* of UDP it changes nothing */
-	slirp_cleanup(user->slirp);
+	lib.slirp_cleanup(user->slirp);
 	user->slirp = NULL;
 	memset(user->bound, 0, sizeof(user->bound));
 }
@@ -426,7 +441,7 @@ static int send_frame(struct net *net, const struct iovec *iov, unsigned count, 
 	/* A segment of 64 KiB is taken whole: to libslirp it is a long packet. */
 	size_t length = fragments_take(&user->fragments, &packet, bytes - NET_HEADER_BYTES);
 	if (length > 0)
-		slirp_input(user->slirp, packet, (int)length);
+		lib.slirp_input(user->slirp, packet, (int)length);
 	return 0;
 }
 
@@ -437,7 +452,7 @@ static void flush(struct net *net)
 	/* libslirp looks at packets that wait for an address only when it is polled, and then gives one for each of its sockets. */
 	for (uint64_t before = user->emitted - 1; user->arp_came && user->slirp != NULL && before != user->emitted;) {
 		before = user->emitted;
-		slirp_pollfds_poll(user->slirp, 0, get_revents, user);
+		lib.slirp_pollfds_poll(user->slirp, 0, get_revents, user);
 	}
 	user->arp_came = false;
 	refresh(user);

@@ -43,7 +43,7 @@ void store_key_free(struct store_key *key)
 	free(key);
 }
 
-static int failed(struct err *err) { return err_set(err, ERR_FAILED, EIO, "encryption: libcrypto failed"); }
+static int failed(struct err *err) { return err_set(err, ERR_FAILED, EIO, "encryption: libcrypto %s", seal_why_not()); }
 
 /* --- the file `format` --- */
 

@@ -8,9 +8,41 @@
 #include <openssl/hmac.h>
 #include <openssl/rand.h>
 
+#include "base/library.h"
+
 #define MOST_LOG_N 20u
 #define MOST_R	   8u
 #define MOST_P	   4u
+
+#define FUNCTIONS(X)                                                                                                                         \
+	X(EVP_CIPHER_CTX_new)                                                                                                                \
+	X(EVP_CIPHER_CTX_free)                                                                                                               \
+	X(EVP_CIPHER_CTX_ctrl)                                                                                                               \
+	X(EVP_CipherInit_ex)                                                                                                                 \
+	X(EVP_CipherUpdate)                                                                                                                  \
+	X(EVP_CipherFinal_ex)                                                                                                                \
+	X(EVP_PBE_scrypt)                                                                                                                    \
+	X(EVP_aes_256_gcm)                                                                                                                   \
+	X(EVP_aes_256_xts)                                                                                                                   \
+	X(EVP_sha512)                                                                                                                        \
+	X(HMAC)                                                                                                                              \
+	X(RAND_bytes)
+static struct {
+	FUNCTIONS(LIBRARY_FIELD)
+} lib;
+static const struct library libcrypto = {"libcrypto.so.3", LIBRARY_NAMES(FUNCTIONS)};
+
+static const char *load(void)
+{
+	return library_load(&libcrypto, &lib);
+}
+
+const char *seal_why_not(void)
+{
+	const char *why = load();
+
+	return why ? why : "failed";
+}
 
 struct seal_crypto {
 	EVP_CIPHER_CTX *context;
@@ -19,9 +51,9 @@ struct seal_crypto {
 
 struct seal_crypto *seal_crypto_new(void)
 {
-	struct seal_crypto *crypto = calloc(1, sizeof(*crypto));
+	struct seal_crypto *crypto = load() ? NULL : calloc(1, sizeof(*crypto));
 
-	if (crypto && !(crypto->context = EVP_CIPHER_CTX_new())) {
+	if (crypto && !(crypto->context = lib.EVP_CIPHER_CTX_new())) {
 		free(crypto);
 		return NULL;
 	}
@@ -32,12 +64,12 @@ void seal_crypto_free(struct seal_crypto *crypto)
 {
 	if (!crypto)
 		return;
-	EVP_CIPHER_CTX_free(crypto->context);
+	lib.EVP_CIPHER_CTX_free(crypto->context);
 	explicit_bzero(crypto->key, sizeof(crypto->key));
 	free(crypto);
 }
 
-bool seal_random(void *data, size_t bytes) { return RAND_bytes(data, (int)bytes) == 1; }
+bool seal_random(void *data, size_t bytes) { return !load() && lib.RAND_bytes(data, (int)bytes) == 1; }
 
 bool seal_may_derive(unsigned log_n, unsigned r, unsigned p)
 {
@@ -51,7 +83,7 @@ bool seal_derive(struct seal_crypto *crypto, const void *secret, size_t secret_b
 {
 	uint64_t memory = 128ull * r * ((1ull << log_n) + p) + (1u << 20);
 
-	return EVP_PBE_scrypt(secret, secret_bytes, salt, salt_bytes, 1ull << log_n, r, p, memory, crypto->key,
+	return lib.EVP_PBE_scrypt(secret, secret_bytes, salt, salt_bytes, 1ull << log_n, r, p, memory, crypto->key,
 			      SEAL_KEY_BYTES) == 1;
 }
 
@@ -61,9 +93,9 @@ static bool begin(struct seal_crypto *crypto, const struct seal_message *m, bool
 	int n;
 
 	return m->bytes <= INT_MAX && m->extra_bytes <= INT_MAX &&
-	       EVP_CipherInit_ex(crypto->context, EVP_aes_256_gcm(), NULL, crypto->key, m->nonce, encrypt) == 1 &&
-	       (!m->extra_bytes || EVP_CipherUpdate(crypto->context, NULL, &n, m->extra, (int)m->extra_bytes) == 1) &&
-	       (!m->bytes || EVP_CipherUpdate(crypto->context, m->out, &n, m->in, (int)m->bytes) == 1);
+	       lib.EVP_CipherInit_ex(crypto->context, lib.EVP_aes_256_gcm(), NULL, crypto->key, m->nonce, encrypt) == 1 &&
+	       (!m->extra_bytes || lib.EVP_CipherUpdate(crypto->context, NULL, &n, m->extra, (int)m->extra_bytes) == 1) &&
+	       (!m->bytes || lib.EVP_CipherUpdate(crypto->context, m->out, &n, m->in, (int)m->bytes) == 1);
 }
 
 bool seal_encrypt(struct seal_crypto *crypto, const struct seal_message *m)
@@ -71,8 +103,8 @@ bool seal_encrypt(struct seal_crypto *crypto, const struct seal_message *m)
 	uint8_t rest[16];
 	int n;
 
-	return begin(crypto, m, true) && EVP_CipherFinal_ex(crypto->context, rest, &n) == 1 &&
-	       EVP_CIPHER_CTX_ctrl(crypto->context, EVP_CTRL_GCM_GET_TAG, SEAL_TAG_BYTES, m->tag) == 1;
+	return begin(crypto, m, true) && lib.EVP_CipherFinal_ex(crypto->context, rest, &n) == 1 &&
+	       lib.EVP_CIPHER_CTX_ctrl(crypto->context, EVP_CTRL_GCM_GET_TAG, SEAL_TAG_BYTES, m->tag) == 1;
 }
 
 int seal_decrypt(struct seal_crypto *crypto, const struct seal_message *m)
@@ -81,16 +113,18 @@ int seal_decrypt(struct seal_crypto *crypto, const struct seal_message *m)
 	int n;
 
 	if (!begin(crypto, m, false) ||
-	    EVP_CIPHER_CTX_ctrl(crypto->context, EVP_CTRL_GCM_SET_TAG, SEAL_TAG_BYTES, m->tag) != 1)
+	    lib.EVP_CIPHER_CTX_ctrl(crypto->context, EVP_CTRL_GCM_SET_TAG, SEAL_TAG_BYTES, m->tag) != 1)
 		return -1;
-	return EVP_CipherFinal_ex(crypto->context, rest, &n) == 1;
+	return lib.EVP_CipherFinal_ex(crypto->context, rest, &n) == 1;
 }
 
 bool seal_hmac(const uint8_t key[SEAL_KEY_BYTES], const char *text, uint8_t out[SEAL_HMAC_BYTES])
 {
 	unsigned n;
 
-	return HMAC(EVP_sha512(), key, SEAL_KEY_BYTES, (const unsigned char *)text, strlen(text), out, &n) && n == SEAL_HMAC_BYTES;
+	return !load() &&
+	       lib.HMAC(lib.EVP_sha512(), key, SEAL_KEY_BYTES, (const unsigned char *)text, strlen(text), out, &n) &&
+	       n == SEAL_HMAC_BYTES;
 }
 
 struct seal_pages {
@@ -100,10 +134,10 @@ struct seal_pages {
 /* The key is set up once, as that takes longer than a page. */
 struct seal_pages *seal_pages_new(const uint8_t key[SEAL_PAGES_KEY_BYTES], bool encrypt)
 {
-	struct seal_pages *pages = calloc(1, sizeof(*pages));
+	struct seal_pages *pages = load() ? NULL : calloc(1, sizeof(*pages));
 
-	if (pages && (!(pages->context = EVP_CIPHER_CTX_new()) ||
-		      EVP_CipherInit_ex(pages->context, EVP_aes_256_xts(), NULL, key, NULL, encrypt) != 1)) {
+	if (pages && (!(pages->context = lib.EVP_CIPHER_CTX_new()) ||
+		      lib.EVP_CipherInit_ex(pages->context, lib.EVP_aes_256_xts(), NULL, key, NULL, encrypt) != 1)) {
 		seal_pages_free(pages);
 		return NULL;
 	}
@@ -114,7 +148,7 @@ void seal_pages_free(struct seal_pages *pages)
 {
 	if (!pages)
 		return;
-	EVP_CIPHER_CTX_free(pages->context);
+	lib.EVP_CIPHER_CTX_free(pages->context);
 	free(pages);
 }
 
@@ -125,6 +159,6 @@ bool seal_page(struct seal_pages *pages, uint64_t number, void *data)
 
 	for (unsigned i = 0; i < sizeof(number); i++)
 		unit[i] = (uint8_t)(number >> 8 * i);
-	return EVP_CipherInit_ex(pages->context, NULL, NULL, NULL, unit, -1) == 1 &&
-	       EVP_CipherUpdate(pages->context, data, &n, data, SEAL_PAGE_BYTES) == 1 && n == SEAL_PAGE_BYTES;
+	return lib.EVP_CipherInit_ex(pages->context, NULL, NULL, NULL, unit, -1) == 1 &&
+	       lib.EVP_CipherUpdate(pages->context, data, &n, data, SEAL_PAGE_BYTES) == 1 && n == SEAL_PAGE_BYTES;
 }

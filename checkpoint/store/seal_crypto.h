@@ -1,6 +1,6 @@
 /*
  * What encrypted exports and encrypted stores need of libcrypto, apart, as its headers take names of base/err.h: AES-256-GCM, AES-256-XTS, scrypt and
- * HMAC. No thread but one at a time for one context.
+ * HMAC. No thread but one at a time for one context. libcrypto is loaded by the first call; without it each fails.
  */
 #ifndef VMCP_CHECKPOINT_STORE_SEAL_CRYPTO_H
 #define VMCP_CHECKPOINT_STORE_SEAL_CRYPTO_H
@@ -18,8 +18,11 @@
 #define SEAL_R	   8u
 #define SEAL_P	   1u
 
+/* What to say behind "libcrypto" where a function has failed: "failed", or why it cannot be used. */
+const char *seal_why_not(void);
+
 struct seal_crypto;
-struct seal_crypto *seal_crypto_new(void);	   /* NULL: no memory */
+struct seal_crypto *seal_crypto_new(void);	   /* NULL: libcrypto failed, or no memory */
 void seal_crypto_free(struct seal_crypto *crypto); /* and forgets the key. NULL is allowed */
 bool seal_random(void *data, size_t bytes);
 /* What a file may ask for is bounded: nobody has vouched for it yet. */

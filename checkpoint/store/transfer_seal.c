@@ -33,7 +33,7 @@ bool transfer_is_sealed(const uint8_t start[TRANSFER_START_BYTES])
 	return memcmp(start, start_text, sizeof(start_text)) == 0;
 }
 
-static int failed(struct err *err) { return err_set(err, ERR_FAILED, EIO, "encryption: libcrypto failed"); }
+static int failed(struct err *err) { return err_set(err, ERR_FAILED, EIO, "encryption: libcrypto %s", seal_why_not()); }
 
 static struct seal_message message_of(uint64_t number, bool last, uint8_t *tag)
 {
@@ -73,7 +73,9 @@ static int make_seal(struct transfer_seal **out, struct err *err)
 	s->plain = malloc(PIECE_BYTES);
 	s->sealed = malloc(LENGTH_BYTES + PIECE_BYTES + SEAL_TAG_BYTES);
 	*out = s;
-	return s->crypto && s->plain && s->sealed ? 0 : err_sys(err, ENOMEM, "encryption");
+	if (!s->crypto)
+		return failed(err);
+	return s->plain && s->sealed ? 0 : err_sys(err, ENOMEM, "encryption");
 }
 
 void transfer_seal_free(struct transfer_io *io)
