@@ -39,7 +39,8 @@ build_and_test() {
     # Chained, as set -e does not hold in what stands left of ||.
     cmake --preset "$preset" >"build/$preset.log" 2>&1 || { cat "build/$preset.log"; return 1; }
     cmake --build --preset "$preset" >"build/$preset.log" 2>&1 || { tail -n 50 "build/$preset.log"; return 1; }
-    ctest --preset "$preset" -j "$(nproc)"
+    # Half of them wait: for disks that are slow on purpose, and for each other.
+    ctest --preset "$preset" -j $((2 * $(nproc)))
 }
 # What these tests look for is not to be found on a slow disk: temporary files in memory. Of the long random tests of disks as much as is said.
 build_and_test_in_memory() (
@@ -52,7 +53,7 @@ build_and_test_in_memory() (
 # One test of the stock guest in a machine of its own. QEMU's emulated SVM now and then gets its interrupt flags wrong, and the emulated host
 # hangs (with-kvm exits with 124) or dies (125): then once more, aloud.
 debian_test() {
-    local name=$1 try status=125 file=debian_test.py begin=$SECONDS
+    local name=$1 try status=125 file=debian_test.py
     case $name in fio | postgresql) file=debian_data_test.py ;; esac
     for try in 1 2 3; do
         status=0
@@ -60,25 +61,34 @@ debian_test() {
         case $kind:$status in software*:12[45] | none*:12[45]) ;; *) break ;; esac
         echo "run.sh: the software machine itself hung or died (try $try of 3)"
     done
-    echo "it took $((SECONDS - begin)) s"
     return "$status"
 }
-# Commands that keep little more than one processor busy, two at a time, the longest first; what they print is shown when all have ended.
+# Commands that keep little more than one processor busy, two at a time: the longest first. What each prints is shown when it has ended.
 together() {
     local command out
-    step "together: $(printf '%s; ' "$@")"
     out=$(mktemp -d)
+    printf '\n=== two at a time: %s(after %d s)\n' "$(printf '%s; ' "$@")" $((SECONDS - started))
     for command in "$@"; do
         # wait -n may return for one that ended long ago.
         while [ "$(jobs -pr | wc -l)" -ge 2 ]; do wait -n || true; done
-        # shellcheck disable=SC2086 # a command is words
-        { $command >"$out/$command" 2>&1 && : >"$out/$command.passed"; } &
+        { (apart "$command") >"$out/$command" 2>&1 </dev/null || true; flock "$out" cat "$out/$command"; } &
     done
     wait
     for command in "$@"; do
-        part "$command" show_result "$out/$command"
+        grep -q '^=== passed' "$out/$command" || failed+=("$command")
     done
     rm -rf "$out"
+}
+apart() {
+    local begin=$SECONDS end=passed
+    step "$1"
+    # shellcheck disable=SC2086 # a command is words
+    $1 || end=FAILED
+    printf '=== %s: %s, in %d s\n' "$end" "$1" $((SECONDS - begin))
+}
+vm_test() { "${near_kvm[@]}" python3 "tests/vm/$1_test.py"; }
+vm_test_sanitized() {
+    VMCP_BIN=$PWD/build/debug/cli/vmcp VMCP_TEST_ROUNDS=10 "${near_kvm[@]}" python3 tests/vm/tiny_test.py revert gone captured raw second powers json cancel
 }
 libvirt_test() {
     case $1 in
@@ -86,7 +96,6 @@ libvirt_test() {
         domains) "${near_kvm[@]}" python3 tests/vm/libvirt_test.py ;;
     esac
 }
-show_result() { cat "$1" && [ -e "$1.passed" ]; }
 
 step "packages"
 scripts/setup.sh build test
@@ -103,23 +112,6 @@ case $kind in
     none*) near_kvm=(tests/with-kvm --quiet) ;;
     *) near_kvm=() ;;
 esac
-part "whole VMs: the tiny guest" "${near_kvm[@]}" python3 tests/vm/tiny_test.py
-part "whole VMs: removing, keeping, collecting" "${near_kvm[@]}" python3 tests/vm/keep_test.py
-part "whole VMs: verify, diff, dump" "${near_kvm[@]}" python3 tests/vm/verify_test.py
-part "whole VMs: exports and imports" "${near_kvm[@]}" python3 tests/vm/export_test.py
-part "whole VMs: encrypted stores" "${near_kvm[@]}" python3 tests/vm/encryption_test.py
-part "whole VMs: golden stores" "${near_kvm[@]}" python3 tests/vm/golden_test.py
-part "whole VMs: the terminal" "${near_kvm[@]}" python3 tests/vm/terminal_test.py
-part "whole VMs: README, tutorial and examples" "${near_kvm[@]}" python3 tests/vm/tutorial_test.py
-part "whole VMs: chains of disk layers" "${near_kvm[@]}" python3 tests/vm/disk_layers_test.py
-part "whole VMs: ext4, XFS and btrfs" "${near_kvm[@]}" python3 tests/vm/filesystems_test.py
-part "whole VMs: groups" "${near_kvm[@]}" python3 tests/vm/group_test.py
-part "whole VMs: identity and clones" "${near_kvm[@]}" python3 tests/vm/clone_test.py
-together "libvirt_test checkpoint" "libvirt_test domains"
-part "whole VMs: bad input" "${near_kvm[@]}" python3 tests/vm/bad_input_test.py
-part "whole VMs: every fault point" "${near_kvm[@]}" python3 tests/vm/fault_table_test.py
-part "whole VMs under ASan+UBSan" env VMCP_BIN="$PWD/build/debug/cli/vmcp" VMCP_TEST_ROUNDS=10 \
-    "${near_kvm[@]}" python3 tests/vm/tiny_test.py revert gone captured raw second powers json cancel
 # One tiny sample of everything that is measured: the figures mean nothing here, but the scripts must not rot.
 bench_smoke() (
     out=$(mktemp -d)
@@ -134,12 +126,15 @@ if [ -n "${VMCP_TEST_POSTGRESQL:-}" ]; then
     packages=(--with fio,postgresql,postgresql-contrib --prepare tests/vm/debian_prepare.sh)
     long=("debian_test postgresql" "${long[@]}")
 fi
-part "the Debian guest: making it" examples/debian-guest/build.sh "${packages[@]}" "$VMCP_GUEST"
 if [ ${#near_kvm[@]} -eq 0 ]; then
     long+=(bench_smoke)
 else
     echo "SKIP: the benchmarks need a KVM of this host's own"
 fi
+make_debian_guest() { examples/debian-guest/build.sh "${packages[@]}" "$VMCP_GUEST"; }
+
+together make_debian_guest "vm_test fault_table" "vm_test tiny" vm_test_sanitized "vm_test bad_input" "vm_test export" "vm_test clone" "libvirt_test checkpoint" "vm_test group" \
+    "vm_test keep" "vm_test golden" "libvirt_test domains" "vm_test verify" "vm_test filesystems" "vm_test terminal" "vm_test disk_layers" "vm_test tutorial" "vm_test encryption"
 together "${long[@]}" "debian_test checkpoint_damage_revert" "debian_test network" "debian_test agent" "debian_test cpu_model" "debian_test boot_smp"
 
 printf '\n=== %d s\n' $((SECONDS - started))
