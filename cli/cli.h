@@ -86,6 +86,8 @@ const char *cli_value(const struct cli *cli, const char *name);
 bool cli_given(const struct cli *cli, const char *name);
 /* Opens the store that the command line names; it must exist. */
 int cli_open_store(const struct cli *cli, struct store **out, struct err *err);
+/* The key of a store that is in a file which `option` names: for store_key_free. */
+int cli_read_store_key(const char *option, const char *path, struct store_key **out, struct err *err);
 /* The key of the store that the command line names, which stays cli's; NULL: it names none. */
 int cli_store_key(struct cli *cli, struct store_key **out, struct err *err);
 /* Opens the store for what needs its key where it is encrypted: then one must be named. create: it is made, encrypted if a key is named. */

@@ -280,18 +280,22 @@ int cli_open_store(const struct cli *cli, struct store **out, struct err *err)
 	return store_open(cli->store_path, false, out, err);
 }
 
-int cli_store_key(struct cli *cli, struct store_key **out, struct err *err)
+int cli_read_store_key(const char *option, const char *path, struct store_key **out, struct err *err)
 {
 	CLEANUP_BUF struct buf text = BUF_INIT;
-	int rc = 0;
+	int rc = cli_read_key_file(option, path, &text, err);
 
-	if (cli->store_key_path && !cli->store_key) {
-		rc = cli_read_key_file("--store-key", cli->store_key_path, &text, err);
-		if (!rc)
-			cli->store_key = store_key_new(text.data, text.length, 0);
-		if (text.data)
-			explicit_bzero(text.data, text.capacity);
-	}
+	if (!rc)
+		*out = store_key_new(text.data, text.length, 0);
+	if (text.data)
+		explicit_bzero(text.data, text.capacity);
+	return rc;
+}
+
+int cli_store_key(struct cli *cli, struct store_key **out, struct err *err)
+{
+	int rc = cli->store_key_path && !cli->store_key ? cli_read_store_key("--store-key", cli->store_key_path, &cli->store_key, err) : 0;
+
 	*out = cli->store_key;
 	return rc;
 }

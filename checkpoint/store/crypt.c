@@ -109,18 +109,35 @@ static void remember(struct store_key *key, const char *text, const uint8_t mast
 	memcpy(key->master, master, SEAL_KEY_BYTES);
 }
 
-int crypt_make_format(struct store_key *key, char text[CRYPT_FORMAT_BYTES], struct err *err)
+static int wrap_anew(struct store_key *key, uint8_t master[SEAL_KEY_BYTES], char text[CRYPT_FORMAT_BYTES], struct err *err)
 {
 	struct fields f = {.log_n = key->log_n, .r = SEAL_R, .p = SEAL_P};
-	uint8_t master[SEAL_KEY_BYTES];
 
-	if (!seal_random(f.salt, sizeof(f.salt)) || !seal_random(master, sizeof(master)))
+	if (!seal_random(f.salt, sizeof(f.salt)))
 		return failed(err);
 	int rc = wrap(key, &f, master, true, err);
 	if (!rc) {
 		put_format(&f, text);
 		remember(key, text, master);
 	}
+	return rc;
+}
+
+int crypt_make_format(struct store_key *key, char text[CRYPT_FORMAT_BYTES], struct err *err)
+{
+	uint8_t master[SEAL_KEY_BYTES];
+	int rc = seal_random(master, sizeof(master)) ? wrap_anew(key, master, text, err) : failed(err);
+
+	explicit_bzero(master, sizeof(master));
+	return rc;
+}
+
+int crypt_change_format(const struct store *store, struct store_key *key, char text[CRYPT_FORMAT_BYTES], struct err *err)
+{
+	uint8_t master[SEAL_KEY_BYTES];
+
+	memcpy(master, store->master, sizeof(master));
+	int rc = wrap_anew(key, master, text, err);
 	explicit_bzero(master, sizeof(master));
 	return rc;
 }
@@ -144,13 +161,20 @@ int crypt_open_format(struct store *store, struct store_key *key, const char *te
 	}
 	if (rc == -EKEYREJECTED) {
 		err_set(err, ERR_FAILED, EKEYREJECTED, "store %s: the key does not fit", store->path);
-		err_hint(err, "name the key that it was made with: --store-key FILE");
+		err_hint(err, "name its key: --store-key FILE. `vmcp rekey` may have changed it");
 	}
 	if (rc)
 		return rc;
 	memcpy(store->master, key->master, sizeof(store->master));
 	store->has_key = true;
 	return 0;
+}
+
+int crypt_not_encrypted(const struct store *store, struct err *err)
+{
+	err_set(err, ERR_STATE, EEXIST, "store %s: it is not encrypted", store->path);
+	err_hint(err, "export its checkpoints, and import them into a new store that --store-key encrypts; or leave out --store-key");
+	return -EEXIST;
 }
 
 bool store_is_encrypted(const struct store *store) { return store->encrypted; }

@@ -27,8 +27,11 @@ int store_cipher_pages(struct seal_pages *pages, uint64_t first, uint64_t count,
 
 /* The text of `format` of a new store with a new key, which *key then opens without scrypt. */
 int crypt_make_format(struct store_key *key, char text[CRYPT_FORMAT_BYTES], struct err *err);
+/* The same of a store that has its key, which stays: only what it is encrypted with is another one. */
+int crypt_change_format(const struct store *store, struct store_key *key, char text[CRYPT_FORMAT_BYTES], struct err *err);
 /* Gives the store, whose `format` that is, its key. -EKEYREJECTED: it is another one. key NULL: the store has none. */
 int crypt_open_format(struct store *store, struct store_key *key, const char *text, struct err *err);
+int crypt_not_encrypted(const struct store *store, struct err *err); /* that error: -EEXIST, ERR_STATE */
 /* Of a store with its key. *out: BUF_INIT before. */
 int crypt_seal_state(struct store *store, const char *id, const void *data, size_t length, struct buf *out, struct err *err);
 /* In place. -EBADMSG, ERR_DAMAGED: it is not what was written. */

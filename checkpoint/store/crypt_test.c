@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/file.h"
 #include "checkpoint/store/crypt.h"
@@ -109,6 +110,68 @@ Test(crypt, a_key_remembers_the_store_that_it_opened)
 	store_close(open_as("other", 0, true));
 	cr_assert_eq(store_open_with_key(path, false, key, &store, NULL), -EKEYREJECTED);
 	store_key_free(key);
+}
+
+static int change(struct store *store, const char *from, const char *to, struct err *err)
+{
+	struct store_key *old = store_key_new(from, strlen(from), LITTLE), *now = store_key_new(to, strlen(to), LITTLE);
+	int rc = store_change_key(store, old, now, err);
+
+	store_key_free(old);
+	store_key_free(now);
+	return rc;
+}
+
+/* Who has it open goes on, and keeps others from making the catalogue anew; what they write is read with the new key. */
+Test(crypt, the_key_changes)
+{
+	const char *id = "00000000000000000000000000000001";
+	CLEANUP_BUF struct buf state = BUF_INIT, before = BUF_INIT, after = BUF_INIT;
+	struct store *running = make(), *store = open_as("mine", 0, false);
+	struct store_rebuilt rebuilt;
+	CLEANUP_FREE char *leftover = xasprintf("%s/.tmp-0123456789abcdef", path);
+
+	store_test_write_text(leftover, "of a change that was killed");
+	cr_assert_eq(file_read_all(store->dir, "format", 4096, &before, NULL), 0);
+	cr_assert_eq(change(store, "mine", "other", NULL), 0);
+	cr_assert_eq(file_read_all(store->dir, "format", 4096, &after, NULL), 0);
+	cr_assert_eq(after.length, before.length);
+	for (size_t i = sizeof("vmcp store 2\nkey 1 8 1 ") - 1; i + 16 < after.length; i += 16)
+		cr_assert_neq(memcmp(before.data + i, after.data + i, 16), 0, "salt or wrapped key stayed at %zu", i);
+	cr_assert_neq(access(leftover, F_OK), 0);
+	store_close(store);
+	cr_assert_null(open_as("mine", -EKEYREJECTED, false));
+	cr_assert_eq(crypt_seal_state(running, id, "some state", 10, &state, NULL), 0);
+	cr_assert_eq(store_rebuild(path, &rebuilt, NULL), -EBUSY);
+	store_close(running);
+	cr_assert_eq(store_rebuild(path, &rebuilt, NULL), 0);
+	store = open_as("other", 0, false);
+	cr_assert_eq(crypt_open_state(store, id, &state, NULL), 0);
+	cr_assert(state.length == 10 && memcmp(state.data, "some state", 10) == 0);
+	cr_assert_eq(change(store, "other", "other", NULL), 0, "to the same one, with another salt");
+	store_close(store);
+	store_close(open_as("other", 0, false));
+}
+
+Test(crypt, the_key_changes_for_who_has_it_only)
+{
+	struct store *store = make(), *slower = open_as("mine", 0, false), *without = open_as(NULL, 0, false);
+	struct err err = ERR_INIT;
+
+	cr_assert_eq(change(store, "another", "other", &err), -EKEYREJECTED);
+	cr_assert(err.class == ERR_FAILED && err.hint[0]);
+	cr_assert_eq(change(without, "mine", "other", NULL), -ENOKEY);
+	store_close(open_as("mine", 0, false));
+	cr_assert_eq(change(store, "mine", "other", NULL), 0);
+	cr_assert_eq(change(slower, "mine", "third", NULL), -EKEYREJECTED, "it was changed since");
+	cr_assert_eq(change(slower, "other", "third", NULL), 0);
+	store_close(store);
+	store_close(slower);
+	store_close(without);
+	store_close(open_as("third", 0, false));
+	err = ERR_INIT;
+	cr_assert_eq(change(store_test_store, "mine", "other", &err), -EEXIST, "a plain store");
+	cr_assert(err.class == ERR_STATE && err.hint[0]);
 }
 
 Test(crypt, a_store_of_this_version_stays_readable)

@@ -28,12 +28,12 @@ static int lock_alone(struct store *store, struct err *err)
 {
 	const struct timespec moment = {.tv_nsec = 20000000};
 	uint64_t end = clock_now_ns() + WAIT_LOCK_NS;
-	struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
 
-	while (fcntl(store->format_fd, F_OFD_SETLK, &lock)) {
+	while (store_lock_byte(store, STORE_LOCK_OPEN, F_WRLCK)) {
 		if (clock_now_ns() >= end) {
 			err_set(err, ERR_STATE, EBUSY, "%s: others use this store", store->path);
-			return err_hint(err, "end its VMs, `vmcp ps` lists them, and what else runs on it, and try again");
+			err_hint(err, "end its VMs, `vmcp ps` lists them, and what else runs on it, and try again");
+			return -EBUSY;
 		}
 		nanosleep(&moment, NULL);
 	}

@@ -20,7 +20,6 @@
 #include "checkpoint/store/crypt.h"
 #include "checkpoint/store/store_internal.h"
 
-#define FORMAT_FILE	"format"
 #define SHARE_TRIES	1500 /* of 20 ms */
 #define STATE_MAX_BYTES (1ull << 30)
 #define MISSING_HINT	"`vmcp run` makes it; another one is named by --store or VMCP_STORE"
@@ -65,6 +64,13 @@ int store_try_lock(int fd)
 	return fcntl(fd, F_OFD_SETLK, &lock) == 0 ? 0 : -EAGAIN;
 }
 
+int store_lock_byte(struct store *store, enum store_lock which, short type)
+{
+	struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = which, .l_len = 1};
+
+	return fcntl(store->lock_fd, F_OFD_SETLK, &lock) == 0 ? 0 : -EAGAIN;
+}
+
 /* --- opening --- */
 
 bool store_folder_is_empty(int dir)
@@ -97,8 +103,9 @@ static int make_encrypted(struct store *store, struct store_key *key, struct err
 	if (rc)
 		return rc;
 	rc = fault_check(FAULT_STORE_KEY_WRITTEN, err);
-	if (!rc && linkat(store->dir, name, store->dir, FORMAT_FILE, 0) && errno != EEXIST)
-		rc = err_sys(err, errno, "%s/%s", store->path, FORMAT_FILE);
+	/* ENOENT: another one has made it, and changed its key since (rekey.c). */
+	if (!rc && linkat(store->dir, name, store->dir, STORE_FORMAT_FILE, 0) && errno != EEXIST && errno != ENOENT)
+		rc = err_sys(err, errno, "%s/%s", store->path, STORE_FORMAT_FILE);
 	unlinkat(store->dir, name, 0);
 	return rc ? rc : file_sync_dir(store->dir, err);
 }
@@ -117,7 +124,7 @@ static int make_format(struct store *store, bool create, struct store_key *key, 
 		err_hint(err, MISSING_HINT);
 		return -ENOENT;
 	}
-	return key ? make_encrypted(store, key, err) : file_write_atomic(store->dir, FORMAT_FILE, line, strlen(line), 0600, err);
+	return key ? make_encrypted(store, key, err) : file_write_atomic(store->dir, STORE_FORMAT_FILE, line, strlen(line), 0600, err);
 }
 
 /* A folder is a store if it holds the format file; an empty one becomes a store. */
@@ -126,20 +133,20 @@ static int check_format(struct store *store, bool create, struct store_key *key,
 	CLEANUP_BUF struct buf text = BUF_INIT;
 	unsigned version;
 
-	if (faccessat(store->dir, FORMAT_FILE, F_OK, 0)) {
+	if (faccessat(store->dir, STORE_FORMAT_FILE, F_OK, 0)) {
 		int made = make_format(store, create, key, err);
 
 		/* Not empty: another process may have made the store since, and the format file comes first. */
-		if (made && (made != -ENOTDIR || faccessat(store->dir, FORMAT_FILE, F_OK, 0)))
+		if (made && (made != -ENOTDIR || faccessat(store->dir, STORE_FORMAT_FILE, F_OK, 0)))
 			return made;
 		if (err)
 			*err = ERR_INIT;
 	}
-	int rc = file_read_all(store->dir, FORMAT_FILE, 4096, &text, err);
+	int rc = file_read_all(store->dir, STORE_FORMAT_FILE, 4096, &text, err);
 	if (rc)
 		return rc;
 	if (sscanf((char *)text.data, "vmcp store %u", &version) != 1)
-		return err_set(err, ERR_DAMAGED, EINVAL, "%s/%s: damaged", store->path, FORMAT_FILE);
+		return err_set(err, ERR_DAMAGED, EINVAL, "%s/%s: damaged", store->path, STORE_FORMAT_FILE);
 	if (version > STORE_FORMAT_VERSION) {
 		err_set(err, ERR_FAILED, ENOTSUP, "%s: format %u is newer than this vmcp knows (%d)", store->path,
 			version, STORE_FORMAT_VERSION);
@@ -148,11 +155,7 @@ static int check_format(struct store *store, bool create, struct store_key *key,
 	}
 	if (version == CRYPT_FORMAT_VERSION)
 		return crypt_open_format(store, key, (char *)text.data, err);
-	if (!key)
-		return 0;
-	err_set(err, ERR_STATE, EEXIST, "store %s: it is not encrypted", store->path);
-	err_hint(err, "export its checkpoints, and import them into a new store that --store-key encrypts; or leave out --store-key");
-	return -EEXIST;
+	return key ? crypt_not_encrypted(store, err) : 0;
 }
 
 static int open_folders(struct store *store, struct err *err)
@@ -177,12 +180,11 @@ static int open_folders(struct store *store, struct err *err)
 static int share(struct store *store, struct err *err)
 {
 	const struct timespec moment = {.tv_nsec = 20000000};
-	struct flock lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET};
 
-	store->format_fd = openat(store->dir, FORMAT_FILE, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-	if (store->format_fd < 0)
-		return err_sys(err, errno, "%s/%s", store->path, FORMAT_FILE);
-	for (unsigned tries = 0; fcntl(store->format_fd, F_OFD_SETLK, &lock); tries++) {
+	store->lock_fd = openat(store->dir, STORE_LOCK_FILE, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+	if (store->lock_fd < 0)
+		return err_sys(err, errno, "%s/%s", store->path, STORE_LOCK_FILE);
+	for (unsigned tries = 0; store_lock_byte(store, STORE_LOCK_OPEN, F_RDLCK); tries++) {
 		if (tries == SHARE_TRIES) {
 			err_set(err, ERR_STATE, EBUSY, "%s: its catalogue is being made anew", store->path);
 			return err_hint(err, "try again when `vmcp gc --rebuild` has ended");
@@ -197,7 +199,7 @@ int store_open_folders(const char *path, bool create, struct store_key *key, str
 	struct store *store = xcalloc(1, sizeof(*store));
 	int rc;
 
-	store->checkpoints_dir = store->layers_dir = store->vms_dir = store->staging_dir = store->format_fd = -1;
+	store->checkpoints_dir = store->layers_dir = store->vms_dir = store->staging_dir = store->lock_fd = -1;
 	pthread_mutex_init(&store->lock, NULL);
 	store->path = xstrdup(path);
 	store->dir = rc = file_open_dir(AT_FDCWD, path, create, err);
@@ -250,7 +252,7 @@ void store_close(struct store *store)
 	if (!store)
 		return;
 	catalog_close(store);
-	const int fds[] = {store->dir, store->checkpoints_dir, store->layers_dir, store->vms_dir, store->staging_dir, store->format_fd};
+	const int fds[] = {store->dir, store->checkpoints_dir, store->layers_dir, store->vms_dir, store->staging_dir, store->lock_fd};
 	for (size_t i = 0; i < ARRAY_LENGTH(fds); i++)
 		if (fds[i] >= 0)
 			close(fds[i]);

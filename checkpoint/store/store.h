@@ -43,6 +43,11 @@ int store_open_with_key(const char *path, bool create, struct store_key *key, st
  * last store that it opened, so that it opens it again at once. Any thread, one at a time. */
 struct store_key *store_key_new(const void *secret, size_t bytes, unsigned log_n);
 void store_key_free(struct store_key *key); /* NULL is allowed */
+/*
+ * Another key for the store, which was opened with its present one, `old`. What is in it stays as it is, as its own key, which the user's encrypts, does: who has the store
+ * open is not disturbed. From the rename of `format` on `now` opens it, and `old` does not. -EKEYREJECTED: somebody else was faster. ERR_STATE: it is not encrypted.
+ */
+int store_change_key(struct store *store, struct store_key *old, struct store_key *now, struct err *err);
 bool store_is_encrypted(const struct store *store);
 /* 0: what it keeps can be read and written. -ENOKEY, ERR_USAGE with a hint: it is encrypted, and was opened without its key. */
 int store_check_key(const struct store *store, struct err *err);

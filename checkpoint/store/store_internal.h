@@ -18,7 +18,7 @@
 struct store {
 	char *path; /* absolute; immutable, like the descriptors */
 	int dir, checkpoints_dir, layers_dir, vms_dir, staging_dir;
-	int format_fd; /* with a read lock: rebuild.c has to be alone */
+	int lock_fd; /* of STORE_LOCK_FILE */
 	pthread_mutex_t lock;
 	sqlite3 *db; /* under lock */
 	/* immutable; crypt.c */
@@ -26,6 +26,15 @@ struct store {
 	uint8_t master[32];
 };
 
+#define STORE_FORMAT_FILE "format"
+/* Empty, and one byte of it for each lock (OFD). It is made once: `format` may be replaced below who has the store open. */
+#define STORE_LOCK_FILE "store.lock"
+enum store_lock {
+	STORE_LOCK_OPEN = 0, /* a read lock while the store is open; rebuild.c has to be alone */
+	STORE_LOCK_KEY = 1,  /* who changes the key: rekey.c */
+};
+/* store.c: type is F_RDLCK, F_WRLCK or F_UNLCK. 0, or -EAGAIN: somebody holds it. */
+int store_lock_byte(struct store *store, enum store_lock which, short type);
 /* store.c: without the catalogue. */
 int store_open_folders(const char *path, bool create, struct store_key *key, struct store **out, struct err *err);
 

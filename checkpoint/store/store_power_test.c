@@ -331,6 +331,67 @@ Test(store_power, cuts)
 	cr_assert_eq(made, cuts);
 }
 
+/* --- the key of an encrypted store --- */
+
+static bool opens(const char *folder, const char *secret)
+{
+	struct store_key *key = store_key_new(secret, strlen(secret), 1);
+	struct store *in = NULL;
+	struct err err = ERR_INIT;
+	int rc = store_open_with_key(folder, false, key, &in, &err);
+
+	store_key_free(key);
+	store_close(in);
+	cr_assert(rc == 0 || rc == -EKEYREJECTED, "%s: %s", folder, err.message);
+	return rc == 0;
+}
+
+/* The n-th change or sync of a change of the key is the last one that happens. False: there are not so many. */
+static bool cut_while_the_key_changes(uint64_t seed, uint64_t n, const char *folder, bool *changed)
+{
+	struct store_key *old = store_key_new("old", 3, 1), *now = store_key_new("new", 3, 1);
+	struct err err = ERR_INIT;
+
+	store_close(store_test_store);
+	cr_assert_eq(file_remove_tree(AT_FDCWD, store_test_folder, NULL), 0);
+	cr_assert_eq(mkdir(store_test_folder, 0700), 0);
+	power_sim_begin(store_test_folder, seed);
+	cr_assert_eq(store_open_with_key(store_test_folder, true, old, &store_test_store, &err), 0, "%s", err.message);
+	power_sim_arm(n, folder);
+	cr_assert_eq(store_change_key(store_test_store, old, now, &err), 0, "%s", err.message);
+	bool cut = power_sim_was_cut();
+	power_sim_arm(0, folder);
+	power_sim_end();
+	if (cut) {
+		*changed = opens(folder, "new");
+		cr_assert_neq(opens(folder, "old"), *changed, "seed %llu, change %llu: one key opens it", (unsigned long long)seed, (unsigned long long)n);
+	}
+	cr_assert_eq(file_remove_tree(AT_FDCWD, folder, NULL), 0);
+	store_key_free(old);
+	store_key_free(now);
+	return cut;
+}
+
+/* One of both keys opens it, whenever the power goes; the new one once that was reported. */
+Test(store_power, cuts_while_the_key_changes)
+{
+	bool both[2] = {false, false};
+	char folder[128];
+
+	snprintf(folder, sizeof(folder), "%s/cut", store_test_work);
+	for (uint64_t seed = 1; seed <= 20; seed++) {
+		bool changed = false;
+		uint64_t n = 1;
+
+		while (cut_while_the_key_changes(seed, n, folder, &changed)) {
+			both[changed] = true;
+			n++;
+		}
+		cr_assert(n > 4 && changed, "seed %llu: reported, and lost", (unsigned long long)seed);
+	}
+	cr_assert(both[false] && both[true]);
+}
+
 /* --- calls that fail --- */
 
 /* One step in which the n-th change fails. False: it had ended before. */

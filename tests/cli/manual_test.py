@@ -323,7 +323,7 @@ def test_completion(env):
     golden_store(env)
     document = tables(env)
     check_equal(candidates(env, ""), [command["name"] for command in document["commands"]], "commands")
-    check_equal(candidates(env, "--store", env.store, "re"), ["resume", "revert"], "commands that begin with re")
+    check_equal(candidates(env, "--store", env.store, "re"), ["resume", "revert", "rekey"], "commands that begin with re")
     for command in document["commands"]:
         check_equal(candidates(env, command["name"], "--"), own_and_shared(document, command), f"options of {command['name']}")
         for option in command["options"]:
@@ -370,7 +370,7 @@ def bash(env, line):
 def test_bash(env):
     golden_store(env)
     env.write("machine.cfg", "")
-    check_equal(bash(env, "vmcp re"), ["resume", "revert"], "commands")
+    check_equal(bash(env, "vmcp re"), ["resume", "revert", "rekey"], "commands")
     check_equal(bash(env, "vmcp revert fi"), ["first"], "tags")
     check_equal(bash(env, "vmcp revert 9a1"), ["9a1a3d58b5f8"], "ids")
     check_equal(bash(env, "vmcp checkpoint --wait="), ["captured", "written", "durable"], "words behind =")
@@ -385,7 +385,7 @@ def test_fish(env):
     def fish(line):
         return [one.split("\t")[0] for one in in_shell(env, "fish", f"source {COMPLETIONS}/vmcp.fish; complete -C {shlex.quote(line)}")]
 
-    check_equal(fish("vmcp re"), ["resume", "revert"], "commands")
+    check_equal(fish("vmcp re"), ["rekey", "resume", "revert"], "commands")
     check_equal(fish("vmcp revert fi"), ["first"], "tags")
     check_equal(fish("vmcp checkpoint --wait wr"), ["written"], "words")
 

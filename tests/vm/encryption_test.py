@@ -159,6 +159,54 @@ def test_keys(env):
     check_equal(env.vmcp_json("show", ids[0], store=plain)["encrypted"], False, "show of the plain store")
 
 
+def test_rekey(env):
+    """The key changes below a VM that runs: it runs on, the old key opens nothing any more, and the new one all, what was taken before and after."""
+    words, guest, ids = encrypted(env)
+    new = env.write("new", "another\n")
+    master = store_memory.store_key(env.store, SECRET.encode())
+    contents = core_memory(env, ids[0], *words)
+    for given, status, says in (((), 2, "no key was named"), (("--store-key", new), 1, "the key does not fit"), (("--store-key", env.path("nothere")), 3, "nothere")):
+        done = env.vmcp("rekey", new, *given, status=status)
+        check(says in done.err and len(done.err.splitlines()) <= 2, f"what is said: {done}")
+    env.vmcp("rekey", env.write("empty", "\n"), *words, status=2)
+    check("it is not encrypted" in env.vmcp("rekey", new, status=4, store=plain_store(env)).err, "a plain store")
+    check_equal(env.vmcp_json("rekey", new, *words), {"store": os.path.realpath(env.store), "key_file": new}, "what it says")
+    check_equal(store_memory.store_key(env.store, b"another"), master, "the store's own key")
+    check_equal([name for name in os.listdir(env.store) if name.startswith(".tmp-")], [], "temporaries")
+    # It runs on, and needs to be told nothing.
+    guest.check()
+    guest.epoch(50)
+    ids.append(env.vmcp_json("checkpoint", "--live", "tiny")["id"])
+    guest.epoch(51)
+    env.vmcp("revert", ids[-1])
+    check_equal(guest.check()["epoch"], "50", "epoch after a revert")
+    check("others use this store" in env.vmcp("gc", "--rebuild", status=4).err, "a catalogue made anew beside it")
+    env.vmcp("kill", "tiny")
+    for command in (("run", "--from", ids[0], "--detach"), ("dump", ids[0], env.path("core")), ("rekey", new), ("verify",)):
+        check("the key does not fit" in env.vmcp(*command, *words, status=1).err, f"{command} with the old key")
+    words = ("--store-key", new)
+    env.vmcp("verify", *words)
+    check(core_memory(env, ids[0], *words) == contents, "memory of before")
+    for one in (ids[1], ids[-1]):
+        guest = env.spawn_tiny("run", "--from", one, *words, ready=False)
+        guest.check()
+        env.vmcp("checkpoint", "--live", "tiny")
+        env.vmcp("kill", "tiny")
+    env.vmcp("gc", "--rebuild")
+    # And back again, without a word.
+    check_equal(env.vmcp("rekey", env.path("key"), "-q", env={"VMCP_STORE_KEY": new}).out, "", "with -q")
+    env.vmcp("verify", "--store-key", env.path("key"))
+
+
+def plain_store(env):
+    """An empty one."""
+    store = env.path("plain")
+    os.makedirs(store, exist_ok=True)
+    with open(os.path.join(store, "format"), "w", encoding="ascii") as file:
+        file.write("vmcp store 1\n")
+    return store
+
+
 def test_between_stores(env):
     """Whole exports and increments go from an encrypted store to a plain one, to one with another key, and back: all have the same memory."""
     words, guest, ids = encrypted(env)

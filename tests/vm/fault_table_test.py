@@ -165,6 +165,26 @@ def bring_in_encrypted(world, fault):
     return bring_in(world, fault, "--store-key", world.env.write("key", "a passphrase\n"))
 
 
+def rekey(world, fault):
+    """Of that store: one of both keys opens it afterwards, the new one if that was reported."""
+    env, other = world.env, world.env.path("other")
+    keys = [env.write(f"key{number}", f"passphrase {number}\n") for number in range(2)]
+    if not os.path.exists(other):
+        env.vmcp("import", env.path("good.vmcp"), "--store-key", keys[0], store=other)
+
+    def present():
+        opened = [key for key in keys if env.vmcp("verify", "--store-key", key, store=other, status=None).status == 0]
+        check_equal(len(opened), 1, "keys that open the store")
+        return opened[0]
+
+    old = present()
+    new = keys[1 - keys.index(old)]
+    _, ended = command(world, fault, "rekey", new, "--store-key", old, store=other)
+    check(present() == new or ended.died or ended.failed, "the change has ended well, and the old key opens the store")
+    check(present() == old or fault[:4] not in ("1:1:", "2:1:", "352:"), f"{fault}: it has changed the key")
+    return ended
+
+
 def resize(world, fault):
     """Of an image of the user's own, which has a feature that a writer has to clear first."""
     path = world.env.image("own.qcow2", "1M", "qcow2", "-o", "cluster_size=512")
@@ -322,6 +342,7 @@ def rotation(world, fault):
 ROWS = [
     (bring_in, [1, 2, 3, 317, 300, 301, 100, 101, 332, 333, 334, 335, 336, 308, 303, 304, 305, 337]),
     (bring_in_encrypted, [350]),
+    (rekey, [1, 2, 3, 352, 353]),
     (tag, [351]),
     (checkpoint, [*range(200, 222), *range(300, 307), 308, 100, 101, 102, 116, 117]),
     (revert, [*range(230, 239)]),
@@ -336,7 +357,7 @@ ROWS = [
     (guest_disk, [*range(104, 118)]),
 ]
 # These write nothing to the world's own store: they look after what they did themselves.
-ELSEWHERE = (bring_in, bring_in_encrypted, export, resize, guest_disk)
+ELSEWHERE = (bring_in, bring_in_encrypted, rekey, export, resize, guest_disk)
 # What died there has made a checkpoint all the same: behind the commit point.
 COMMITTED = {"checkpoint": {221, 304, 305}}
 
