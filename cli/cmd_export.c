@@ -130,7 +130,7 @@ static int run_export(struct cli *cli, struct err *err)
 
 static const struct cli_option export_options[] = {
 	{"since", 0, "CKPT", "only what differs from this checkpoint, which the other side must have", "@ckpt"},
-	{"resume", 0, NULL, "keep FILE.part when interrupted, and go on with one that is there"},
+	{"resume", 0, NULL, "keep FILE.part when interrupted, and go on with one that is there; with the same key, if there is one"},
 	{"key-file", 0, "FILE", "encrypt it with the key or passphrase in FILE", "@file"},
 	{"max-rate", 0, "SIZE", "at most so many bytes a second, such as 10M"},
 	{0},

@@ -161,6 +161,7 @@ static int open_export(struct export *x, const char *id, const char *since, stru
 static void close_export(struct export *x)
 {
 	transfer_seal_free(&x->out);
+	transfer_mark_free(&x->mark);
 	transfer_side_close(&x->own);
 	transfer_side_close(&x->since);
 	buf_free(&x->head_text);
@@ -218,7 +219,8 @@ static int write_stream(struct export *x, struct err *err)
 	x->out.started_ns = clock_now_ns();
 	transfer_put_start(start);
 	if (x->options->key)
-		rc = transfer_seal_begin(&x->out, x->options->key, err);
+		rc = x->from.started ? transfer_seal_go_on(&x->out, x->options->key, &x->mark, err)
+				     : transfer_seal_begin(&x->out, x->options->key, x->resume, err);
 	if (!rc && !x->from.started)
 		rc = transfer_write(&x->out, start, sizeof(start), err);
 	if (!rc)
@@ -274,13 +276,6 @@ static int exists(const char *path, struct err *err)
 {
 	err_set(err, ERR_STATE, EEXIST, "%s: there is a file already", path);
 	return err_hint(err, "remove it, or choose another name");
-}
-
-/* Its key is of its own salt, and a nonce must never come twice. */
-static int no_resume(struct err *err)
-{
-	err_set(err, ERR_USAGE, EINVAL, "--resume: an encrypted export cannot be gone on with");
-	return err_hint(err, "export it from the beginning, or without --key-file onto an encrypted disk");
 }
 
 static int open_target(struct target *t, bool resume, struct err *err)
@@ -344,7 +339,8 @@ int transfer_export_file(struct store *store, const char *id, const char *since,
 	struct target target = {.path = path, .folder = -1, .fd = -1};
 
 	init(x, store, options, result);
-	int rc = resume && options->key ? no_resume(err) : open_export(x, id, since, err);
+	x->resume = resume;
+	int rc = open_export(x, id, since, err);
 	if (!rc)
 		rc = open_target(&target, resume, err);
 	if (!rc)

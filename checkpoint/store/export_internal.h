@@ -23,7 +23,9 @@ struct export {
 	uint32_t disk_count;
 	char *images[TRANSFER_MAX_DISKS], *since_images[TRANSFER_MAX_DISKS]; /* by number in the head; NULL: none */
 	uint64_t total_bytes, done_bytes;
+	bool resume;
 	struct export_position from; /* where to begin: all zero for the beginning */
+	struct transfer_mark mark;   /* of the file, where that is */
 	/* owner: the producing thread */
 	struct transfer_pipe *pipe;
 	struct transfer_slot *slot; /* being filled with runs, or NULL */

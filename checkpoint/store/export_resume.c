@@ -6,13 +6,11 @@
 #include <errno.h>
 #include <unistd.h>
 
-#include "base/file.h"
 #include "checkpoint/store/export_internal.h"
 
 struct scan {
 	struct export *x;
-	int fd;
-	uint64_t offset;
+	struct transfer_io in;
 	void *context;
 	struct transfer_slot slot;
 	struct buf head, manifest;
@@ -72,48 +70,78 @@ static bool take_chunk(struct scan *s)
 	}
 }
 
+static bool read_whole(struct scan *s, void *data, size_t length)
+{
+	size_t got;
+
+	return transfer_read(&s->in, data, length, &got, NULL) == 0 && got == length;
+}
+
 static bool read_chunk(struct scan *s)
 {
 	uint8_t header[TRANSFER_HEADER_BYTES];
 	struct transfer_header *h = &s->slot.header;
 
-	return file_pread_full(s->fd, header, sizeof(header), s->offset, NULL) == 0 &&
-	       transfer_get_header(header, s->x->ledger.chunks, h, NULL) == 0 &&
-	       file_pread_full(s->fd, s->slot.packed, h->packed_bytes, s->offset + sizeof(header), NULL) == 0 &&
-	       transfer_unpack(&s->slot, s->context, NULL) == 0;
+	return read_whole(s, header, sizeof(header)) && transfer_get_header(header, s->x->ledger.chunks, h, NULL) == 0 &&
+	       read_whole(s, s->slot.packed, h->packed_bytes) && transfer_unpack(&s->slot, s->context, NULL) == 0;
 }
 
-static int scan_all(struct scan *s, struct err *err)
+/* Of an encrypted file: what is encrypted in it. *usable: it can be gone on with. */
+static int open_seal(struct scan *s, const uint8_t start[TRANSFER_START_BYTES], bool *usable, struct err *err)
+{
+	struct err why = ERR_INIT;
+	int rc = transfer_seal_open(&s->in, start, s->x->options->key, &why);
+
+	*usable = !rc && transfer_seal_is_resumable(&s->in);
+	if (rc != -EKEYREJECTED)
+		return 0;
+	err_set(err, ERR_FAILED, EKEYREJECTED, "%s: the key does not fit", s->in.what);
+	err_hint(err, "name the key that it was begun with; or remove the file, to begin anew");
+	return -EKEYREJECTED;
+}
+
+/* *usable: what follows is chunks. */
+static int read_start(struct scan *s, bool *usable, struct err *err)
 {
 	uint8_t start[TRANSFER_START_BYTES];
 	int rc = 0;
 
-	if (file_pread_full(s->fd, start, sizeof(start), 0, NULL) || transfer_check_start(start, NULL))
-		return 0;
-	s->offset = sizeof(start);
-	while (!rc && read_chunk(s) && take_chunk(s)) {
-		s->offset += TRANSFER_HEADER_BYTES + s->slot.header.packed_bytes;
-		s->x->result->content_bytes += s->slot.header.content_bytes;
-		rc = transfer_ledger_add(&s->x->ledger, &s->slot.header, err);
-		if (!rc && transfer_is_cancelled(s->x->options->cancel, err))
-			rc = -ECANCELED;
+	*usable = read_whole(s, start, sizeof(start)) && transfer_is_sealed(start) == (s->x->options->key != NULL);
+	if (*usable && s->x->options->key) {
+		rc = open_seal(s, start, usable, err);
+		*usable = *usable && read_whole(s, start, sizeof(start));
 	}
+	*usable = *usable && transfer_check_start(start, NULL) == 0;
 	return rc;
 }
 
-/* Nothing of it can be used. */
-static int begin_anew(struct scan *s, struct err *err)
+static int scan_all(struct scan *s, struct err *err)
 {
-	transfer_ledger_free(&s->x->ledger);
-	s->x->from = (struct export_position){0};
-	s->x->result->pages = s->x->result->disk_bytes = s->x->result->content_bytes = 0;
-	s->offset = 0;
-	return transfer_ledger_init(&s->x->ledger, err);
+	bool usable;
+	int rc = read_start(s, &usable, err);
+
+	while (!rc && usable && read_chunk(s) && take_chunk(s)) {
+		transfer_mark(&s->in, &s->x->mark);
+		s->x->result->content_bytes += s->slot.header.content_bytes;
+		rc = transfer_ledger_add(&s->x->ledger, &s->slot.header, err);
+	}
+	/* What was not read for that is no damage. */
+	return !rc && transfer_is_cancelled(s->x->options->cancel, err) ? -ECANCELED : rc;
+}
+
+/* Nothing of it can be used. */
+static int begin_anew(struct export *x, struct err *err)
+{
+	transfer_ledger_free(&x->ledger);
+	x->from = (struct export_position){0};
+	x->result->pages = x->result->disk_bytes = x->result->content_bytes = 0;
+	x->mark.bytes = 0;
+	return transfer_ledger_init(&x->ledger, err);
 }
 
 int export_resume(struct export *x, int fd, const char *path, struct err *err)
 {
-	struct scan s = {.x = x, .fd = fd, .context = transfer_make_unpacker()};
+	struct scan s = {.x = x, .in = {.fd = fd, .what = path, .cancel = x->options->cancel}, .context = transfer_make_unpacker()};
 	int rc = 0;
 
 	s.slot.content = malloc(TRANSFER_MAX_CONTENT);
@@ -122,12 +150,13 @@ int export_resume(struct export *x, int fd, const char *path, struct err *err)
 		rc = err_sys(err, ENOMEM, "buffers");
 	if (!rc)
 		rc = scan_all(&s, err);
-	if (!rc && !x->from.started)
-		rc = begin_anew(&s, err);
-	if (!rc && (ftruncate(fd, (off_t)s.offset) || lseek(fd, (off_t)s.offset, SEEK_SET) < 0))
+	if (!rc && (!x->from.started || !x->mark.bytes))
+		rc = begin_anew(x, err);
+	if (!rc && (ftruncate(fd, (off_t)x->mark.bytes) || lseek(fd, (off_t)x->mark.bytes, SEEK_SET) < 0))
 		rc = err_sys(err, errno, "%s", path);
 	x->next_number = x->ledger.chunks;
-	x->result->resumed_bytes = s.offset;
+	x->result->resumed_bytes = x->mark.bytes;
+	transfer_seal_free(&s.in);
 	if (s.context)
 		transfer_free_unpacker(s.context);
 	free(s.slot.content);

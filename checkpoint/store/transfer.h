@@ -77,7 +77,7 @@ int transfer_export(struct store *store, const char *id, const char *since, int 
 /*
  * The same to a file, which must not exist (-EEXIST, ERR_STATE) and comes into being whole and durable: PATH.part, synced, renamed. An error or
  * cancel removes PATH.part, unless `resume`: then it stays, and what an earlier attempt for the same checkpoint left there is gone on with, as
- * far as its chunks are whole; not with a key: ERR_USAGE.
+ * far as its chunks are whole, and with a key only if it was begun with `resume`. Another key: -EKEYREJECTED, and it stays as it is.
  */
 int transfer_export_file(struct store *store, const char *id, const char *since, const char *path, bool resume,
 			 const struct transfer_options *options, struct transfer_result *result, struct err *err);

@@ -8,6 +8,7 @@
 
 #include "base/bytes.h"
 #include "checkpoint/restore.h"
+#include "checkpoint/store/seal_crypto.h"
 #include "checkpoint/store/store_internal.h"
 #include "checkpoint/store/transfer.h"
 
@@ -154,6 +155,16 @@ struct transfer_io {
 	struct transfer_seal *seal; /* NULL: as it is; else what is written and read goes through it */
 };
 bool transfer_is_cancelled(const volatile bool *cancel, struct err *err);
+/* transfer_seal.c: where a file may be cut off and gone on with, if what was read of it until now is to stay. */
+struct transfer_mark {
+	uint64_t bytes; /* of the file; of an encrypted one 0: nothing of it can stay */
+	/* Encrypted: the tag of the piece that ends there, and what was read behind it, to be written once more. */
+	uint8_t tag[SEAL_TAG_BYTES];
+	uint8_t *text; /* malloc */
+	size_t text_bytes;
+};
+void transfer_mark(const struct transfer_io *io, struct transfer_mark *mark);
+void transfer_mark_free(struct transfer_mark *mark);
 int transfer_write(struct transfer_io *io, const void *data, size_t length, struct err *err);
 /* *got: less than length only at the end. */
 int transfer_read(struct transfer_io *io, void *data, size_t length, size_t *got, struct err *err);
@@ -162,14 +173,19 @@ int transfer_read_raw(struct transfer_io *io, void *data, size_t length, size_t 
 
 /* transfer_seal.c: encryption, between the stream and the file or pipe. */
 bool transfer_is_sealed(const uint8_t start[TRANSFER_START_BYTES]);
-/* Writes the start, and what is written from then on is encrypted; the last bytes only with the end, which does nothing without a seal. */
-int transfer_seal_begin(struct transfer_io *io, const struct transfer_key *key, struct err *err);
+/* Writes the start, and what is written from then on is encrypted; the last bytes only with the end, which does nothing without a seal. resumable: it is a file, which may be
+ * gone on with; older vmcps do not know such ones. */
+int transfer_seal_begin(struct transfer_io *io, const struct transfer_key *key, bool resumable, struct err *err);
+/* The same for a file that was read until the mark, and cut off there: with a key of its own. */
+int transfer_seal_go_on(struct transfer_io *io, const struct transfer_key *key, const struct transfer_mark *mark, struct err *err);
 int transfer_seal_end(struct transfer_io *io, struct err *err);
-/* The first bytes are read already. key NULL: ERR_USAGE. A wrong key: -EKEYREJECTED, ERR_FAILED. */
+/* The first bytes are read already, and the key is the caller's until all is. key NULL: ERR_USAGE. A wrong key: -EKEYREJECTED, ERR_FAILED. */
 int transfer_seal_open(struct transfer_io *io, const uint8_t begun[TRANSFER_START_BYTES], const struct transfer_key *key, struct err *err);
 int transfer_seal_write(struct transfer_io *io, const void *data, size_t length, struct err *err);
 int transfer_seal_read(struct transfer_io *io, void *data, size_t length, size_t *got, struct err *err);
 /* Whatever became of the above. */
 void transfer_seal_free(struct transfer_io *io);
+/* Of one that was opened: it was begun as such. */
+bool transfer_seal_is_resumable(const struct transfer_io *io);
 
 #endif

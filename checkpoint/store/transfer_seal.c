@@ -3,6 +3,9 @@
  *
  * The key comes from the user's by scrypt and a random salt, so it is that of this one file. The nonce of a piece is its number and whether it is the last one: pieces
  * cannot be changed, left out, put in another order or cut off at the end. Nothing of a piece is used before its tag was checked.
+ *
+ * A file that was interrupted is gone on with behind a whole piece by a start of its own, with another salt and so another key: no nonce comes twice with one key. The tag of that
+ * start is over the tag of the piece before it, too: nothing but what was written there can follow that piece.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -12,10 +15,13 @@
 #include "checkpoint/store/transfer_internal.h"
 
 #define SEAL_VERSION 1
+#define SEAL_RESUMED 2	 /* version of a file that may have more than one start */
 #define FIELDS_BYTES 40u /* of the start, before its tag */
+#define START_BYTES  (FIELDS_BYTES + SEAL_TAG_BYTES)
 #define LENGTH_BYTES 4u
 #define PIECE_BYTES  (256u << 10)
 #define LAST_PIECE   0x80000000u
+#define NEXT_START   0x40000000u /* in the place of a length */
 #define CHECK_NUMBER UINT64_MAX /* no piece has it: the tag of the start */
 
 static const char start_text[12] = "vmcp-sealed\n";
@@ -26,6 +32,11 @@ struct transfer_seal {
 	uint8_t *plain, *sealed; /* PIECE_BYTES; the same with length and tag */
 	size_t used, at;	 /* bytes in `plain`, and reading: how many of them are taken */
 	bool ended;
+	/* reading */
+	const struct transfer_key *key; /* of the caller of transfer_seal_open */
+	bool resumable;
+	uint64_t piece_at; /* in the file, where the piece in `plain` begins, with the start before it if there is one; 0: with the file */
+	uint8_t tag[SEAL_TAG_BYTES], tag_before[SEAL_TAG_BYTES]; /* of that piece, and of the one before */
 };
 
 bool transfer_is_sealed(const uint8_t start[TRANSFER_START_BYTES])
@@ -44,13 +55,19 @@ static struct seal_message message_of(uint64_t number, bool last, uint8_t *tag)
 	return m;
 }
 
-/* The tag of the start says nothing but that the key is the one, and the start what it was. */
-static struct seal_message start_message(uint8_t start[FIELDS_BYTES + SEAL_TAG_BYTES])
+/* The tag of a start says nothing but that the key is the one, the start what it was, and what is before it; NULL: nothing. */
+struct start_extra {
+	uint8_t bytes[FIELDS_BYTES + SEAL_TAG_BYTES];
+};
+static struct seal_message start_message(uint8_t start[START_BYTES], const uint8_t before[SEAL_TAG_BYTES], struct start_extra *extra)
 {
 	struct seal_message m = message_of(CHECK_NUMBER, false, start + FIELDS_BYTES);
 
-	m.extra = start;
-	m.extra_bytes = FIELDS_BYTES;
+	memcpy(extra->bytes, start, FIELDS_BYTES);
+	if (before)
+		memcpy(extra->bytes + FIELDS_BYTES, before, SEAL_TAG_BYTES);
+	m.extra = extra->bytes;
+	m.extra_bytes = FIELDS_BYTES + (before ? SEAL_TAG_BYTES : 0);
 	return m;
 }
 
@@ -105,16 +122,16 @@ static int derive_key(struct transfer_seal *s, const struct transfer_key *key, c
 
 /* --- writing --- */
 
-int transfer_seal_begin(struct transfer_io *io, const struct transfer_key *key, struct err *err)
+static int write_start(struct transfer_io *io, const struct transfer_key *key, uint32_t version, const uint8_t before[SEAL_TAG_BYTES], struct err *err)
 {
-	uint8_t start[FIELDS_BYTES + SEAL_TAG_BYTES] = {0};
-	const struct seal_message message = start_message(start);
+	uint8_t start[START_BYTES] = {0};
+	struct start_extra extra;
 	struct transfer_seal *s;
 	int rc = make_seal(&s, err);
 
 	io->seal = NULL;
 	memcpy(start, start_text, sizeof(start_text));
-	put_le32(start + 12, SEAL_VERSION);
+	put_le32(start + 12, version);
 	if (!rc && !seal_random(start + 16, SEAL_SALT_BYTES))
 		rc = failed(err);
 	start[32] = key->log_n ? (uint8_t)key->log_n : SEAL_LOG_N;
@@ -123,12 +140,33 @@ int transfer_seal_begin(struct transfer_io *io, const struct transfer_key *key, 
 	put_le32(start + 36, PIECE_BYTES);
 	if (!rc)
 		rc = derive_key(s, key, start, err);
+	const struct seal_message message = start_message(start, before, &extra);
 	if (!rc && !seal_encrypt(s->crypto, &message))
 		rc = failed(err);
 	if (!rc)
 		rc = transfer_write_raw(io, start, sizeof(start), err);
 	io->seal = s;
 	return rc;
+}
+
+int transfer_seal_begin(struct transfer_io *io, const struct transfer_key *key, bool resumable, struct err *err)
+{
+	return write_start(io, key, resumable ? SEAL_RESUMED : SEAL_VERSION, NULL, err);
+}
+
+int transfer_seal_go_on(struct transfer_io *io, const struct transfer_key *key, const struct transfer_mark *mark, struct err *err)
+{
+	uint8_t next[LENGTH_BYTES];
+
+	put_le32(next, NEXT_START);
+	int rc = transfer_write_raw(io, next, sizeof(next), err);
+	if (!rc)
+		rc = write_start(io, key, SEAL_RESUMED, mark->tag, err);
+	if (rc)
+		return rc;
+	memcpy(io->seal->plain, mark->text, mark->text_bytes);
+	io->seal->used = mark->text_bytes;
+	return 0;
 }
 
 static int write_piece(struct transfer_io *io, bool last, struct err *err)
@@ -180,40 +218,65 @@ static int read_whole(struct transfer_io *io, void *data, size_t length, struct 
 					     (unsigned long long)io->bytes);
 }
 
+/* The rest of a start, of which `have` bytes are there. before: as start_message. */
+static int read_start(struct transfer_io *io, uint8_t start[START_BYTES], size_t have, const uint8_t before[SEAL_TAG_BYTES], struct err *err)
+{
+	struct transfer_seal *s = io->seal;
+	struct start_extra extra;
+	int rc = read_whole(io, start + have, START_BYTES - have, err);
+	uint32_t version = rc ? 0 : get_le32(start + 12);
+
+	if (!rc && (!transfer_is_sealed(start) || version < (before ? SEAL_RESUMED : SEAL_VERSION) || version > SEAL_RESUMED || get_le32(start + 36) != PIECE_BYTES))
+		rc = err_set(err, ERR_DAMAGED, EINVAL, "damaged: the start of the encryption");
+	if (!rc)
+		rc = derive_key(s, s->key, start, err);
+	if (rc)
+		return rc;
+	const struct seal_message message = start_message(start, before, &extra);
+	int good = seal_decrypt(s->crypto, &message);
+	if (good < 0)
+		return failed(err);
+	s->resumable = version == SEAL_RESUMED;
+	return good ? 0 : -EKEYREJECTED;
+}
+
 int transfer_seal_open(struct transfer_io *io, const uint8_t begun[TRANSFER_START_BYTES],
 		       const struct transfer_key *key, struct err *err)
 {
-	uint8_t start[FIELDS_BYTES + SEAL_TAG_BYTES];
-	struct transfer_seal *s = NULL;
+	uint8_t start[START_BYTES];
 
 	if (!key) {
 		err_set(err, ERR_USAGE, EINVAL, "it is encrypted");
 		return err_hint(err, "name the file with its key: --key-file FILE");
 	}
 	memcpy(start, begun, TRANSFER_START_BYTES);
-	if (get_le32(start + 12) > SEAL_VERSION) {
+	if (get_le32(start + 12) > SEAL_RESUMED) {
 		err_set(err, ERR_FAILED, ENOTSUP, "version %u of the encryption is newer than this vmcp knows (%d)",
-			get_le32(start + 12), SEAL_VERSION);
-		return err_hint(err, "use the newer vmcp that wrote it");
+			get_le32(start + 12), SEAL_RESUMED);
+		err_hint(err, "use the newer vmcp that wrote it");
+		return -ENOTSUP;
 	}
-	int rc = read_whole(io, start + TRANSFER_START_BYTES, sizeof(start) - TRANSFER_START_BYTES, err);
-	if (!rc && (get_le32(start + 12) != SEAL_VERSION || get_le32(start + 36) != PIECE_BYTES))
-		rc = err_set(err, ERR_DAMAGED, EINVAL, "damaged: the start of the encryption");
+	int rc = make_seal(&io->seal, err);
+	io->seal->key = key;
 	if (!rc)
-		rc = make_seal(&s, err);
-	io->seal = s;
-	if (!rc)
-		rc = derive_key(s, key, start, err);
-	if (rc)
-		return rc;
-	const struct seal_message message = start_message(start);
-	int good = seal_decrypt(s->crypto, &message);
-	if (good == 0) {
+		rc = read_start(io, start, TRANSFER_START_BYTES, NULL, err);
+	if (rc == -EKEYREJECTED) {
 		err_set(err, ERR_FAILED, EKEYREJECTED, "the key does not fit");
-		return err_hint(err, "name the key that it was exported with; if this is the one, the file is damaged "
-				     "at its beginning");
+		err_hint(err, "name the key that it was exported with; if this is the one, the file is damaged "
+			      "at its beginning");
 	}
-	return good < 0 ? failed(err) : 0;
+	return rc;
+}
+
+/* Behind a whole piece: what is written with another key. */
+static int read_next_start(struct transfer_io *io, struct err *err)
+{
+	struct transfer_seal *s = io->seal;
+	uint8_t start[START_BYTES];
+	int rc = !s->resumable || s->number == 0 ? -EKEYREJECTED : read_start(io, start, 0, s->tag, err);
+
+	s->number = 0;
+	return rc == -EKEYREJECTED ? err_set(err, ERR_DAMAGED, EBADMSG, "damaged: a start in the middle of the encryption") : rc;
 }
 
 static int read_piece(struct transfer_io *io, struct err *err)
@@ -221,7 +284,15 @@ static int read_piece(struct transfer_io *io, struct err *err)
 	struct transfer_seal *s = io->seal;
 	uint8_t more;
 	size_t got;
+
+	s->piece_at = s->number ? io->bytes : 0;
+	memcpy(s->tag_before, s->tag, sizeof(s->tag));
 	int rc = read_whole(io, s->sealed, LENGTH_BYTES, err);
+	if (!rc && get_le32(s->sealed) == NEXT_START) {
+		rc = read_next_start(io, err);
+		if (!rc)
+			rc = read_whole(io, s->sealed, LENGTH_BYTES, err);
+	}
 	uint32_t length = rc ? 0 : get_le32(s->sealed);
 	bool last = length & LAST_PIECE;
 
@@ -242,6 +313,7 @@ static int read_piece(struct transfer_io *io, struct err *err)
 	if (good == 0)
 		return err_set(err, ERR_DAMAGED, EBADMSG, "damaged: encrypted piece %llu was changed",
 			       (unsigned long long)s->number);
+	memcpy(s->tag, message.tag, sizeof(s->tag));
 	s->number++;
 	s->used = length;
 	s->at = 0;
@@ -269,4 +341,30 @@ int transfer_seal_read(struct transfer_io *io, void *data, size_t length, size_t
 		*got += n;
 	}
 	return 0;
+}
+
+/* --- going on --- */
+
+bool transfer_seal_is_resumable(const struct transfer_io *io) { return io->seal->resumable; }
+
+void transfer_mark(const struct transfer_io *io, struct transfer_mark *mark)
+{
+	const struct transfer_seal *s = io->seal;
+
+	mark->bytes = s ? s->piece_at : io->bytes;
+	if (!s)
+		return;
+	if (!mark->text)
+		mark->text = xcalloc(1, PIECE_BYTES);
+	memcpy(mark->tag, s->tag_before, sizeof(mark->tag));
+	memcpy(mark->text, s->plain, s->at);
+	mark->text_bytes = s->at;
+}
+
+void transfer_mark_free(struct transfer_mark *mark)
+{
+	if (mark->text)
+		explicit_bzero(mark->text, PIECE_BYTES);
+	free(mark->text);
+	*mark = (struct transfer_mark){0};
 }

@@ -334,25 +334,39 @@ static const struct transfer_key secret = {"a passphrase", 12, .log_n = 4};
 
 static uint8_t byte_of(size_t at) { return (uint8_t)(at * 31 + at / 251); }
 
-/* A file of so many bytes, written in odd lengths. */
-static int make_sealed(size_t bytes)
+/* What is from `at` to `bytes`, in odd lengths. */
+static void write_sealed(struct transfer_io *io, size_t at, size_t bytes)
 {
 	static uint8_t data[70001];
 	struct err err = ERR_INIT;
-	int fd = test_stream_open("", 0);
-	struct transfer_io io = {.fd = fd, .what = "sealed"};
 
-	cr_assert_eq(transfer_seal_begin(&io, &secret, &err), 0, "%s", err.message);
-	for (size_t at = 0, n; at < bytes; at += n) {
+	for (size_t n; at < bytes; at += n) {
 		n = min_u64(bytes - at, sizeof(data));
 		for (size_t i = 0; i < n; i++)
 			data[i] = byte_of(at + i);
-		cr_assert_eq(transfer_write(&io, data, n, &err), 0, "%s", err.message);
+		cr_assert_eq(transfer_write(io, data, n, &err), 0, "%s", err.message);
 	}
-	cr_assert_eq(transfer_seal_end(&io, &err), 0, "%s", err.message);
-	transfer_seal_free(&io);
-	cr_assert_eq(lseek(fd, 0, SEEK_SET), 0);
-	return fd;
+}
+
+static void end_sealed(struct transfer_io *io)
+{
+	struct err err = ERR_INIT;
+
+	cr_assert_eq(transfer_seal_end(io, &err), 0, "%s", err.message);
+	transfer_seal_free(io);
+	cr_assert_eq(lseek(io->fd, 0, SEEK_SET), 0);
+}
+
+/* A file of so many bytes. */
+static int make_sealed(size_t bytes)
+{
+	struct err err = ERR_INIT;
+	struct transfer_io io = {.fd = test_stream_open("", 0), .what = "sealed"};
+
+	cr_assert_eq(transfer_seal_begin(&io, &secret, false, &err), 0, "%s", err.message);
+	write_sealed(&io, 0, bytes);
+	end_sealed(&io);
+	return io.fd;
 }
 
 /* Reads to the end, in other lengths. Returns what reading returned; *got: how much was right before that. */
@@ -430,4 +444,134 @@ Test(transfer, a_wrong_key_is_told_as_such)
 	cr_expect_eq(got, 0);
 	cr_expect_eq(read_sealed(make_sealed(10), NULL, &got, &err), -EINVAL);
 	cr_expect_eq(err.class, ERR_USAGE);
+}
+
+/* --- encryption: files that were gone on with --- */
+
+/* One that was interrupted: it has no end, and half a piece. */
+static int make_interrupted(size_t bytes)
+{
+	struct err err = ERR_INIT;
+	struct transfer_io io = {.fd = test_stream_open("", 0), .what = "sealed"};
+
+	cr_assert_eq(transfer_seal_begin(&io, &secret, true, &err), 0, "%s", err.message);
+	write_sealed(&io, 0, bytes);
+	transfer_seal_free(&io);
+	cr_assert_eq(write(io.fd, "half a piece", 12), 12);
+	return io.fd;
+}
+
+/* Keeps the first `keep` bytes of what is in it, as an export does, and writes the rest; *cut: how much of the file stayed. False: nothing of it can. */
+static bool go_on(int fd, size_t keep, size_t bytes, bool end, off_t *cut)
+{
+	static uint8_t data[3 * PIECE];
+	struct transfer_io in = {.fd = fd, .what = "sealed"}, out = in;
+	uint8_t start[TRANSFER_START_BYTES];
+	struct transfer_mark mark = {0};
+	struct err err = ERR_INIT;
+	size_t n;
+
+	cr_assert(keep <= sizeof(data) && lseek(fd, 0, SEEK_SET) == 0);
+	cr_assert(transfer_read(&in, start, sizeof(start), &n, &err) == 0 && n == sizeof(start));
+	cr_assert_eq(transfer_seal_open(&in, start, &secret, &err), 0, "%s", err.message);
+	cr_assert(transfer_seal_is_resumable(&in));
+	cr_assert(transfer_read(&in, data, keep, &n, &err) == 0 && n == keep, "%s", err.message);
+	transfer_mark(&in, &mark);
+	n = 1;
+	while (n == 1 && transfer_read(&in, data, 1, &n, NULL) == 0)
+		; /* until what is no piece */
+	transfer_seal_free(&in);
+	*cut = (off_t)mark.bytes;
+	if (mark.bytes) {
+		cr_assert(ftruncate(fd, *cut) == 0 && lseek(fd, *cut, SEEK_SET) == *cut);
+		cr_assert_eq(transfer_seal_go_on(&out, &secret, &mark, &err), 0, "%s", err.message);
+		write_sealed(&out, keep, bytes);
+		if (end)
+			end_sealed(&out);
+		else
+			transfer_seal_free(&out);
+	}
+	transfer_mark_free(&mark);
+	return *cut != 0;
+}
+
+Test(transfer, an_encrypted_file_is_gone_on_with)
+{
+	static const size_t keeps[] = {PIECE + 1, PIECE + 5000, 2 * PIECE - 1, 2 * PIECE, 2 * PIECE + 1, 3 * PIECE};
+	static const size_t lengths[] = {3 * PIECE, 3 * PIECE + 1, 4 * PIECE + 77};
+	struct err err;
+	size_t got;
+	off_t cut;
+
+	for (size_t i = 0; i < ARRAY_LENGTH(keeps); i++)
+		for (size_t k = 0; k < ARRAY_LENGTH(lengths); k++) {
+			/* A piece is written once more follows. */
+			int fd = make_interrupted(3 * PIECE + 1);
+			cr_assert(go_on(fd, keeps[i], lengths[k], true, &cut));
+			cr_expect_eq(cut, (off_t)(56 + (20 + PIECE) * ((keeps[i] - 1) / PIECE)), "%zu: cut at %lld", keeps[i], (long long)cut);
+			cr_expect_eq(read_sealed(fd, &secret, &got, &err), 0, "%zu of %zu: %s", keeps[i], lengths[k], err.message);
+			cr_expect_eq(got, lengths[k]);
+		}
+	/* Twice: what was written the first time is cut off in its own first piece, which begins with its start, and behind it. */
+	for (size_t keep = PIECE + 100; keep <= 2 * PIECE + 100; keep += PIECE) {
+		int fd = make_interrupted(2 * PIECE + 1);
+		off_t first;
+		cr_assert(go_on(fd, PIECE + 50, 3 * PIECE + 1, false, &first));
+		cr_assert(go_on(fd, keep, 3 * PIECE + 9, true, &cut));
+		cr_expect_eq(cut, keep < 2 * PIECE ? first : first + 4 + 56 + 20 + (off_t)PIECE);
+		cr_expect_eq(read_sealed(fd, &secret, &got, &err), 0, "%zu: %s", keep, err.message);
+		cr_expect_eq(got, 3 * PIECE + 9);
+	}
+	/* Of its first piece nothing can stay. */
+	int fd = make_interrupted(2 * PIECE);
+	cr_expect(!go_on(fd, PIECE, 0, false, &cut));
+	close(fd);
+}
+
+/* What stands behind a piece is what was written there: not another file's, nor the same one's from elsewhere. */
+Test(transfer, starts_in_the_middle_are_those_that_were_written)
+{
+	static uint8_t data[4 * (PIECE + 100)], other[4 * (PIECE + 100)];
+	const size_t piece = 20 + PIECE, next = 56 + piece; /* of the second start, with the four bytes before it */
+	static const size_t places[] = {0, 3, 4, 4 + 12, 4 + 20, 4 + 32, 4 + 39, 4 + 40, 4 + 55, 4 + 56, 4 + 70};
+	struct err err;
+	size_t got;
+	off_t cut;
+	int fd = make_interrupted(3 * PIECE), twin;
+
+	cr_assert(go_on(fd, PIECE + 50, 2 * PIECE + 10, true, &cut) && cut == (off_t)next);
+	ssize_t length = pread(fd, data, sizeof(data), 0);
+	close(fd);
+	cr_assert_eq(length, (ssize_t)(next + 4 + 56 + piece + 20 + 10));
+	cr_assert_neq(memcmp(data + 16, data + next + 4 + 16, 16), 0, "a salt comes twice");
+	for (size_t i = 0; i < ARRAY_LENGTH(places); i++) {
+		data[next + places[i]] ^= 0x20;
+		cr_expect_lt(read_sealed(test_stream_open(data, (size_t)length), &secret, &got, &err), 0, "changed at %zu", places[i]);
+		cr_expect_eq(err.class, ERR_DAMAGED);
+		cr_expect_leq(got, PIECE);
+		data[next + places[i]] ^= 0x20;
+	}
+	/* The whole second part behind another file's first one, and behind none. */
+	twin = make_interrupted(3 * PIECE);
+	cr_assert_eq(pread(twin, other, next, 0), (ssize_t)next);
+	close(twin);
+	memcpy(other + next, data + next, (size_t)length - next);
+	cr_expect_eq(read_sealed(test_stream_open(other, (size_t)length), &secret, &got, &err), -EBADMSG);
+	memcpy(other, data, 56);
+	memcpy(other + 56, data + next, (size_t)length - next);
+	cr_expect_eq(read_sealed(test_stream_open(other, (size_t)length - piece), &secret, &got, &err), -EBADMSG);
+	/* Cut off before it, and without it. */
+	cr_expect_eq(read_sealed(test_stream_open(data, next), &secret, &got, &err), -ENODATA);
+	memcpy(other, data, next);
+	memcpy(other + next, data + next + 4 + 56, (size_t)length - next - 60);
+	cr_expect_eq(read_sealed(test_stream_open(other, (size_t)length - 60), &secret, &got, &err), -EBADMSG);
+	/* In a file of the first version there is none. */
+	twin = make_sealed(2 * PIECE);
+	cr_assert_eq(pread(twin, other, next, 0), (ssize_t)next);
+	close(twin);
+	memcpy(other + next, data + next, (size_t)length - next);
+	cr_expect_eq(read_sealed(test_stream_open(other, (size_t)length), &secret, &got, &err), -EBADMSG);
+	/* A later version. */
+	data[12] = 3;
+	cr_expect_eq(read_sealed(test_stream_open(data, (size_t)length), &secret, &got, &err), -ENOTSUP);
 }

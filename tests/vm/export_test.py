@@ -421,6 +421,99 @@ def test_interrupted_exports(env):
     whole(env, env.path("other"), [], [])
 
 
+def segments(data):
+    """Of an encrypted export: for each start where it begins, its salt, and where its pieces begin."""
+    at, found = 0, []
+    while at < len(data):
+        check_equal((data[at:at + 12], data[at + 12]), (b"vmcp-sealed\n", 2), f"the start at {at}")
+        found.append((at, data[at + 16:at + 32], []))
+        at += 56
+        while at < len(data) and data[at:at + 4] != b"\0\0\0\x40":
+            found[-1][2].append(at)
+            at += 20 + (int.from_bytes(data[at:at + 4], "little") & 0x7fffffff)
+        at += 4 if at < len(data) else 0
+    return found
+
+
+def test_interrupted_encrypted_exports(env):
+    """Each attempt goes on behind what is whole, with a key of its own; what comes of it is one export. Nothing is written twice with one key."""
+    raw, disk = env.path("random.raw"), env.path("disk.qcow2")
+    with open(raw, "wb") as file:
+        file.write(random.Random(7).randbytes(12 << 20))
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, disk], check=True)
+    env.start_tiny(memory="32M", cmdline="set=1M rate=100 report=0", disks=[("data", disk)])
+    one = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+    env.vmcp("kill", "tiny")
+    key, wrong = env.write("key", "a passphrase\n"), env.write("wrong", "another\n")
+    path, part, other = env.path("sealed.vmcp"), env.path("sealed.vmcp.part"), env.path("other")
+    words = ("export", one, path, "--key-file", key, "--resume")
+    sizes, parts = [], []
+    for count in (6, 2, 2):
+        env.vmcp(*words, status=-9, env={"VMCP_FAULT": f"330:{count}:kill"})
+        sizes.append(os.path.getsize(part))
+        with open(part, "rb") as file:
+            parts.append(file.read())
+        with open(part, "ab") as file:
+            file.write(random.Random(count).randbytes(300))  # half a piece
+    check(sizes[0] < sizes[1] < sizes[2], f"sizes of the part: {sizes}")
+    refused = env.vmcp("export", one, path, "--key-file", wrong, "--resume", status=1)
+    check("the key does not fit" in refused.err and "hint: " in refused.err, f"another key: {refused}")
+    check_equal(os.path.getsize(part), sizes[2] + 300, "the part, of which nothing may be gone")
+    resumed = env.vmcp_json(*words)
+    check(resumed["resumed_bytes"] > sizes[0] // 2, f"from the beginning: {resumed}")
+    with open(path, "rb") as file:
+        good = file.read()
+    check_equal(resumed["file_bytes"], len(good), "bytes of the file")
+    found = segments(good)
+    check_equal((len(found), len({salt for _, salt, _ in found})), (4, 4), "starts, and their salts")
+    for (at, _, pieces), before in zip(found, parts):
+        check(good[:at + 56] == before[:at + 56], f"the start at {at} is not the one that was written")
+        end = pieces[-1] + 20 + 262144
+        check(good[:end] == before[:end], f"pieces behind {at} are not those that were written")
+    # By the format alone: the plain text is an export.
+    plain = unseal(good, b"a passphrase")
+    with open(env.path("plain.vmcp"), "wb") as file:
+        file.write(plain)
+    subprocess.run(["zstd", "-q", "-t", env.path("plain.vmcp")], check=True)
+    check_equal(env.vmcp("import", "--check", env.path("plain.vmcp")).out.strip(), one, "the plain text")
+    # A part whose end is cut off behind a start, and one that ends in one, are no exports.
+    for end in (found[1][0] + 56, found[1][0] + 20, found[1][0], found[2][2][0] + 3):
+        with open(env.path("bad.vmcp"), "wb") as file:
+            file.write(good[:end])
+        check("ends too early" in env.vmcp("import", env.path("bad.vmcp"), "--key-file", key, status=5, store=other).err, f"cut off at {end}")
+    env.vmcp("import", path, "--key-file", wrong, status=1, store=other)
+    check_equal(env.vmcp("import", path, "--key-file", key, store=other).out.strip(), one, "what the import prints")
+    whole(env, other, [one], ["tiny"])
+    check_equal(memory_sum(other, one), memory_sum(env.store, one), "memory")
+    # One that was not to be gone on with, a plain one, and one that was complete but for its name.
+    os.unlink(path)
+    env.vmcp(*words[:-1], status=-9, env={"VMCP_FAULT": "331:kill"})
+    check_equal(env.vmcp_json(*words)["resumed_bytes"], 0, "version 1")
+    os.unlink(path)
+    env.vmcp("export", one, path, "--resume", status=-9, env={"VMCP_FAULT": "331:kill"})
+    check_equal(env.vmcp_json(*words)["resumed_bytes"], 0, "a plain one")
+    os.unlink(path)
+    env.vmcp(*words, status=-9, env={"VMCP_FAULT": "331:kill"})
+    check(env.vmcp_json(*words)["resumed_bytes"] > len(good) // 2, "a complete one")
+    env.vmcp("import", "--check", path, "--key-file", key)
+
+
+def unseal(data, secret):
+    """The plain text of an encrypted export, by docs/format.md."""
+    text, before = b"", b""
+    for at, salt, pieces in segments(data):
+        start = data[at:at + 56]
+        key = hashlib.scrypt(secret, salt=salt, n=1 << start[32], r=start[33], p=start[34], dklen=32, maxmem=1 << 28)
+        gcm = store_memory.Decryption("gcm", key)
+        gcm.decrypt((2 ** 64 - 1).to_bytes(8, "little") + bytes(4), b"", start[:40] + before, start[40:])
+        for number, piece in enumerate(pieces):
+            length = int.from_bytes(data[piece:piece + 4], "little")
+            end = piece + 4 + (length & 0x7fffffff)
+            before = data[end:end + 16]
+            text += gcm.decrypt(number.to_bytes(8, "little") + bytes(3) + bytes([length >> 31]), data[piece + 4:end], data[piece:piece + 4], before)
+    return text
+
+
 def test_encrypted(env):
     """Who has the key gets what was exported; nobody else reads or changes a byte of it. Errors are one line each, and leave nothing."""
     rng = random.Random(5)
@@ -461,7 +554,6 @@ def test_encrypted(env):
         with open(env.path("bad.vmcp"), "wb") as file:
             file.write(data)
         refused(env.path("bad.vmcp"), "--key-file", key)
-    check_equal(env.vmcp("export", one, env.path("again.vmcp"), "--resume", "--key-file", key, status=2).out, "", "--resume")
     # Through a pipe, and there it goes on.
     shutil.rmtree(other)
     out = subprocess.Popen([env.vmcp_bin, "--store", env.store, "export", one, "-", "--key-file", key], stdout=subprocess.PIPE)
