@@ -84,6 +84,9 @@ def made_results():
     results.record("disk_io", "vmcp", what="4 KiB write", depth=1, state="copy-up").add(requests_per_s=50000)
     for engine, rate in (("vmcp", 300000), ("other", 400000), ("qemu-img", 240000)):
         results.record("disk_engine", engine, what="4 KiB write", depth=16, state="written").add(requests_per_s=rate)
+    results.record("store", "vmcp", what="10000 checkpoints").add(log_ns=60 * MS, list_ns=40 * MS)
+    results.record("store", "vmcp", what="1000 checkpoints").add(list_ns=4 * MS, remove_ns=MS, remove_written_bytes=45 << 10)
+    results.record("store", "vmcp", what="memory", size="1G").add(verify_one_bytes_per_s=1.5e9, export_bytes_per_s=4e8, zstd_bytes_per_s=5e8, export_to_zstd=0.8)
     results.lacks("every", "not in this build: 'every': not supported yet | really")
     return results
 
@@ -147,6 +150,12 @@ class Targets(unittest.TestCase):
         slow = {row.figure: row for row in targets.rows(made_results(), "other")}
         self.assertIs(next(row for figure, row in slow.items() if "disk, depth 1" in figure).met, False)
         self.assertIs(slow["the disk engine without a guest, depth 16: times qemu-img's speed"].met, True)
+
+    def test_the_store(self):
+        self.assertEqual([self.row(words).met for words in ("`log` of", "removal of one", "`verify`", "export, to")], [True, True, True, False])
+        self.assertIn("45 KiB in 1.00 ms", self.row("removal of one").measured)
+        self.assertIn("1.50 GB/s", self.row("`verify`").measured)
+        self.assertIn("0.80 x", self.row("export, to").measured)
 
     def test_nothing_measured(self):
         self.assertTrue(all(row.met is None and row.measured for row in targets.rows(records.Results({}))))

@@ -26,7 +26,7 @@ readonly TEST=("${BUILD[@]}" "${NESTED[@]}" "${GUEST[@]}" libcriterion-dev libqc
     libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-doc libxml2-utils
     groff-base zsh fish openssh-client)
 readonly DEMO=("${NESTED[@]}" "${GUEST[@]}" python3)
-readonly BENCH=(qemu-system-x86 qemu-utils python3)
+readonly BENCH=(qemu-system-x86 qemu-utils python3 zstd)
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$1" >&2; [ $# -lt 2 ] || printf 'hint: %s\n' "$2" >&2; exit 1; }

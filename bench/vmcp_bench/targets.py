@@ -279,8 +279,26 @@ def other_rows(results, engine):
     return rows
 
 
+def store_rows(results, engine):
+    part = "store"
+    out = [worst(results, results.find(part, engine, what="10000 checkpoints"), "`log` of 10,000 checkpoints", "< 100 ms", "log_ns", 100 * MS, part)]
+    removal = results.one(part, engine, what="1000 checkpoints")
+    figure, target = "removal of one of 1,000 checkpoints: written", "< 256 KiB"
+    if removal:
+        written = removal.figure("remove_written_bytes", "max")
+        out.append(Row(figure, target, f"{written / 1024:.0f} KiB in {in_ms(removal.figure('remove_ns'))}", written < 256 << 10, part))
+    else:
+        out.append(Row(figure, target, absent(results, part), None, part))
+    reading = results.find(part, engine)
+    out.append(worst(results, reading, "`verify` from the page cache, one processor", "> 1 GB/s", "verify_one_bytes_per_s", 1e9, part,
+                     text=lambda value: f"{value / 1e9:.2f} GB/s", larger_is_worse=False))
+    out.append(worst(results, reading, "export, to the speed of `zstd -1` on all processors", ">= 1 x", "export_to_zstd", 1, part, text=lambda value: f"{value:.2f} x",
+                     larger_is_worse=False))
+    return out
+
+
 def rows(results, engine="vmcp"):
     out = []
-    for make in (root_rows, incremental_rows, captured_rows, gap_rows, floor_rows, fault_rows, disk_rows, guest_disk_rows, revert_rows, start_rows, other_rows):
+    for make in (root_rows, incremental_rows, captured_rows, gap_rows, floor_rows, fault_rows, disk_rows, guest_disk_rows, revert_rows, start_rows, other_rows, store_rows):
         out += make(results, engine)
     return out

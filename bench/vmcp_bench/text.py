@@ -86,6 +86,13 @@ TABLES = {
         ("The guest", "page writes a second, medians", [("first fill, MiB/s", "filled_bytes_per_s", "median"), ("before", "before_writes_per_s", "median"),
          ("during", "during_writes_per_s", "median"), ("after", "after_writes_per_s", "median")]),
     ],
+    "store": [
+        ("Histories of small checkpoints", "ms; median (p95, max)", [("log", "log_ns", "spread"), ("log --json", "log_json_ns", "median"),
+         ("log --graph", "graph_ns", "median"), ("the list alone", "list_ns", "median"), ("opening", "open_ns", "median"), ("a commit", "commit_ns", "median"),
+         ("removal of one", "remove_ns", "spread"), ("written by it, MiB", "remove_written_bytes", "median")]),
+        ("From the page cache", "MiB/s; median (p95, max)", [("verify, one processor", "verify_one_bytes_per_s", "spread"), ("all", "verify_all_bytes_per_s", "spread"),
+         ("export", "export_bytes_per_s", "spread"), ("zstd -1 -T0", "zstd_bytes_per_s", "spread"), ("export to zstd", "export_to_zstd", "spread")]),
+    ],
     "boot": [
         ("", "ms, MiB; median (p95, max)", [("boot, ms", "boot_ns", "spread"), ("resident beyond the guest, idle", "resident_idle_bytes", "spread"),
          ("after a checkpoint", "resident_after_checkpoint_bytes", "spread")]),
