@@ -87,7 +87,7 @@ bool cli_given(const struct cli *cli, const char *name);
 /* Opens the store that the command line names; it must exist. */
 int cli_open_store(const struct cli *cli, struct store **out, struct err *err);
 /* The key of a store that is in a file which `option` names: for store_key_free. */
-int cli_read_store_key(const char *option, const char *path, struct store_key **out, struct err *err);
+int cli_read_store_key(const char *option, const char *path, bool is_new, struct store_key **out, struct err *err);
 /* The key of the store that the command line names, which stays cli's; NULL: it names none. */
 int cli_store_key(struct cli *cli, struct store_key **out, struct err *err);
 /* Opens the store for what needs its key where it is encrypted: then one must be named. create: it is made, encrypted if a key is named. */
@@ -122,8 +122,10 @@ void cli_catch_interrupts(void);
 /* Replaces the file as a whole or not at all. */
 int cli_replace_file(const char *path, const char *text, size_t length, struct err *err);
 /* The file with a key that `option` names (BUF_INIT before, freed by the caller also after a failure): all of it but the end of its last line, which an editor may
- * have put there. One that holds nothing is an error. */
-int cli_read_key_file(const char *option, const char *path, struct buf *out, struct err *err);
+ * have put there. One that holds nothing is an error. "-": cli_ask_key. is_new: something is going to be encrypted with it. */
+int cli_read_key_file(const char *option, const char *path, bool is_new, struct buf *out, struct err *err);
+/* ask.c: a line from the terminal, without showing it; twice, if it is new. Appends to *out. No terminal: -ENOTTY, ERR_USAGE. */
+int cli_ask_key(const char *option, bool is_new, struct buf *out, struct err *err);
 
 /* output.c */
 void cli_print_json(json_t *document); /* steals it */

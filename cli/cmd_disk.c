@@ -332,7 +332,7 @@ static int run_export(struct cli *cli, const struct source *source, struct err *
 	if (format && !strcmp(format, "raw"))
 		e.format = COW_FORMAT_RAW;
 	if (cli_value(cli, "key-file")) {
-		int rc = cli_read_key_file("--key-file", cli_value(cli, "key-file"), &password, err);
+		int rc = cli_read_key_file("--key-file", cli_value(cli, "key-file"), false, &password, err);
 
 		if (!rc)
 			rc = buf_append(&password, NULL, 1, err);

@@ -56,7 +56,7 @@ static int begin(struct cli *cli, struct display *display, struct transfer_optio
 	cli_catch_interrupts();
 	signal(SIGPIPE, SIG_IGN);
 	const char *key_file = cli_value(cli, "key-file");
-	int rc = key_file ? cli_read_key_file("--key-file", key_file, &display->key_text, err) : 0;
+	int rc = key_file ? cli_read_key_file("--key-file", key_file, cli->command == &cli_export, &display->key_text, err) : 0;
 	if (!rc && key_file) {
 		display->key = (struct transfer_key){.data = display->key_text.data, .bytes = display->key_text.length};
 		options->key = &display->key;
@@ -131,7 +131,7 @@ static int run_export(struct cli *cli, struct err *err)
 static const struct cli_option export_options[] = {
 	{"since", 0, "CKPT", "only what differs from this checkpoint, which the other side must have", "@ckpt"},
 	{"resume", 0, NULL, "keep FILE.part when interrupted, and go on with one that is there; with the same key, if there is one"},
-	{"key-file", 0, "FILE", "encrypt it with the key or passphrase in FILE", "@file"},
+	{"key-file", 0, "FILE", "encrypt it with the key or passphrase in FILE, - to be asked for it", "@file"},
 	{"max-rate", 0, "SIZE", "at most so many bytes a second, such as 10M"},
 	{0},
 };
@@ -205,7 +205,7 @@ static int run_import(struct cli *cli, struct err *err)
 static const struct cli_option import_options[] = {
 	{"name", 0, "NAME", "name of the VM here (default: its own)"},
 	{"check", 0, NULL, "read and check it, and change nothing"},
-	{"key-file", 0, "FILE", "it is encrypted, with the key or passphrase in FILE", "@file"},
+	{"key-file", 0, "FILE", "it is encrypted, with the key or passphrase in FILE, - to be asked for it", "@file"},
 	{"max-rate", 0, "SIZE", "at most so many bytes a second, such as 10M"},
 	{0},
 };

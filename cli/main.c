@@ -24,7 +24,7 @@
 const struct cli_option cli_global_options[GLOBAL_OPTIONS + 1] = {
 	{"json", 0, NULL, "one JSON document on stdout"},
 	{"store", 0, "DIR", "the store (default: $VMCP_STORE, else /var/lib/vmcp for root, else $XDG_STATE_HOME/vmcp)", "@dir"},
-	{"store-key", 0, "FILE", "the key of an encrypted store (default: $VMCP_STORE_KEY); a store that is made is encrypted with it", "@file"},
+	{"store-key", 0, "FILE", "the key of an encrypted store, - to be asked for it (default: $VMCP_STORE_KEY); a store that is made is encrypted with it", "@file"},
 	{"quiet", 'q', NULL, "say only what was asked for"},
 	{"verbose", 'v', NULL, "say more on stderr"},
 	{"help", 'h', NULL, "this text"},
@@ -280,10 +280,10 @@ int cli_open_store(const struct cli *cli, struct store **out, struct err *err)
 	return store_open(cli->store_path, false, out, err);
 }
 
-int cli_read_store_key(const char *option, const char *path, struct store_key **out, struct err *err)
+int cli_read_store_key(const char *option, const char *path, bool is_new, struct store_key **out, struct err *err)
 {
 	CLEANUP_BUF struct buf text = BUF_INIT;
-	int rc = cli_read_key_file(option, path, &text, err);
+	int rc = cli_read_key_file(option, path, is_new, &text, err);
 
 	if (!rc)
 		*out = store_key_new(text.data, text.length, 0);
@@ -294,8 +294,11 @@ int cli_read_store_key(const char *option, const char *path, struct store_key **
 
 int cli_store_key(struct cli *cli, struct store_key **out, struct err *err)
 {
-	int rc = cli->store_key_path && !cli->store_key ? cli_read_store_key("--store-key", cli->store_key_path, &cli->store_key, err) : 0;
+	CLEANUP_FREE char *format = xasprintf("%s/format", cli->store_path);
+	int rc = 0;
 
+	if (cli->store_key_path && !cli->store_key)
+		rc = cli_read_store_key("--store-key", cli->store_key_path, access(format, F_OK) != 0, &cli->store_key, err);
 	*out = cli->store_key;
 	return rc;
 }
@@ -395,10 +398,11 @@ int cli_replace_file(const char *path, const char *text, size_t length, struct e
 	return file_write_atomic(dir, slash ? slash + 1 : path, text, length, 0644, err);
 }
 
-int cli_read_key_file(const char *option, const char *path, struct buf *out, struct err *err)
+int cli_read_key_file(const char *option, const char *path, bool is_new, struct buf *out, struct err *err)
 {
+	if (!strcmp(path, "-"))
+		return cli_ask_key(option, is_new, out, err);
 	int rc = file_read_all(AT_FDCWD, path, MAX_KEY_BYTES, out, err);
-
 	if (rc)
 		return err_prefix(err, "%s", option);
 	if (out->length && out->data[out->length - 1] == '\n')

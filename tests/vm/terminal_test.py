@@ -161,6 +161,55 @@ def test_foreground(env):
     check("crashed" in text and "why: " in text and f"vmcp run {config}" in text, text)
 
 
+def asked(env, answers, *words, status=0):
+    """A command that asks for keys: (prompt, what is typed) one after the other. What is typed is never shown."""
+    terminal = vmcp(env, *words)
+    for prompt, typed in answers:
+        terminal.wait_for(re.escape(f"vmcp: {prompt}: "))
+        terminal.wait_raw(True)
+        terminal.send(typed)
+    check_equal(terminal.wait_exit(), status, f"exit status of {words}: {terminal.text!r}")
+    terminal.check_restored(f"after {words}")
+    for _, typed in answers:
+        check(typed.strip("\r\x03").encode() not in terminal.text or len(typed) < 3, f"{typed!r} was shown: {terminal.text!r}")
+    terminal.close()
+    return terminal.text
+
+
+def test_keys_are_asked_for(env):
+    """`-` in the place of a key file: nothing is shown, twice where something is made with it, and stdin is left alone."""
+    detached(env, memory="32M", cmdline="set=1M report=0")
+    one = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+    env.vmcp("kill", "tiny")
+    file, other = env.path("x.vmcp"), env.path("other")
+    export = ("export", one, file, "--key-file", "-")
+    new, again = "--key-file: new key", "--key-file: once more"
+    text = asked(env, [(new, "a secret\r"), (again, "a secrets\r")], *export, status=2)
+    check(b"the two are not the same" in text, f"{text!r}")
+    check(b"cancelled" in asked(env, [(new, "a sec\x03")], *export, status=1), "Ctrl-C")
+    check(b"an empty key is none" in asked(env, [(new, "\r")], *export, status=2), "nothing typed")
+    check(not os.path.exists(file), "something was exported")
+    asked(env, [(new, "what?\x15a secrets\x7f\r"), (again, "a secret\n")], *export)
+    env.vmcp("import", "--check", file, "--key-file", env.write("key", "a secret\n"))
+    # An import from a pipe, into a store that is made with another key; then that one is changed.
+    command = f"{env.vmcp_bin} --store {other} --store-key - import - --key-file - <{file}"
+    terminal = Terminal(env, ["sh", "-c", command])
+    for prompt, typed in (("--key-file: key", "a secret\r"), ("--store-key: new key", "the store's\r"), ("--store-key: once more", "the store's\r")):
+        terminal.wait_for(re.escape(f"vmcp: {prompt}: "))
+        terminal.wait_raw(True)
+        terminal.send(typed)
+    check_equal(terminal.wait_exit(), 0, f"exit status of the import: {terminal.text!r}")
+    terminal.close()
+    store = ("--store", other, "--store-key", "-")
+    asked(env, [("--store-key: key", "the store's\r")], *store, "verify")
+    check(b"the key does not fit" in asked(env, [("--store-key: key", "another\r")], *store, "verify", status=1), "another key")
+    asked(env, [("--store-key: key", "the store's\r"), ("rekey: new key", "quite new\r"), ("rekey: once more", "quite new\r")], *store, "rekey", "-")
+    env.vmcp("verify", "--store-key", env.write("key", "quite new\n"), store=other)
+    # Where there is no terminal.
+    done = subprocess.run([env.vmcp_bin, *store, "verify"], stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True, check=False)
+    check(done.returncode == 2 and "there is no terminal to ask on" in done.stderr and "hint: name a file" in done.stderr, f"without a terminal: {done}")
+
+
 def test_crash_is_explained(env):
     """A VM that dies: ps has the reason, the last lines of the console, and a command that brings it back."""
     detached(env, memory="64M", cmdline="set=1M report=0")
