@@ -398,8 +398,11 @@ def try_start(env, one, want):
         guest.set("pause", timeout=20)
         got = {key: value for key, value in guest.sum().items() if key in want}
     except Exception:
-        states = {vm["name"]: vm["state"] for vm in env.vmcp_json("ps")["vms"]}
-        check(states["again"] in ("crashed", "stopped"), f"the VM neither answers nor ended: {states}")
+        # It may say anything before its memory is checked to the end.
+        deadline = time.monotonic() + 20
+        while (state := next(vm["state"] for vm in env.vmcp_json("ps")["vms"] if vm["name"] == "again")) not in ("crashed", "stopped"):
+            check(time.monotonic() < deadline, f"the VM neither answers nor ends: {state}")
+            time.sleep(0.05)
         return "ended"
     finally:
         guest.console.close()
