@@ -329,6 +329,7 @@ const struct cli_command cli_clone = {
 		"    port:lan/tcp/22 any set 22<N>\n"
 		"    port:lan/tcp/80 any multiplex 8080     # one for all clones; or 8080:least, 8080:name\n"
 		"    hostname any set web-<N>               # where an agent is in the guest; also: allocate web:1-99, share\n"
+		"    ip:lan any allocate 10.0.0.10-10.0.0.99/24  # the same; also: set ADDRESS/LENGTH, share\n"
 		"    mac:lan any share                      # what the guest has; also: new, set MAC\n"
 		"    tap:wan rw set vmtap<N>                # also: allocate vmtap:0-99\n"
 		"    disk:root rw copy /srv/<VM>.qcow2      # the overlay's place\n"

@@ -49,6 +49,7 @@ static const char nets[] =
 	"# [net office]\n"
 	"# mode = bridge\n"
 	"# bridge = br0\n"
+	"# ip = 10.0.0.5/24          # what vmcp-agent in the guest gives the card; not with mode = user\n"
 	"# [net virt]\n"
 	"# mode = libvirt\n"
 	"# network = default         # of libvirt\n\n";

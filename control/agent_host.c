@@ -47,14 +47,35 @@ struct agent_host {
 
 /* --- what the guest is told --- */
 
-static void get_generation(const struct agent_host *host, char out[MACHINE_GENERATION_BYTES])
+/* A line for each card that is given an IP address: where it is on the PCI bus, as a guest may call it anything. malloc. */
+static char *list_cards(struct machine *machine)
+{
+	char *lines = xstrdup("");
+	struct machine_net_stats card;
+
+	for (unsigned i = 0; machine_net_stats(machine, i, &card); i++) {
+		const uint8_t *m = card.mac;
+		char *longer;
+
+		if (!card.ip[0])
+			continue;
+		longer = xasprintf("%scard 0000:00:%02x.0 %02x:%02x:%02x:%02x:%02x:%02x %s\n", lines, card.slot, m[0], m[1], m[2], m[3], m[4], m[5], card.ip);
+		free(lines);
+		lines = longer;
+	}
+	return lines;
+}
+
+/* *cards: malloc. */
+static void ask_machine(const struct agent_host *host, char generation[MACHINE_GENERATION_BYTES], char **cards)
 {
 	struct control_target *target = host->target;
 
-	out[0] = '\0';
+	generation[0] = '\0';
 	pthread_rwlock_rdlock(&target->machine_lock);
 	if (target->machine)
-		machine_generation(target->machine, out);
+		machine_generation(target->machine, generation);
+	*cards = target->machine ? list_cards(target->machine) : xstrdup("");
 	pthread_rwlock_unlock(&target->machine_lock);
 }
 
@@ -74,14 +95,14 @@ static bool tell(const struct agent_host *host, int fd)
 	char generation[MACHINE_GENERATION_BYTES], time[40] = "";
 	uint64_t now = clock_wall_ns();
 	const char *hostname = host->identity.hostname;
-	CLEANUP_FREE char *seed = make_seed();
+	CLEANUP_FREE char *seed = make_seed(), *cards = NULL;
 
-	get_generation(host, generation);
+	ask_machine(host, generation, &cards);
 	if (host->identity.tell_time)
 		snprintf(time, sizeof(time), "time %llu.%09llu\n", (unsigned long long)(now / 1000000000), (unsigned long long)(now % 1000000000));
 	CLEANUP_FREE char *text =
-		xasprintf("vmcp " AGENT_VERSION "\nuuid %s\ngeneration %s\nname %s\n%s%s%s%sseed %s\nend\n", host->identity.uuid, generation, host->target->name,
-			  *hostname ? "hostname " : "", hostname, *hostname ? "\n" : "", time, seed);
+		xasprintf("vmcp " AGENT_VERSION "\nuuid %s\ngeneration %s\nname %s\n%s%s%s%s%sseed %s\nend\n", host->identity.uuid, generation, host->target->name,
+			  *hostname ? "hostname " : "", hostname, *hostname ? "\n" : "", cards, time, seed);
 	size_t length = strlen(text);
 	/* A new socket has room for so little. */
 	return send(fd, text, length, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)length;

@@ -155,7 +155,7 @@ static bool port_is_free(const char *host, uint32_t number)
 	return fd >= 0;
 }
 
-/* A port that nobody listens at; a tap device that is there; of host names the table knows all. */
+/* A port that nobody listens at; a tap device that is there; of host names and IP addresses the table knows all. */
 static bool is_free(void *opaque, const struct store_resource *resource, uint32_t number)
 {
 	(void)opaque;

@@ -84,7 +84,7 @@ static int check_resource(const struct clone_rules *rules, const struct clone_ru
 		clone_rules_fail(rules, rule->line, err, "%s %s: only ports of TCP can be multiplexed", resource->type, resource->name);
 		return err_hint(err, "name the port: port:CARD/tcp/PORT any multiplex ...");
 	}
-	bool unlike = resource->exclusive || (rule && rule->type == TYPE_HOSTNAME);
+	bool unlike = resource->exclusive || (rule && (rule->type == TYPE_HOSTNAME || rule->type == TYPE_IP));
 	bool same = rule && count > 1 && rule->value[0] && !differs(rule->value) &&
 		    ((rule->action == ACTION_SET && unlike) || rule->action == ACTION_COPY);
 	if (!same)
@@ -113,20 +113,21 @@ static int check_pools(const struct clone_rules *rules, const struct machine_con
 		}
 		if (needed <= room)
 			continue;
-		clone_rules_fail(rules, rule->line, err, "the pool %u-%u has %llu numbers, %llu are needed", rule->from, rule->to,
-		     (unsigned long long)room, (unsigned long long)needed);
+		CLEANUP_FREE char *pool = rule->type == TYPE_IP ? xstrdup(rule->value) : xasprintf("%u-%u", rule->from, rule->to);
+		clone_rules_fail(rules, rule->line, err, "the pool %s has %llu numbers, %llu are needed", pool, (unsigned long long)room, (unsigned long long)needed);
 		return err_hint(err, "name a larger range, or fewer clones");
 	}
 	return 0;
 }
 
-/* Whom a rule gives a host name to. */
+/* Whom a rule gives a host name or an address to. */
 static int check_agent(const struct clone_rules *rules, const struct machine_config *config, struct err *err)
 {
 	for (unsigned i = 0; i < rules->count && !config->vsock_cid; i++) {
-		if (rules->list[i].type != TYPE_HOSTNAME)
+		if (rules->list[i].type != TYPE_HOSTNAME && rules->list[i].type != TYPE_IP)
 			continue;
-		clone_rules_fail(rules, rules->list[i].line, err, "nobody would tell the guest its host name: it has no vsock_cid");
+		clone_rules_fail(rules, rules->list[i].line, err, "nobody would tell the guest its %s: it has no vsock_cid",
+				 rules->list[i].type == TYPE_IP ? "address" : "host name");
 		return err_hint(err, "the agent in the guest is told over vsock: docs/agent.md");
 	}
 	return 0;
@@ -142,6 +143,16 @@ static void default_hostname(const char *name, char out[CONFIG_HOSTNAME_BYTES])
 	while (length && out[length - 1] == '-')
 		length--;
 	out[length] = '\0';
+}
+
+static bool is_allocated(const struct clone_rule *rule) { return rule && rule->action == ACTION_ALLOCATE; }
+
+/* Cards that may get an address; some, until a pool or a rule has given it. */
+static void default_ips(struct machine_config *config)
+{
+	for (unsigned i = 0; i < config->net_count; i++)
+		if (config_net_takes_ip(&config->nets[i]) && !config->nets[i].ip_length)
+			config->nets[i].ip_length = 32;
 }
 
 /* A rule about something that is not there is a mistake. */
@@ -171,6 +182,7 @@ int clone_rules_check(const struct clone_rules *rules, const struct machine_conf
 
 	if (copy.vsock_cid)
 		default_hostname(copy.name, copy.hostname);
+	default_ips(&copy);
 	identity_list(&copy, "", "", &list, &resources);
 	int rc = check_names(rules, list, resources, err);
 	if (!rc)
@@ -317,7 +329,7 @@ static int apply_card(const struct clone_rules *rules, struct machine_config *co
 {
 	const struct clone_rule *mac = find_rule(rules, TYPE_MAC, net->name, false),
 			  *tap = find_rule(rules, TYPE_TAP, net->name, false),
-			  *bridge = find_rule(rules, TYPE_BRIDGE, net->name, false);
+			  *bridge = find_rule(rules, TYPE_BRIDGE, net->name, false), *ip = find_rule(rules, TYPE_IP, net->name, false);
 	int rc = 0;
 
 	if (net->mode == NET_NONE)
@@ -332,6 +344,10 @@ static int apply_card(const struct clone_rules *rules, struct machine_config *co
 		rc = set_card(rules, tap, config, net->name, "tap", variables, err);
 	if (!rc && net->mode == NET_BRIDGE && bridge && bridge->action == ACTION_SET)
 		rc = set_card(rules, bridge, config, net->name, "bridge", variables, err);
+	if (is_allocated(ip))
+		net->ip_length = 0; /* until it is allocated */
+	else if (!rc && ip && ip->action == ACTION_SET && config_net_takes_ip(net))
+		rc = set_card(rules, ip, config, net->name, "ip", variables, err);
 	return rc ? rc : apply_multiplex(rules, config, net, variables, err);
 }
 
@@ -350,6 +366,27 @@ static int apply_hostname(const struct clone_rules *rules, struct machine_config
 		return clone_rules_fail(rules, rule->line, err, "'%s' is no host name", value);
 	snprintf(config->hostname, sizeof(config->hostname), "%s", value);
 	return 0;
+}
+
+/* Those that are to be allocated are in the list, too. */
+static void expect_ips(const struct clone_rules *rules, struct machine_config *config)
+{
+	for (unsigned i = 0; i < config->net_count; i++) {
+		const struct clone_rule *rule = find_rule(rules, TYPE_IP, config->nets[i].name, false);
+
+		if (is_allocated(rule) && config_net_takes_ip(&config->nets[i]))
+			config->nets[i].ip_length = rule->length;
+	}
+}
+
+/* That the list has a resource of. */
+static struct config_net *find_card(struct machine_config *config, const char *name)
+{
+	unsigned i = 0;
+
+	while (strcmp(config->nets[i].name, name))
+		i++;
+	return &config->nets[i];
 }
 
 static void apply_disk(const struct clone_rules *rules, struct config_disk *disk,
@@ -382,6 +419,7 @@ int clone_rules_apply(const struct clone_rules *rules, struct machine_config *co
 	identity_own_disks(config, variables->store, variables->vm);
 	for (unsigned i = 0; i < config->disk_count; i++)
 		apply_disk(rules, &config->disks[i], variables);
+	expect_ips(rules, config);
 	identity_list(config, variables->store, variables->uuid, list, count);
 	for (size_t i = first; i < *count; i++) {
 		struct store_resource *one = &(*list)[i];
@@ -391,28 +429,50 @@ int clone_rules_apply(const struct clone_rules *rules, struct machine_config *co
 			continue;
 		one->pool_from = rule->from;
 		one->pool_to = rule->to;
-		if (rule->type == TYPE_TAP || rule->type == TYPE_HOSTNAME) {
+		one->pool_of_ip = rule->type == TYPE_IP;
+		if (rule->type == TYPE_TAP || rule->type == TYPE_HOSTNAME || rule->type == TYPE_IP) {
 			free(one->host);
-			one->host = xstrdup(rule->prefix);
+			one->host = rule->type == TYPE_IP ? identity_ip_network(find_card(config, one->name)) : xstrdup(rule->prefix);
 			one->exclusive = true; /* a number that somebody has is not chosen again */
 		}
 	}
 	return 0;
 }
 
+static int settle_hostname(struct machine_config *config, struct store_resource *one, struct err *err)
+{
+	if (!config_is_hostname(one->host))
+		return err_set(err, ERR_USAGE, EINVAL, "hostname: '%s' is none", one->host);
+	snprintf(config->hostname, sizeof(config->hostname), "%s", one->host);
+	free(one->guest);
+	one->guest = xstrdup(one->host);
+	return 0;
+}
+
+/* NETWORK/ADDRESS becomes ADDRESS/LENGTH. */
+static void settle_ip(struct machine_config *config, struct store_resource *one)
+{
+	struct config_net *net = find_card(config, one->name);
+	char *ip = xasprintf("%s/%u", strrchr(one->host, '/') + 1, net->ip_length);
+
+	config_parse_ip(ip, net->ip, &net->ip_length);
+	free(one->guest);
+	one->guest = ip;
+}
+
 int clone_rules_settle(struct machine_config *config, struct store_resource *list, size_t count, struct err *err)
 {
 	size_t at = 0;
+	int rc = 0;
 
-	for (size_t i = 0; i < count; i++) {
-		if (strcmp(list[i].type, "hostname"))
-			continue;
-		if (!config_is_hostname(list[i].host))
-			return err_set(err, ERR_USAGE, EINVAL, "hostname: '%s' is none", list[i].host);
-		snprintf(config->hostname, sizeof(config->hostname), "%s", list[i].host);
-		free(list[i].guest);
-		list[i].guest = xstrdup(list[i].host);
+	for (size_t i = 0; !rc && i < count; i++) {
+		if (!strcmp(list[i].type, "hostname"))
+			rc = settle_hostname(config, &list[i], err);
+		else if (!strcmp(list[i].type, IDENTITY_IP))
+			settle_ip(config, &list[i]);
 	}
+	if (rc)
+		return rc;
 	for (unsigned i = 0; i < config->net_count; i++) {
 		struct config_net *net = &config->nets[i];
 

@@ -8,8 +8,10 @@
 #include <string.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 
 #define DEFAULT_PORTS "20000-29999"
+#define MAX_POOL      1000000u
 
 static const char *const action_names[ACTIONS] = {"share", "copy", "virtualize", "new", "allocate", "set", "drop", "multiplex"};
 static const char *const access_names[] = {"any", "ro", "rw"};
@@ -31,6 +33,7 @@ static const struct {
 	[TYPE_DISK] = {"disk", BIT(SHARE) | BIT(COPY), "ro share, or rw copy [PATH]: two VMs cannot write one disk"},
 	[TYPE_HOSTNAME] = {"hostname", BIT(SET) | BIT(ALLOCATE) | BIT(SHARE),
 			   "set NAME, allocate PREFIX:FROM-TO, or share: that of the guest stays"},
+	[TYPE_IP] = {"ip", BIT(SET) | BIT(ALLOCATE) | BIT(SHARE), "set ADDRESS/LENGTH, allocate FROM-TO/LENGTH, or share: that of the guest stays"},
 	[TYPE_MEMORY] = {"memory", BIT(COPY), "copy: what a clone does not write is shared"},
 };
 
@@ -97,14 +100,34 @@ static int check_variables(const struct clone_rules *rules, const struct clone_r
 	return 0;
 }
 
+/* Two addresses of one network. */
+static bool read_addresses(struct clone_rule *rule)
+{
+	const char *dash = strchr(rule->value, '-'), *slash = strchr(rule->value, '/');
+	uint8_t from[4], to[4];
+	unsigned length;
+
+	if (!dash || !slash || dash > slash)
+		return false;
+	CLEANUP_FREE char *first = xasprintf("%.*s%s", (int)(dash - rule->value), rule->value, slash);
+	if (!config_parse_ip(first, from, &rule->length) || !config_parse_ip(dash + 1, to, &length))
+		return false;
+	rule->from = get_be32(from);
+	rule->to = get_be32(to);
+	return rule->from <= rule->to && rule->to - rule->from < MAX_POOL && (rule->from ^ rule->to) >> (32 - rule->length) == 0;
+}
+
 static int read_pool(const struct clone_rules *rules, struct clone_rule *rule, struct err *err)
 {
 	const char *colon = strrchr(rule->value, ':'), *range = colon ? colon + 1 : rule->value;
-	bool good = clone_rules_range(range, rule->type == TYPE_PORT ? 65535 : 1000000, &rule->from, &rule->to);
+	bool good = clone_rules_range(range, rule->type == TYPE_PORT ? 65535 : MAX_POOL, &rule->from, &rule->to);
 
-	if (!good || (rule->type == TYPE_PORT) != (colon == NULL) || strchr(rule->value, '<')) {
+	if (rule->type == TYPE_IP)
+		good = read_addresses(rule);
+	if (!good || (rule->type == TYPE_PORT || rule->type == TYPE_IP) != (colon == NULL) || strchr(rule->value, '<')) {
 		clone_rules_fail(rules, rule->line, err, "'%s' is no pool", rule->value);
 		return err_hint(err, rule->type == TYPE_PORT  ? "FROM-TO, for example 20000-20999"
+				     : rule->type == TYPE_IP ? "FROM-TO/LENGTH within one network, for example 10.0.0.10-10.0.0.99/24"
 				     : rule->type == TYPE_TAP ? "PREFIX:FROM-TO, for example vmtap:0-99"
 							      : "PREFIX:FROM-TO, for example web-:1-99");
 	}
@@ -175,7 +198,7 @@ static int read_words(struct clone_rules *rules, struct clone_rule *rule, char *
 	if (type < 0) {
 		clone_rules_fail(rules, rule->line, err, "'%s' is no type of resource", what);
 		return err_hint(err,
-				"port, mac, tap, bridge, cid, disk, hostname or memory; uuid and generation id are always new");
+				"port, mac, ip, tap, bridge, cid, disk, hostname or memory; uuid and generation id are always new");
 	}
 	int mode = access ? find_name(access_names, ARRAY_LENGTH(access_names), access) : -1;
 	int does = action ? find_name(action_names, ACTIONS, action) : -1;

@@ -6,7 +6,7 @@
 
 #define CLONE_MAX_RULES 256u
 
-enum clone_type { TYPE_PORT, TYPE_MAC, TYPE_TAP, TYPE_BRIDGE, TYPE_CID, TYPE_DISK, TYPE_MEMORY, TYPE_HOSTNAME, TYPES };
+enum clone_type { TYPE_PORT, TYPE_MAC, TYPE_TAP, TYPE_BRIDGE, TYPE_CID, TYPE_DISK, TYPE_MEMORY, TYPE_HOSTNAME, TYPE_IP, TYPES };
 enum clone_access { ACCESS_ANY, ACCESS_RO, ACCESS_RW };
 enum clone_action {
 	ACTION_SHARE,
@@ -29,6 +29,7 @@ struct clone_rule {
 	char *value;  /* "" if none; variables are in it as they were written */
 	char *prefix; /* of `allocate`, with the next two */
 	uint32_t from, to;
+	unsigned length; /* of the prefix of the addresses from..to, as IPv4 */
 };
 
 struct clone_rules {

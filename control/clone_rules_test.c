@@ -171,6 +171,56 @@ Test(clone_rules, host_names)
 	end(&made);
 }
 
+Test(clone_rules, addresses)
+{
+	struct made made;
+	struct err err;
+	static const char with_ip[] = "[vm]\nname = web\nmemory = 64M\nkernel = /k\nvsock_cid = 3\n[net lan]\nmode = bridge\nbridge = br0\nip = 10.0.0.5/24\n"
+				      "[net wan]\nmode = tap\ntap = vmtap0\n[net out]\nmode = user\n";
+	/* As it was, and a network has one of each. */
+	cr_assert_eq(make(with_ip, "tap any set t<N>", 1, 3, &made, &err), 0, "%s", err.message);
+	expect_host(&made, "ip", "lan", "bridge:br0/10.0.0.5");
+	cr_expect_str_eq(find(&made, "ip", "lan")->guest, "10.0.0.5/24");
+	cr_expect(find(&made, "ip", "lan")->exclusive);
+	for (size_t i = 0; i < made.count; i++)
+		cr_expect(strcmp(made.list[i].type, "ip") || !strcmp(made.list[i].name, "lan"), "an address that nobody gave: %s", made.list[i].name);
+	end(&made);
+	/* Also of a card that had none; none of mode user. */
+	cr_assert_eq(make(with_ip, "tap any set t<N>\nip:lan any set 10.1.0.<N>/16\nip:wan rw set 10.2.<N>.1/8", 5, 3, &made, &err), 0, "%s", err.message);
+	expect_host(&made, "ip", "lan", "bridge:br0/10.1.0.5");
+	expect_host(&made, "ip", "wan", "tap/10.2.5.1");
+	cr_expect_not(find(&made, "ip", "wan")->exclusive, "what is behind a tap device nobody knows");
+	cr_expect_str_eq(find(&made, "ip", "wan")->guest, "10.2.5.1/8");
+	cr_expect_eq(made.config.nets[2].ip_length, 0);
+	end(&made);
+	cr_assert_eq(make(with_ip, "tap any set t<N>\nip any allocate 10.3.0.250-10.3.1.5/20", 5, 3, &made, &err), 0, "%s", err.message);
+	static const char *const cards[] = {"lan", "wan"}, *const networks[] = {"bridge:br0/", "tap/"};
+	for (size_t i = 0; i < 2; i++) {
+		struct store_resource *one = find(&made, "ip", cards[i]);
+		cr_expect(one->pool_from == 0x0a0300fa && one->pool_to == 0x0a030105 && one->pool_of_ip && one->exclusive);
+		cr_expect_str_eq(one->host, networks[i]);
+		free(one->host);
+		one->host = xasprintf("%s10.3.1.%zu", networks[i], i);
+	}
+	cr_assert_eq(clone_rules_settle(&made.config, made.list, made.count, &err), 0, "%s", err.message);
+	cr_expect_str_eq(find(&made, "ip", "wan")->guest, "10.3.1.1/20");
+	CLEANUP_BUF struct buf buf = BUF_INIT;
+	cr_assert_eq(config_to_text(&made.config, &buf, &err), 0);
+	cr_assert_eq(buf_append(&buf, NULL, 1, &err), 0);
+	cr_expect(strstr((char *)buf.data, "bridge = br0\n") && strstr((char *)buf.data, "ip = 10.3.1.0/20\n") && strstr((char *)buf.data, "ip = 10.3.1.1/20\n"), "%s", (char *)buf.data);
+	end(&made);
+	/* One for each card of each clone: 2 times 3. */
+	cr_expect_eq(make(with_ip, "tap any set t<N>\nip any allocate 10.3.0.1-10.3.0.5/20", 5, 3, &made, &err), -EINVAL);
+	cr_expect(strstr(err.message, ":2: the pool 10.3.0.1-10.3.0.5/20 has 5 numbers, 6 are needed"), "%s", err.message);
+	end(&made);
+	cr_expect_eq(make(with_ip, "tap any set t<N>\nip any set 10.3.0.<N>/20", 5, 3, &made, &err), -EINVAL);
+	cr_expect(strstr(err.message, ":2: ") && strstr(err.message, "already that of [net lan]"), "two cards of one VM: %s", err.message);
+	end(&made);
+	cr_expect_eq(make(with_ip, "tap any set t<N>\nip:out any share", 1, 3, &made, &err), -EINVAL);
+	cr_expect(strstr(err.message, ":2: the VM has no ip out"), "%s", err.message);
+	end(&made);
+}
+
 Test(clone_rules, shared_ports)
 {
 	struct made made;
@@ -269,6 +319,27 @@ Test(clone_rules, bad_ones_are_refused_with_line_and_reason)
 		{"hostname any allocate web", ":1:", "no pool"},
 		{"hostname any allocate web:1-2", ":1:", "2 numbers, 3 are needed"},
 		{"hostname:x any share", ":1:", "has no hostname x"},
+		{"ip any set", ":1:", "value is missing"},
+		{"ip any drop", ":1:", "not possible"},
+		{"ip ro share", ":1:", "not possible"},
+		{"ip any share 10.0.0.1/8", ":1:", "takes no value"},
+		{"ip:lan any share", ":1:", "has no ip lan"},
+		{"ip any share\nip rw set 10.0.0.<N>/24", ":2:", "contradicts line 1"},
+		{"ip:br any set 10.0.0.1/24", ":1:", "all 3 clones"},
+		{"ip:br any set 10.0.0.<N>", ":1:", "no address of a network card"},
+		{"ip:br any set 10.0.<VM>.5/24", ":1:", "no address of a network card"},
+		{"ip:br any allocate 10.0.0.1/24", ":1:", "no pool"},
+		{"ip:br any allocate 10.0.0.1-9/24", ":1:", "no pool"},
+		{"ip:br any allocate 10.0.0.1-10.0.0.9", ":1:", "no pool"},
+		{"ip:br any allocate 10.0.0.9-10.0.0.1/24", ":1:", "no pool"},
+		{"ip:br any allocate 10.0.0.9-10.0.1.9/24", ":1:", "no pool"},
+		{"ip:br any allocate 10.0.0.0-10.0.0.9/24", ":1:", "no pool"},
+		{"ip:br any allocate 10.0.0.1-10.0.0.255/24", ":1:", "no pool"},
+		{"ip:br any allocate 10.0.0.1/24-10.0.0.9/24", ":1:", "no pool"},
+		{"ip:br any allocate 10.0.0.<N>-10.0.0.9/24", ":1:", "no pool"},
+		{"ip:br any allocate 10.0.0.1-10.240.0.1/8", ":1:", "no pool"},
+		{"ip:br any allocate lan:10-20", ":1:", "no pool"},
+		{"ip:br any allocate 10.0.0.1-10.0.0.2/24", ":1:", "2 numbers, 3 are needed"},
 		{"port:lan/tcp/80 any multiplex", ":1:", "value is missing"},
 		{"port:lan/tcp/80 any multiplex x", ":1:", "no port to share"},
 		{"port:lan/tcp/80 any multiplex 80:most", ":1:", "no port to share"},
@@ -292,6 +363,9 @@ Test(clone_rules, bad_ones_are_refused_with_line_and_reason)
 	cr_expect_eq(make(with_tap, "hostname any share\ntap any set vmtap<N>", 1, 3, &made, &err), -EINVAL);
 	cr_expect(strstr(err.message, ":1:") && strstr(err.message, "vsock_cid"), "%s", err.message);
 	end(&made);
+	cr_expect_eq(make(with_tap, "tap any set vmtap<N>\nip any set 10.0.0.<N>/24", 1, 3, &made, &err), -EINVAL);
+	cr_expect(strstr(err.message, ":2:") && strstr(err.message, "its address: it has no vsock_cid"), "%s", err.message);
+	end(&made);
 	cr_expect_eq(make(web, "port any allocate 20000-20011", 1, 3, &made, &err), 0, "just enough: %s", err.message);
 	end(&made);
 }
@@ -313,7 +387,7 @@ static void apply(const char *config, const char *text, const struct clone_varia
 
 Test(clone_rules, a_group_keeps_addresses_in_a_network_of_its_own)
 {
-	static const char config[] = "[vm]\nname = web\nmemory = 64M\nkernel = /k\n[net lan]\nmode = group\nnetwork = backend@00000000\nmac = 52:54:00:00:00:01\n"
+	static const char config[] = "[vm]\nname = web\nmemory = 64M\nkernel = /k\n[net lan]\nmode = group\nnetwork = backend@00000000\nmac = 52:54:00:00:00:01\nip = 10.0.0.5/24\n"
 				     "[net out]\nmode = user\nmac = 52:54:00:00:00:02\nforward = tcp:8080:80\n";
 	struct clone_variables variables = {.vm = "web-1", .uuid = "12345678-1234-4234-8234-123456789abc", .store = "/store", .number = 1};
 	struct made made;
@@ -330,5 +404,6 @@ Test(clone_rules, a_group_keeps_addresses_in_a_network_of_its_own)
 	cr_expect(made.config.nets[1].mac[0] == 0x52 && made.config.nets[1].mac[1] == 0x56, "a rule says more");
 	cr_expect_eq(made.config.nets[1].forwards[0].host_port, 9000);
 	cr_expect_str_eq(find(&made, "network", "lan")->host, "group:backend@89abcdef");
+	expect_host(&made, "ip", "lan", "group:backend@89abcdef/10.0.0.5");
 	end(&made);
 }

@@ -98,6 +98,24 @@ static void list_card(const struct config_net *net, struct store_resource **list
 		list_shared(net, &net->shared[i], list, count);
 }
 
+char *identity_ip_network(const struct config_net *net)
+{
+	return net->mode == NET_BRIDGE ? xasprintf("bridge:%s/", net->bridge)
+	       : net->mode == NET_TAP  ? xstrdup("tap/")
+				       : xasprintf("%s:%s/", config_net_mode_name(net->mode), net->network);
+}
+
+static void list_ip(const struct config_net *net, struct store_resource **list, size_t *count)
+{
+	char ip[CONFIG_IP_BYTES];
+
+	if (net->mode == NET_NONE || !net->ip_length)
+		return;
+	config_format_ip(net->ip, net->ip_length, ip);
+	CLEANUP_FREE char *network = identity_ip_network(net), *host = xasprintf("%s%.*s", network, (int)strcspn(ip, "/"), ip);
+	store_resources_add(list, count, IDENTITY_IP, net->name, ip, host, net->mode != NET_TAP);
+}
+
 static void list_disk(const struct config_disk *disk, const char *store_path, const char *vm, struct store_resource **list, size_t *count)
 {
 	CLEANUP_FREE char *own = disk->path ? NULL : store_vm_disk_path(store_path, vm, disk->name);
@@ -119,6 +137,8 @@ void identity_list(struct machine_config *config, const char *store_path, const 
 	store_resources_add(list, count, "socket", "control", "", control, true);
 	for (unsigned i = 0; i < config->net_count; i++)
 		list_card(&config->nets[i], list, count);
+	for (unsigned i = 0; i < config->net_count; i++)
+		list_ip(&config->nets[i], list, count);
 	for (unsigned i = 0; i < config->disk_count; i++)
 		list_disk(&config->disks[i], store_path, config->name, list, count);
 	snprintf(cid, sizeof(cid), "%u", config->vsock_cid);

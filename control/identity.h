@@ -9,6 +9,7 @@
  *     tap      CARD                          the tap device                           exclusive
  *     bridge   CARD                          the bridge
  *     network  CARD                          the network of libvirt
+ *     ip       CARD              ADDRESS/N   NETWORK/ADDRESS                          exclusive, but for tap: what is behind a tap device nobody knows
  *     hostname vm                the name    the same: so that it can be allocated
  *     cid      vsock             CID         path of the UNIX socket                  exclusive
  *     disk     DISK              serial      path of the image (which has a lock of its own)
@@ -27,7 +28,10 @@ void identity_own_disks(struct machine_config *config, const char *store_path, c
 void identity_list(struct machine_config *config, const char *store_path, const char *uuid,
 		   struct store_resource **list, size_t *count);
 #define IDENTITY_MUX	      "mux"
+#define IDENTITY_IP	      "ip"
 #define IDENTITY_SHARED_BYTES 48
+/* The network that the card's IP address is on, "bridge:br0", and '/'. malloc. */
+char *identity_ip_network(const struct config_net *net);
 /* The host's side of a shared port, "tcp:127.0.0.1:8080:least". */
 void identity_shared(const struct config_shared *shared, char out[IDENTITY_SHARED_BYTES]);
 /* The host's side of a forwarded port, "tcp:127.0.0.1:8080", without the number if that is 0. */

@@ -514,7 +514,7 @@ static int keep_ports(struct process *process, struct err *err)
 		const char *type = list[i].type;
 		struct store_resource one = list[i];
 
-		if (strcmp(type, "uuid") && strcmp(type, "port") && strcmp(type, IDENTITY_MUX) && strcmp(type, "socket"))
+		if (strcmp(type, "uuid") && strcmp(type, "port") && strcmp(type, IDENTITY_MUX) && strcmp(type, IDENTITY_IP) && strcmp(type, "socket"))
 			continue;
 		list[i] = list[kept];
 		list[kept++] = one;

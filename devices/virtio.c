@@ -23,6 +23,7 @@
 void virtio_lock(struct virtio_device *vdev) { pthread_mutex_lock(&vdev->lock); }
 void virtio_unlock(struct virtio_device *vdev) { pthread_mutex_unlock(&vdev->lock); }
 const char *virtio_name(const struct virtio_device *vdev) { return vdev->name; }
+unsigned virtio_pci_slot(const struct virtio_device *vdev) { return pci_device_slot(vdev->pci); }
 struct virtqueue *virtio_queue(struct virtio_device *vdev, unsigned queue) { return &vdev->slots[queue].q; }
 bool virtio_is_resetting(const struct virtio_device *vdev) { return vdev->resetting; }
 

@@ -94,6 +94,7 @@ int virtio_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop, co
 /* Nothing in flight, VM and loop do not run (any more). NULL is allowed. */
 void virtio_destroy(struct virtio_device *vdev);
 
+unsigned virtio_pci_slot(const struct virtio_device *vdev); /* any thread */
 void virtio_lock(struct virtio_device *vdev);
 void virtio_unlock(struct virtio_device *vdev);
 

@@ -432,6 +432,8 @@ void virtio_net_destroy(struct virtio_net *n)
 	free(n);
 }
 
+unsigned virtio_net_slot(const struct virtio_net *n) { return virtio_pci_slot(n->vdev); }
+
 void virtio_net_get_stats(struct virtio_net *n, struct virtio_net_stats *out)
 {
 	virtio_lock(n->vdev);

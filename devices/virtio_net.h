@@ -41,6 +41,8 @@ int virtio_net_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop
 void virtio_net_destroy(struct virtio_net *n); /* VM and loop do not run. NULL is allowed. */
 /* After the bus's component in the machine's list. */
 struct component virtio_net_component(struct virtio_net *n, uint32_t instance);
+/* Its PCI device on bus 0. */
+unsigned virtio_net_slot(const struct virtio_net *n);
 /* Any thread. */
 void virtio_net_get_stats(struct virtio_net *n, struct virtio_net_stats *out);
 

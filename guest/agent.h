@@ -20,11 +20,21 @@
 #define AGENT_GENERATION_BYTES 33
 #define AGENT_NAME_BYTES       64
 
+/* A network card and the address that it is to have. */
+struct agent_card {
+	char pci[13];	 /* "0000:00:04.0" */
+	char mac[18];	 /* "52:56:00:00:00:01": what the card's registers show */
+	char address[16];
+	unsigned length; /* of the address's prefix */
+};
+
 struct agent_identity {
 	char uuid[AGENT_UUID_BYTES];
 	char generation[AGENT_GENERATION_BYTES]; /* "" if the machine has none */
 	char name[AGENT_NAME_BYTES];
 	char hostname[AGENT_HOSTNAME_MAX + 1]; /* "": as it is */
+	struct agent_card cards[AGENT_MAX_CARDS];
+	unsigned card_count;
 	bool has_time;
 	struct timespec time;
 	uint8_t seed[AGENT_SEED_BYTES];
@@ -52,7 +62,7 @@ struct agent {
 };
 
 /*
- * Applies the identity: random seed and clock in each life, host name, machine id and SSH host keys of a clone, then the hooks. What fails is left
+ * Applies the identity: random seed, clock and addresses of network cards in each life, host name, machine id and SSH host keys of a clone, then the hooks. What fails is left
  * as it was, and does not keep the rest from being done; err has the first of it, and the return value is its -errno. The uuid is noted last, so that a
  * clone whose agent is killed half way is begun again.
  */
@@ -60,6 +70,11 @@ int agent_apply(struct agent *agent, const struct agent_identity *identity, enum
 
 /* --- the parts of it --- */
 
+/* Of all cards of the identity: they are found by their places on the PCI bus. */
+int agent_apply_cards(const struct agent *agent, const struct agent_identity *identity, struct err *err);
+/* Gives a network interface the address, and with `mac`, "52:56:...", that of its card, and says so on the network. Routes by gateways stay. Nothing is done
+ * where it has them already. */
+int agent_set_card(const char *interface, const char *mac, const char *address, unsigned length, struct err *err);
 /* Replaces the word `from` (and FROM.DOMAIN) by `to` in the text of /etc/hosts, but for addresses and comments. malloc. */
 char *agent_rename_in_hosts(const char *text, const char *from, const char *to);
 /* Runs a program to its end. -ETIMEDOUT: it was killed after so many seconds; -EIO: it failed, err says how. `environment` may be NULL: the agent's own. */

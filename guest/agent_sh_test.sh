@@ -20,7 +20,7 @@ KEYGEN
 chmod +x "$dir/bin/ssh-keygen"
 export FAIL_KEYS=$dir/fail
 say() { # UUID GENERATION: what a host says
-    printf 'vmcp 1\nuuid %s\ngeneration %s\nname web-1\nhostname web-1\nnews from a newer host\ntime 1767225600.000000000\nseed %064d\nend\n' "$1" "$2" 7
+    printf 'vmcp 1\nuuid %s\ngeneration %s\nname web-1\nhostname web-1\ncard 0000:00:04.0 52:56:00:00:00:01 10.0.0.5/24\ncard bad\ncard 0000:00:05.0 52:56:00:00:00:02 10.1.0.5/8\nnews from a newer host\ntime 1767225600.000000000\nseed %064d\nend\n' "$1" "$2" 7
 }
 one=11111111-2222-4333-8444-555555555555 two=99999999-2222-4333-8444-555555555555
 life=00112233445566778899aabbccddeeff other=ff112233445566778899aabbccddeeff
@@ -29,7 +29,7 @@ echo debian >"$VMCP_ROOT/etc/hostname"
 printf '127.0.0.1\tlocalhost debian\n127.0.1.1 debian.example.org debian # debian\n# debian\n' >"$VMCP_ROOT/etc/hosts"
 echo old >"$VMCP_ROOT/etc/ssh/ssh_host_rsa_key"
 # shellcheck disable=SC2016 # for the hook
-printf '#!/bin/sh\necho "$1 $VMCP_NAME $VMCP_OLD_UUID" >>"$VMCP_ROOT/hooks"\n' >"$VMCP_ROOT/etc/vmcp/hooks.d/note"
+printf '#!/bin/sh\necho "$1 $VMCP_NAME $VMCP_OLD_UUID" >>"$VMCP_ROOT/hooks"; echo "$VMCP_CARDS" >"$VMCP_ROOT/cards"\n' >"$VMCP_ROOT/etc/vmcp/hooks.d/note"
 chmod +x "$VMCP_ROOT/etc/vmcp/hooks.d/note"
 cp "$VMCP_ROOT/etc/vmcp/hooks.d/note" "$VMCP_ROOT/etc/vmcp/hooks.d/note.dpkg-old"
 
@@ -45,6 +45,7 @@ expect "machine id" "$(cat "$VMCP_ROOT/etc/machine-id")" "${two//-/}"
 expect "public key" "$(cat "$VMCP_ROOT/etc/ssh/ssh_host_rsa_key.pub")" "public root@web-1"
 expect "keys that there were not" "$(ls "$VMCP_ROOT/etc/ssh")" $'ssh_host_rsa_key\nssh_host_rsa_key.pub'
 expect "hooks" "$(cat "$VMCP_ROOT/hooks")" "first web-1 "$'\n'"life web-1 $one"$'\n'"clone web-1 $one"
+expect "cards" "$(cat "$VMCP_ROOT/cards")" $'0000:00:04.0 52:56:00:00:00:01 10.0.0.5/24\n0000:00:05.0 52:56:00:00:00:02 10.1.0.5/8'
 : >"$FAIL_KEYS"
 expect "without keys" "$(say $one $life | sh "$agent" --serve | sed 's/ [^ ]*ssh_host/ ssh_host/')" \
     $'agent 1\nfailed ssh_host_rsa_key is the origin\'s\ndone clone'

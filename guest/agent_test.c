@@ -4,19 +4,26 @@
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/if_tun.h>
+#include <net/if.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "base/file.h"
 
 #define ONE   "11111111-2222-4333-8444-555555555555"
 #define TWO   "99999999-2222-4333-8444-555555555555"
 #define LIFE  "00112233445566778899aabbccddeeff"
 #define OTHER "ff112233445566778899aabbccddeeff"
+#define CARD  " 0000:00:04.0 52:56:00:00:00:01 10.0.0.5/24\n"
 
 /* --- what a host says --- */
 
@@ -43,13 +50,16 @@ Test(agent, takes_an_identity)
 	struct agent_identity identity;
 	struct err err = ERR_INIT;
 	const char text[] = "vmcp 1\nuuid " ONE "\ngeneration " LIFE "\nname web.1_x\nhostname web-1\nfuture of some kind\ntime 1767225600.123456789\n"
-			    "seed 000102030405060708090a0b0c0d0eff\nend\nmore";
-	cr_assert_eq(take(text, &identity, &err), 9, "%s", err.message);
+			    "card 0000:00:04.0 52:56:00:00:00:01 10.0.0.5/24\ncard 0000:00:1f.0 52:56:00:00:00:02 192.168.100.200/8\nseed 000102030405060708090a0b0c0d0eff\nend\nmore";
+	cr_assert_eq(take(text, &identity, &err), 11, "%s", err.message);
 	cr_expect_str_eq(identity.uuid, ONE);
 	cr_expect_str_eq(identity.generation, LIFE);
 	cr_expect_str_eq(identity.name, "web.1_x");
 	cr_expect_str_eq(identity.hostname, "web-1");
 	cr_expect(identity.has_time && identity.time.tv_sec == 1767225600 && identity.time.tv_nsec == 123456789);
+	cr_assert_eq(identity.card_count, 2);
+	const struct agent_card *card = &identity.cards[1];
+	cr_expect(!strcmp(card->pci, "0000:00:1f.0") && !strcmp(card->mac, "52:56:00:00:00:02") && !strcmp(card->address, "192.168.100.200") && card->length == 8);
 	cr_expect(identity.seed_bytes == 16 && identity.seed[1] == 1 && identity.seed[15] == 0xff);
 	cr_expect_eq(take("vmcp 1\nuuid " ONE "\n", &identity, &err), 0, "not whole");
 }
@@ -78,6 +88,17 @@ Test(agent, refuses_what_no_host_says)
 		"vmcp 1\nhostname a-",
 		"vmcp 1\nhostname ",
 		"vmcp 1\nhostname $(reboot)",
+		"vmcp 1\ncard",
+		"vmcp 1\ncard 0000:00:04.0",
+		"vmcp 1\ncard 0000:00:04.0 52:56:00:00:00:01 10.0.0.5",
+		"vmcp 1\ncard 0000:00:04.0 52:56:00:00:00:01 10.0.0.5/0",
+		"vmcp 1\ncard 0000:00:04.0 52:56:00:00:00:01 10.0.0.5/33",
+		"vmcp 1\ncard 0000:00:04.0 52:56:00:00:00:01 10.0.0.5/24 x",
+		"vmcp 1\ncard 0000:00:04.0 52:56:00:00:00:01 10.0.0.500/24",
+		"vmcp 1\ncard 0000:00:04.0 52:56:00:00:00:01 10.0.5/24",
+		"vmcp 1\ncard 0000:00:04.0 52:56:00:00:00 10.0.0.5/24",
+		"vmcp 1\ncard 0000:00:04.052:56:00:00:00:01 10.0.0.5/24",
+		"vmcp 1\ncard ../../../etc 52:56:00:00:00:01 10.0.0.5/24",
 		"vmcp 1\ngeneration xyz",
 		"vmcp 1\ngeneration " LIFE "0",
 		"vmcp 1\ntime 5",
@@ -102,6 +123,10 @@ Test(agent, refuses_what_no_host_says)
 	line[sizeof(line) - 1] = '\0';
 	identity = (struct agent_identity){.greeted = true};
 	cr_expect_eq(agent_take_line(&identity, line, &err), -EPROTO);
+	identity = (struct agent_identity){.greeted = true};
+	for (unsigned i = 0; i < AGENT_MAX_CARDS; i++)
+		cr_assert_eq(agent_take_line(&identity, "card 0000:00:04.0 52:56:00:00:00:01 10.0.0.5/24", &err), 0);
+	cr_expect_eq(agent_take_line(&identity, "card 0000:00:04.0 52:56:00:00:00:01 10.0.0.5/24", &err), -EPROTO);
 	identity = (struct agent_identity){.greeted = true};
 	for (unsigned i = 0; i < AGENT_MAX_LINES; i++)
 		cr_assert_eq(agent_take_line(&identity, "noise", &err), 0);
@@ -172,7 +197,7 @@ static void make_machine(void)
 	put("/dev/urandom", "", 0644);
 	put("/bin/ssh-keygen", "#!/bin/sh\n[ ! -e ${0%/*}/fail ] || exit 3\nwhile [ $# -gt 0 ]; do [ \"$1\" = -f ] && f=$2; [ \"$1\" = -C ] && c=$2; shift; done\n"
 			       "umask 077; echo new >$f; echo \"public $c\" >$f.pub\n", 0755);
-	put("/etc/vmcp/hooks.d/10-note", "#!/bin/sh\necho \"$1 $VMCP_EVENT $VMCP_NAME $VMCP_HOSTNAME $VMCP_UUID $VMCP_OLD_UUID $VMCP_GENERATION\" >>${0%/*}/../noted\n", 0755);
+	put("/etc/vmcp/hooks.d/10-note", "#!/bin/sh\necho \"$1 $VMCP_EVENT $VMCP_NAME $VMCP_HOSTNAME $VMCP_UUID $VMCP_OLD_UUID $VMCP_GENERATION $VMCP_CARDS\" >>${0%/*}/../noted\n", 0755);
 	put("/etc/vmcp/hooks.d/20-off", "#!/bin/sh\nexit 9\n", 0644);
 	put("/etc/vmcp/hooks.d/30.bak", "#!/bin/sh\nexit 9\n", 0755);
 	CLEANUP_FREE char *path = xasprintf("%s/bin:%s", root, getenv("PATH"));
@@ -185,7 +210,8 @@ static void remove_machine(void)
 
 static enum agent_event apply(struct agent *agent, const char *uuid, const char *generation, int want, struct err *err)
 {
-	struct agent_identity identity = {.name = "web-1", .hostname = "web-1", .seed = {1, 2, 3}, .seed_bytes = 16, .has_time = true};
+	struct agent_identity identity = {.name = "web-1", .hostname = "web-1", .seed = {1, 2, 3}, .seed_bytes = 16, .has_time = true,
+					  .cards = {{"0000:00:04.0", "52:56:00:00:00:01", "10.0.0.5", 24}}, .card_count = 1};
 	enum agent_event event = AGENT_SAME;
 	snprintf(identity.uuid, sizeof(identity.uuid), "%s", uuid);
 	snprintf(identity.generation, sizeof(identity.generation), "%s", generation);
@@ -216,7 +242,7 @@ Test(agent, makes_a_clone_another_machine, .init = make_machine, .fini = remove_
 	cr_expect_not(is_there("/etc/ssh/ssh_host_ecdsa_key"), "it had none");
 	cr_expect_not(is_there("/etc/ssh/ssh_host_rsa_key.vmcp-new"));
 	expect_file("/dev/urandom", "\1\2\3");
-	expect_file("/etc/vmcp/noted", "first first web-1 web-1 " ONE "  " LIFE "\nlife life web-1 web-1 " ONE " " ONE " " OTHER "\nclone clone web-1 web-1 " TWO " " ONE " " LIFE "\n");
+	expect_file("/etc/vmcp/noted", "first first web-1 web-1 " ONE "  " LIFE CARD "life life web-1 web-1 " ONE " " ONE " " OTHER CARD "clone clone web-1 web-1 " TWO " " ONE " " LIFE CARD);
 	/* An agent that begins anew in a machine that is as it was. */
 	struct agent fresh = {.root = root, .hook_seconds = 20};
 	cr_expect_eq(apply(&fresh, TWO, LIFE, 0, &err), AGENT_LIFE);
@@ -239,4 +265,63 @@ Test(agent, what_fails_is_told_and_the_rest_is_done, .init = make_machine, .fini
 	cr_expect_eq(apply(&agent, ONE, OTHER, -ETIMEDOUT, &err), AGENT_CLONE);
 	cr_expect(strstr(err.message, "05-slow: killed after 1 s"), "%s", err.message);
 	expect_file("/etc/ssh/ssh_host_rsa_key", "new\n");
+}
+
+/* --- addresses of cards, in a network namespace of the test's own --- */
+
+static bool run(const char *command) { return system(command) == 0; }
+
+/* A tap device is a card whose frames we see. */
+static int make_card(void)
+{
+	struct ifreq r = {.ifr_name = "probe", .ifr_flags = IFF_TAP | IFF_NO_PI};
+	int fd = unshare(CLONE_NEWNET) ? -1 : open("/dev/net/tun", O_RDWR | O_NONBLOCK | O_CLOEXEC);
+
+	if (fd < 0 || ioctl(fd, TUNSETIFF, &r) < 0) {
+		fprintf(stderr, "SKIP: no network namespace of its own, or no tap devices: %s\n", strerror(errno));
+		return -1;
+	}
+	return fd;
+}
+
+/* A gratuitous ARP: both addresses in it are the sender's (RFC 5227, 3). */
+static bool is_announced(int fd, const uint8_t mac[6], uint32_t address)
+{
+	const struct timespec moment = {.tv_nsec = 5000000};
+	uint8_t frame[2000];
+
+	for (int i = 0; i < 1000; i++) {
+		ssize_t n = read(fd, frame, sizeof(frame));
+
+		if (n >= 42 && get_be16(frame + 12) == 0x0806 && !memcmp(frame + 22, mac, 6) && get_be32(frame + 28) == address && get_be32(frame + 38) == address)
+			return true;
+		if (n < 0)
+			nanosleep(&moment, NULL);
+	}
+	return false;
+}
+
+Test(agent, gives_a_card_its_addresses, .timeout = 60)
+{
+	const uint8_t mac[6] = {0x52, 0x56, 0, 0, 0, 1};
+	struct err err = ERR_INIT;
+	int fd = make_card();
+	if (fd < 0)
+		return;
+	cr_assert_eq(agent_set_card("probe", "52:56:00:00:00:01", "10.0.0.5", 24, &err), 0, "%s", err.message);
+	cr_expect(run("ip -4 addr show dev probe up | grep -q '10.0.0.5/24 brd 10.0.0.255 '") && run("ip link show dev probe | grep -q 52:56:00:00:00:01"));
+	cr_expect(is_announced(fd, mac, 0x0a000005));
+	cr_assert(run("ip route add default via 10.0.0.1 metric 7 && ip route add 10.9.0.0/16 via 10.0.0.2 dev probe && ip addr add 10.0.0.77/24 dev probe"));
+	cr_expect_eq(agent_set_card("probe", "52:56:00:00:00:01", "10.0.0.5", 24, &err), 0);
+	cr_expect(run("ip -4 addr show dev probe | grep -q 10.0.0.77"), "nothing was to be done");
+	cr_assert_eq(agent_set_card("probe", "52:56:00:00:00:01", "10.0.0.6", 16, &err), 0, "%s", err.message);
+	cr_expect(run("ip -4 addr show dev probe | grep -q '10.0.0.6/16 brd 10.0.255.255 ' && ! ip -4 addr show dev probe | grep -q '10.0.0.5'"));
+	cr_expect(run("ip route | grep -q '^default via 10.0.0.1 dev probe .*metric 7' && ip route | grep -q '^10.9.0.0/16 via 10.0.0.2'"), "routes");
+	cr_expect(is_announced(fd, mac, 0x0a000006));
+	/* A route that leads nowhere now; the address is there all the same. */
+	cr_expect_eq(agent_set_card("probe", "52:56:00:00:00:01", "10.200.0.6", 24, &err), -ENETUNREACH);
+	cr_expect(strstr(err.message, "probe: the route by 10.0.0."), "%s", err.message);
+	cr_expect(run("ip -4 addr show dev probe | grep -q 10.200.0.6/24"));
+	cr_expect_eq(agent_set_card("nothing", "52:56:00:00:00:01", "10.0.0.5", 24, &err), -ENODEV);
+	close(fd);
 }

@@ -240,13 +240,30 @@ static int run_hook(const struct agent *agent, const char *path, enum agent_even
 	return access(path, X_OK) ? 0 : agent_run(argv, environment, agent->hook_seconds, err);
 }
 
+/* "PCI MAC ADDRESS/LENGTH" of each, one a line. malloc. */
+static char *cards_text(const struct agent_identity *identity)
+{
+	char *text = xstrdup("");
+
+	for (unsigned i = 0; i < identity->card_count; i++) {
+		const struct agent_card *card = &identity->cards[i];
+		char *longer = xasprintf("%s%s%s %s %s/%u", text, i ? "\n" : "", card->pci, card->mac, card->address, card->length);
+
+		free(text);
+		text = longer;
+	}
+	return text;
+}
+
 static int run_hooks(const struct agent *agent, const struct agent_identity *identity, enum agent_event event, const char *before, struct err *err)
 {
 	CLEANUP_FREE char *folder = xasprintf("%s" HOOKS, agent->root);
+	CLEANUP_FREE char *cards = cards_text(identity);
 	const char *search = getenv("PATH");
 	char *environment[] = {xasprintf("VMCP_EVENT=%s", event_names[event]), xasprintf("VMCP_UUID=%s", identity->uuid),
 			       xasprintf("VMCP_OLD_UUID=%s", before), xasprintf("VMCP_NAME=%s", identity->name),
 			       xasprintf("VMCP_HOSTNAME=%s", identity->hostname), xasprintf("VMCP_GENERATION=%s", identity->generation),
+			       xasprintf("VMCP_CARDS=%s", cards),
 			       xasprintf("PATH=%s", search ? search : "/usr/sbin:/usr/bin:/sbin:/bin"), NULL};
 	struct dirent **list;
 	int count = scandir(folder, &list, is_hook, alphasort), first = 0;
@@ -282,7 +299,7 @@ int agent_apply(struct agent *agent, const struct agent_identity *identity, enum
 	static const struct {
 		part_fn *apply;
 		bool of_clones;
-	} parts[] = {{apply_seed, false}, {apply_time, false}, {apply_machine_id, true}, {apply_hostname, true}, {apply_ssh_keys, true}};
+	} parts[] = {{apply_seed, false}, {apply_time, false}, {agent_apply_cards, false}, {apply_machine_id, true}, {apply_hostname, true}, {apply_ssh_keys, true}};
 	char noted[AGENT_UUID_BYTES];
 	int first = noted_uuid(agent, noted, err);
 

@@ -1,4 +1,5 @@
 /* What the host says, line by line. */
+#include <arpa/inet.h>
 #include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
@@ -59,6 +60,21 @@ static bool parse_seed(const char *text, struct agent_identity *identity)
 	return true;
 }
 
+/* "0000:00:04.0 52:56:00:00:00:01 10.0.0.5/24" */
+static bool parse_card(const char *text, struct agent_identity *identity)
+{
+	struct agent_card card;
+	struct in_addr address;
+	int pci_end = 0, mac_end = 0, end = 0;
+
+	if (identity->card_count == AGENT_MAX_CARDS)
+		return false;
+	if (sscanf(text, "%12[0-9a-f:.]%n %17[0-9a-f:]%n %15[0-9.]/%2u%n", card.pci, &pci_end, card.mac, &mac_end, card.address, &card.length, &end) != 4)
+		return false;
+	identity->cards[identity->card_count++] = card;
+	return pci_end == 12 && mac_end - pci_end == 18 && !text[end] && inet_pton(AF_INET, card.address, &address) == 1 && card.length >= 1 && card.length <= 32;
+}
+
 /* Unknown keys are a newer host's. */
 static bool take_value(struct agent_identity *identity, const char *key, const char *value)
 {
@@ -82,6 +98,8 @@ static bool take_value(struct agent_identity *identity, const char *key, const c
 		snprintf(identity->hostname, sizeof(identity->hostname), "%s", value);
 		return is_hostname(value);
 	}
+	if (!strcmp(key, "card"))
+		return parse_card(value, identity);
 	if (!strcmp(key, "time")) {
 		identity->has_time = parse_time(value, &identity->time);
 		return identity->has_time;

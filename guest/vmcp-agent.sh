@@ -49,6 +49,38 @@ apply_machine_id() {
     done
 }
 
+set_card() { # INTERFACE MAC ADDRESS/LENGTH
+    if [ "$(cat "/sys/class/net/$1/address")" = "$2" ] && ip -4 addr show dev "$1" | grep -q " $3 "; then
+        return 0
+    fi
+    # Routes by gateways go with the old address.
+    routes=$(ip -4 route show dev "$1" | sed -n -e '/ via /!d' -e 's/ src [^ ]*//' -e 's/ dev [^ ]*//' -e 's/ linkdown//' -e p)
+    ip -4 addr flush dev "$1" && ip addr add "$3" broadcast + dev "$1" && ip link set dev "$1" up || return 1
+    # With arp_notify the kernel tells the network of the address and the card's own.
+    notify=/proc/sys/net/ipv4/conf/$1/arp_notify before=$(cat "/proc/sys/net/ipv4/conf/$1/arp_notify")
+    echo 1 >"$notify"
+    ip link set dev "$1" address "$2" || fail "$1: address of the card"
+    echo "$before" >"$notify"
+    while read -r route; do
+        # shellcheck disable=SC2086 # its words
+        [ -z "$route" ] || ip route replace $route dev "$1" || fail "$1: the route $route is gone"
+    done <<ROUTES
+$routes
+ROUTES
+}
+
+apply_cards() {
+    [ -z "$root" ] || return 0
+    while IFS=' ' read -r pci mac address; do
+        [ -n "$pci" ] || continue
+        for interface in /sys/bus/pci/devices/"$pci"/virtio*/net/*; do
+            { [ -e "$interface" ] && set_card "${interface##*/}" "$mac" "$address"; } || fail "card $pci: address $address"
+        done
+    done <<CARDS
+$cards
+CARDS
+}
+
 apply_hostname() {
     [ -n "$hostname" ] || return 0
     old=$(cat "$root/etc/hostname" 2>/dev/null)
@@ -80,7 +112,7 @@ apply_ssh_keys() {
 run_hooks() { # EVENT OLD_UUID
     for hook in "$root"/etc/vmcp/hooks.d/*; do
         if [ -x "$hook" ] && matches "${hook##*/}" '[A-Za-z0-9_-]+'; then
-            VMCP_EVENT=$1 VMCP_OLD_UUID=$2 VMCP_UUID=$uuid VMCP_NAME=$name VMCP_HOSTNAME=$hostname VMCP_GENERATION=$generation \
+            VMCP_EVENT=$1 VMCP_OLD_UUID=$2 VMCP_UUID=$uuid VMCP_NAME=$name VMCP_HOSTNAME=$hostname VMCP_GENERATION=$generation VMCP_CARDS=$cards \
                 "$hook" "$1" </dev/null >/dev/null || fail "$hook: exit status $?"
         fi
     done
@@ -101,6 +133,7 @@ apply() {
     if [ $event != same ]; then
         apply_seed
         apply_time
+        apply_cards
         if [ $event = clone ]; then
             apply_machine_id
             apply_hostname
@@ -116,7 +149,7 @@ apply() {
 
 serve() {
     echo "agent 1"
-    uuid='' generation='' name='' hostname='' time='' seed=''
+    uuid='' generation='' name='' hostname='' cards='' time='' seed=''
     while IFS=' ' read -r key value; do
         case $key in
             vmcp) [ "$value" = 1 ] || exit 1 ;;
@@ -124,12 +157,16 @@ serve() {
             generation) matches "$value" '[0-9a-f]{32}' && generation=$value ;;
             name) matches "$value" '[A-Za-z0-9][A-Za-z0-9._-]{0,62}' && name=$value ;;
             hostname) matches "$value" '[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?' && hostname=$value ;;
+            card)
+                matches "$value" '[0-9a-f:.]{12} ([0-9a-f]{2}:){5}[0-9a-f]{2} ([0-9]{1,3}\.){3}[0-9]{1,3}/[0-9]{1,2}' && cards="${cards:+$cards
+}$value"
+                ;;
             time) matches "$value" '[0-9]{1,12}\.[0-9]{9}' && time=$value ;;
             seed) matches "$value" '[0-9a-f]{32,128}' && seed=$value ;;
             end)
                 { [ -n "$uuid" ] && [ -n "$name" ]; } || exit 1
                 apply
-                hostname='' time='' seed=''
+                hostname='' cards='' time='' seed=''
                 ;;
         esac
     done

@@ -51,6 +51,8 @@ struct config_net {
 	enum net_mode mode;	      /* NET_NONE: no card */
 	bool mac_given;		      /* else the machine chooses one */
 	uint8_t mac[6];
+	uint8_t ip[4];	   /* what the agent in the guest is to give the card */
+	unsigned ip_length; /* of its prefix; 0: the card's address is the guest's own affair */
 	uint64_t send_rate, receive_rate; /* bytes a second, 0: no limit */
 	char tap[NET_INTERFACE_BYTES], bridge[NET_INTERFACE_BYTES];
 	char network[CONFIG_NAME_BYTES]; /* of libvirt */
@@ -104,6 +106,12 @@ int config_to_text(const struct machine_config *config, struct buf *out, struct 
 int config_set_nets(struct machine_config *config, const char *settings, struct err *err);
 const char *config_net_mode_name(enum net_mode mode);
 const char *config_sharing_name(enum config_sharing sharing);
+/* "10.0.0.5/24": an address that a card can have in its network. */
+bool config_parse_ip(const char *text, uint8_t ip[4], unsigned *length);
+#define CONFIG_IP_BYTES 19
+void config_format_ip(const uint8_t ip[4], unsigned length, char out[CONFIG_IP_BYTES]);
+/* Is the card on a network that others are on, where an address means something? */
+bool config_net_takes_ip(const struct config_net *net);
 /* Letters, digits and '-', at most 63, none of these '-' at either end (RFC 1123). */
 bool config_is_hostname(const char *text);
 const char *config_backing_name(enum mem_backing backing);

@@ -58,11 +58,11 @@ static bool parse_number(const char **at, unsigned long most, char end, unsigned
 	return *at > start && *out <= most && *(*at)++ == end;
 }
 
-static bool parse_address(const char **at, uint8_t out[4])
+static bool parse_address(const char **at, char end, uint8_t out[4])
 {
 	for (int i = 0; i < 4; i++) {
 		unsigned long byte;
-		if (!parse_number(at, 255, i < 3 ? '.' : ':', &byte))
+		if (!parse_number(at, 255, i < 3 ? '.' : end, &byte))
 			return false;
 		out[i] = (uint8_t)byte;
 	}
@@ -79,13 +79,42 @@ static bool parse_forward(const char *value, struct net_forward *out)
 	if (strncmp(value, "tcp:", 4) && strncmp(value, "udp:", 4))
 		return false;
 	colon = strchr(at, ':');
-	if (colon && memchr(at, '.', (size_t)(colon - at)) && !parse_address(&at, out->host_address))
+	if (colon && memchr(at, '.', (size_t)(colon - at)) && !parse_address(&at, ':', out->host_address))
 		return false;
 	if (!parse_number(&at, 65535, ':', &host) || !parse_number(&at, 65535, '\0', &guest) || !host || !guest)
 		return false;
 	out->host_port = (uint16_t)host;
 	out->guest_port = (uint16_t)guest;
 	return true;
+}
+
+/* Neither that of a network, nor one for all in it (RFC 1122, 3.2.1.3); a prefix of 31 bits has two addresses of cards (RFC 3021). */
+bool config_parse_ip(const char *text, uint8_t ip[4], unsigned *length)
+{
+	unsigned long bits;
+
+	if (!parse_address(&text, '/', ip) || !parse_number(&text, 32, '\0', &bits) || !bits || ip[0] == 0 || ip[0] == 127 || ip[0] >= 224)
+		return false;
+	uint32_t hosts = bits < 32 ? UINT32_MAX >> bits : 0, host = get_be32(ip) & hosts;
+	*length = (unsigned)bits;
+	return bits >= 31 || (host != 0 && host != hosts);
+}
+
+void config_format_ip(const uint8_t ip[4], unsigned length, char out[CONFIG_IP_BYTES])
+{
+	snprintf(out, CONFIG_IP_BYTES, "%u.%u.%u.%u/%u", ip[0], ip[1], ip[2], ip[3], length);
+}
+
+bool config_net_takes_ip(const struct config_net *net) { return net->mode != NET_NONE && net->mode != NET_USER; }
+
+static int set_ip(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	struct config_net *net = object;
+
+	if (config_parse_ip(value, net->ip, &net->ip_length))
+		return 0;
+	config_fail(r, key, "'%s' is no address of a network card", value);
+	return err_hint(r->err, "ADDRESS/LENGTH of IPv4, for example 10.0.0.5/24; neither the first nor the last of its network");
 }
 
 static int set_forward(struct config_reading *r, void *object, const char *key, const char *value)
@@ -203,6 +232,7 @@ static int set_receive_rate(struct config_reading *r, void *object, const char *
 const struct config_key config_net_keys[] = {
 	{.name = "mode", .set = set_mode},
 	{.name = "mac", .set = set_mac},
+	{.name = "ip", .set = set_ip},
 	{.name = "forward", .set = set_forward, .repeats = true},
 	{.name = "multiplex", .set = set_shared, .repeats = true},
 	{.name = "tap", .set = set_tap},
@@ -251,6 +281,10 @@ static int check_mode(struct config_reading *r, const struct config_net *net)
 
 	if (net->mode == NET_NONE)
 		return 0;
+	if (net->ip_length && !config_net_takes_ip(net)) {
+		config_fail(r, "ip", "has no meaning with mode = %s in [net %s]", mode_names[net->mode], net->name);
+		return err_hint(r->err, "leave it out: the guest is alone in its network, which gives it an address by DHCP");
+	}
 	if (stray) {
 		config_fail(r, stray, "has no meaning with mode = %s in [net %s]", mode_names[net->mode], net->name);
 		return err_hint(r->err, "leave it out, or write mode = %s", !strcmp(stray, "forward") || !strcmp(stray, "multiplex") ? "user" : !strcmp(stray, "network") ? "libvirt" : stray);
@@ -321,6 +355,10 @@ static int check_pair(struct config_reading *r, const struct config_net *net, co
 		config_fail(r, "mac", "is already that of [net %s]", other->name);
 		return err_hint(r->err, "each card needs an address of its own; without `mac` one is chosen");
 	}
+	if (net->ip_length && other->ip_length && !memcmp(net->ip, other->ip, sizeof(net->ip))) {
+		config_fail(r, "ip", "is already that of [net %s]", other->name);
+		return err_hint(r->err, "each card needs an address of its own");
+	}
 	return 0;
 }
 
@@ -358,6 +396,8 @@ static int apply_setting(struct config_reading *r, struct config_net *net, const
 		if (!strcmp(key, "mode")) {
 			net->forward_count = net->shared_count = 0;
 			net->tap[0] = net->bridge[0] = net->network[0] = '\0';
+			if (!strcmp(value, "user"))
+				net->ip_length = 0;
 		}
 		return config_net_keys[i].set(r, net, key, value);
 	}
@@ -449,6 +489,12 @@ int config_nets_to_text(const struct machine_config *config, struct buf *out, st
 		rc = config_append(out, err, "\n[net %s]\nmode = %s\n", net->name, mode_names[net->mode]);
 		if (!rc && net->mac_given)
 			rc = config_append(out, err, "mac = %02x:%02x:%02x:%02x:%02x:%02x\n", m[0], m[1], m[2], m[3], m[4], m[5]);
+		if (!rc && net->ip_length) {
+			char ip[CONFIG_IP_BYTES];
+
+			config_format_ip(net->ip, net->ip_length, ip);
+			rc = config_append(out, err, "ip = %s\n", ip);
+		}
 		if (!rc && net->tap[0])
 			rc = config_append(out, err, "tap = %s\n", net->tap);
 		if (!rc && net->bridge[0])

@@ -68,7 +68,9 @@ bool machine_disk_stats(struct machine *machine, unsigned index, const char **na
 /* Of network card `index`; false if there is none. Names are the machine's. */
 struct machine_net_stats {
 	const char *name, *mode, *interface; /* interface: of the host, "" of mode user */
+	unsigned slot;			     /* PCI device on bus 0 */
 	uint8_t mac[6];			     /* as configured */
+	char ip[CONFIG_IP_BYTES];	     /* ADDRESS/LENGTH that the agent in the guest gives it, or "" */
 	struct virtio_net_stats traffic;
 };
 bool machine_net_stats(struct machine *machine, unsigned index, struct machine_net_stats *out);

@@ -94,5 +94,8 @@ void machine_net_tell(struct machine_net *net, struct machine_net_stats *out)
 	*out = (struct machine_net_stats){
 		.name = net->config->name, .mode = config_net_mode_name(net->config->mode), .interface = net_interface(net->backend)};
 	memcpy(out->mac, net->config->mac, sizeof(out->mac));
+	out->slot = virtio_net_slot(net->device);
+	if (net->config->ip_length)
+		config_format_ip(net->config->ip, net->config->ip_length, out->ip);
 	virtio_net_get_stats(net->device, &out->traffic);
 }

@@ -136,6 +136,13 @@ static int enter_locked(struct store *store, const char *vm, const struct store_
 			     TEXTS(vm, one->type, one->name, one->guest, one->host), 0, NULL, NULL, err);
 }
 
+/* As it stands behind what `host` is. */
+static char *pool_text(const struct store_resource *one, uint32_t number)
+{
+	return one->pool_of_ip ? xasprintf("%s%u.%u.%u.%u", one->host, number >> 24, number >> 16 & 255, number >> 8 & 255, number & 255)
+			       : xasprintf("%s%u", one->host, number);
+}
+
 /* The lowest number of the pool that can be had. */
 static int choose_locked(struct store *store, const char *vm, struct store_resource *one, store_pool_free_fn *pool_free,
 			 void *opaque, struct err *err)
@@ -145,7 +152,7 @@ static int choose_locked(struct store *store, const char *vm, struct store_resou
 	for (uint64_t number = one->pool_from; number <= one->pool_to; number++) {
 		struct err busy = ERR_INIT;
 
-		tried.host = xasprintf("%s%llu", one->host, (unsigned long long)number);
+		tried.host = pool_text(one, (uint32_t)number);
 		int rc = make_room_locked(store, vm, &tried, &busy);
 		if (!rc && (!pool_free || pool_free(opaque, one, (uint32_t)number))) {
 			free(one->host);
@@ -159,8 +166,8 @@ static int choose_locked(struct store *store, const char *vm, struct store_resou
 			return rc;
 		}
 	}
-	err_set(err, ERR_STATE, ENOSPC, "%s %s: none of %s%u to %s%u is free", one->type, one->name, one->host,
-		one->pool_from, one->host, one->pool_to);
+	CLEANUP_FREE char *from = pool_text(one, one->pool_from), *to = pool_text(one, one->pool_to);
+	err_set(err, ERR_STATE, ENOSPC, "%s %s: none of %s to %s is free", one->type, one->name, from, to);
 	return err_hint(err, "name a larger range, or end VMs that have them");
 }
 

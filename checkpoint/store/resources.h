@@ -30,6 +30,7 @@ struct store_resource {
 	/* Not 0: one of the numbers from..to is to be chosen, and put behind what `host` is. The caller may look at each (pool_free): is it free on the host
 	 * itself? */
 	uint32_t pool_from, pool_to;
+	bool pool_of_ip; /* these are IPv4 addresses, and written so */
 	uint64_t refs; /* of those that store_resources_list gives: how many name this host resource */
 };
 void store_resource_free(struct store_resource *resource);

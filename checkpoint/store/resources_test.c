@@ -185,6 +185,29 @@ Test(resources, pools)
 	cr_expect_eq(expect_consistent(), 0);
 }
 
+Test(resources, pools_of_addresses)
+{
+	static const char *const want[] = {"bridge:br0/10.0.0.255", "bridge:br0/10.0.1.0"};
+	struct vm vms[3] = {0};
+	struct err err = ERR_INIT;
+	for (unsigned i = 0; i < 3; i++) {
+		char name[8];
+		snprintf(name, sizeof(name), "v%u", i);
+		hold(&vms[i], name);
+		struct store_resource *one = add(&vms[i], "ip", "lan", "bridge:br0/", true);
+		one->pool_from = 0x0a0000ff;
+		one->pool_to = 0x0a000100;
+		one->pool_of_ip = true;
+		int rc = store_resources_bind(store_test_store, name, vms[i].list, 1, NULL, NULL, NULL, &err);
+		if (i < 2)
+			cr_expect(rc == 0 && !strcmp(vms[i].list[0].host, want[i]), "%u: %d %s, %s", i, rc, vms[i].list[0].host, err.message);
+		else
+			cr_expect(rc == -ENOSPC && strstr(err.message, "none of bridge:br0/10.0.0.255 to bridge:br0/10.0.1.0"), "%d %s", rc, err.message);
+	}
+	for (unsigned i = 0; i < 3; i++)
+		die(&vms[i]);
+}
+
 Test(resources, uuids_are_of_one_vm)
 {
 	char a[37], b[37], again[37];

@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -391,6 +392,64 @@ def test_agent(env):
     env.vmcp("clone", "of-b", "--name", "f")
     check_equal(agent(env, "f", env.path("guest-b")), "clone", "a clone of a clone")
     check_equal(open(env.path("guest-b/etc/hostname"), encoding="ascii").read(), "f\n", "its host name")
+
+
+def test_addresses(env):
+    """IP addresses of cards: one VM has each on its network, by itself, rule and pool; a cloned network is another one; what the agent's hooks are told; every way to have none."""
+    def clone(rules, *words, **kwargs):
+        return env.vmcp("clone", "tiny", *words, "--rules", env.write("ip.rules", rules), **kwargs)
+
+    def addresses():
+        return sorted((row[0], row[3], row[4]) for row in table(env) if row[1] == "ip")
+
+    config = env.tiny_config(memory="32M", cmdline="set=4M rate=500 report=0", extra="vsock_cid = 3\n[net out]\nmode = user\n[net lan]\nmode = group\nnetwork = backend\nip = 10.0.0.5/24\n")
+    env.vmcp("run", "--detach", config)
+    env.vmcp("run", "--detach", env.tiny_config("db", memory="32M", cmdline="set=4M rate=500 report=0", extra="[net lan]\nmode = group\nnetwork = backend\nip = 10.0.0.9/24\n"))
+    env.vmcp("checkpoint", "--live", "--group", "tiny", "db", "--tag", "origin")
+    origins = [("db", "10.0.0.9/24", "group:backend/10.0.0.9"), ("tiny", "10.0.0.5/24", "group:backend/10.0.0.5")]
+    check_equal(addresses(), origins, "the origins'")
+    # Who has one keeps it: the rules are to say which the clones get.
+    done = env.vmcp("clone", "tiny", status=4)
+    check("ip lan: ip group:backend/10.0.0.5: the VM tiny has it" in done.err and "hint: " in done.err, str(done))
+    done = env.vmcp("run", "--detach", "--from", "tiny", "--name", "other", status=4)
+    check("10.0.0.5: the VM tiny has it" in done.err and "--net lan:KEY=VALUE" in done.err, str(done))
+    for rules, status, what in (("ip:lan any set 10.0.0.5/24", 4, "ip.rules:1: ip group:backend/10.0.0.5: the VM tiny has it"),
+                                ("\nip:lan any allocate 10.0.0.5-10.0.0.5/24", 4, "ip.rules:2: ip lan: none of group:backend/10.0.0.5 to group:backend/10.0.0.5 is free"),
+                                ("ip:lan any set 10.0.0.0/24", 2, "ip.rules:1: --net: ip: '10.0.0.0/24' is no address"),
+                                ("ip:out any share", 2, "ip.rules:1: the VM has no ip out"),
+                                ("ip any share\nip any set 10.0.0.<N>/24", 2, "ip.rules:2: contradicts line 1")):
+        done = clone(rules, status=status)
+        check(what in done.err, str(done))
+    check_equal(addresses(), origins, "what refused clones left")
+    clone("ip:lan any set 10.0.0.1<N>/24", "--count", "2")
+    clone("ip any allocate 10.0.0.4-10.0.0.7/24", "--name", "low", "--count", "1")
+    clone("ip any allocate 10.0.0.4-10.0.0.7/24", "--name", "high")
+    check_equal([row[1] for row in addresses()], ["10.0.0.9/24", "10.0.0.6/24", "10.0.0.4/24", "10.0.0.5/24", "10.0.0.11/24", "10.0.0.12/24"], "by rules")
+    env.vmcp("kill", "low")
+    clone("ip any allocate 10.0.0.4-10.0.0.7/16", "--name", "again")
+    check_equal([row[1:] for row in addresses() if row[0] == "again"], [("10.0.0.4/16", "group:backend/10.0.0.4")], "what is free again")
+    # What the guest is told: its card is the second device behind the host bridge.
+    root = env.path("guest")
+    for folder in ("etc/vmcp/hooks.d", "dev"):
+        os.makedirs(os.path.join(root, folder))
+    env.write("guest/dev/urandom", "")
+    hook = env.write("guest/etc/vmcp/hooks.d/cards", f"#!/bin/sh\necho \"$VMCP_CARDS\" > {root}/cards\n")
+    os.chmod(hook, 0o755)
+    check_equal(agent(env, "again", root), "first", "the agent")
+    said = open(os.path.join(root, "cards"), encoding="ascii").read().split()
+    check_equal((said[0][:10], said[2:]), ("0000:00:02", ["10.0.0.4/16"]), "what a hook is told")
+    mac = [row[3] for row in table(env) if row[:3] == ("again", "mac", "lan")]
+    check_equal([said[1]], mac, "its card")
+    # A suspended VM keeps its own.
+    env.vmcp("suspend", "again")
+    done = clone("ip:lan any set 10.0.0.4/24", status=4)
+    check("the VM again has it" in done.err, str(done))
+    # A group's network is another one, and all keep what they had.
+    env.vmcp("clone", "origin", "--name", "copy-<VM>")
+    copies = [row[1:] for row in addresses() if row[0].startswith("copy-")]
+    check_equal([row[0] for row in copies], ["10.0.0.9/24", "10.0.0.5/24"], "in a cloned network")
+    check(all(re.fullmatch(r"group:backend@[0-9a-f]{8}/10\.0\.0\.[59]", row[1]) for row in copies), f"their network: {copies}")
+    check("group:backend/10.0.0.5" in env.vmcp("show", "tiny", "--resources").out, "the table does not show it")
 
 
 def state_of(env, name="tiny"):

@@ -300,7 +300,7 @@ def whoami(port):
 def test_agent(env):
     """The agent in a stock guest: clones are other machines at once, as seen inside and through one port for all of them; a revert is another life."""
     own, shared = free_port(), free_port()
-    console = boot(env, extra=f"vsock_cid = 3\n[net lan]\nmode = user\nforward = tcp:{own}:80", disks=[f"[disk tools]\npath = {tools(env)}\nreadonly = yes"])
+    console = boot(env, extra=f"vsock_cid = 3\n[net lan]\nmode = user\nforward = tcp:{own}:80\n[net back]\nmode = group\nnetwork = back\nip = 10.9.0.1/24", disks=[f"[disk tools]\npath = {tools(env)}\nreadonly = yes"])
     console.check(DHCP, 90)
     console.check("mkdir /opt/tools && tar -xf /dev/vdb -C /opt/tools && mv /opt/tools/lib* /usr/lib/x86_64-linux-gnu/ && ldconfig; mv /opt/tools/ssh-keygen /usr/bin/", 120)
     console.check("mkdir -p /etc/ssh /etc/vmcp/hooks.d; ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key; "
@@ -318,9 +318,12 @@ def test_agent(env):
     everything = "cat /etc/hostname /proc/sys/kernel/hostname /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub; grep -c debian /etc/hosts; cat /run/events"
     before = said(console, everything).splitlines()
     check_equal((before[:2], before[-1]), (["debian", "debian"], "first debian"), "the origin")
+    address = "busybox ip -4 addr show dev eth1 | grep -o 'inet [0-9./]*'; cat /sys/class/net/eth1/address"
+    check_equal(said(console, address).splitlines()[0], "inet 10.9.0.1/24", "the address of the card that has one in guest.cfg")
+    console.check("ln -s /bin/busybox /usr/local/sbin/ip; busybox ip route add 10.10.0.0/16 via 10.9.0.200 dev eth1")
     env.vmcp("checkpoint", "--live", "--tag", "good", "debian", timeout=120)
     env.vmcp("pause", "debian")
-    rules = env.write("web.rules", f"port:lan/tcp/80 any multiplex {shared}\nhostname any set web-<N>\n")
+    rules = env.write("web.rules", f"port:lan/tcp/80 any multiplex {shared}\nhostname any set web-<N>\nip:back any allocate 10.9.0.11-10.9.0.99/24\n")
     clones = env.vmcp_json("clone", "good", "--count", "2", "--rules", rules, timeout=120)["vms"]
     seen, consoles = [], []
     for number, clone in enumerate(clones, 1):
@@ -328,10 +331,15 @@ def test_agent(env):
         consoles.append(attach(env, clone["name"]))
         inside = said(consoles[-1], everything).splitlines()
         check_equal((inside[:2], inside[2]), ([f"web-{number}"] * 2, clone["identity"]["uuid"].replace("-", "")), "who it is")
+        mac = next(one["guest"] for one in clone["identity"]["resources"] if (one["type"], one["name"]) == ("mac", "back"))
+        check_equal(said(consoles[-1], address).splitlines(), [f"inet 10.9.0.{10 + number}/24", mac], "its addresses")
+        check("via 10.9.0.200" in said(consoles[-1], "busybox ip route"), "the route by a gateway is gone")
         check(inside[3].endswith(f" root@web-{number}") and inside[3] != before[2], f"its key: {inside}")
         check_equal((inside[-3], inside[-1]), ("0", f"clone {clone['name']}"), "/etc/hosts and hooks")
         seen.append(inside[3].split()[1])
     check(len(set(seen)) == 2, f"the clones have the same key: {seen}")
+    for one, other in zip(consoles, (12, 11)):
+        one.check(f"busybox ping -c 1 -W 20 10.9.0.{other}", 60)
     check_equal(sorted(whoami(shared) for _ in range(4)), ["web-1", "web-1", "web-2", "web-2"], "who answers at the port that they share")
     env.vmcp("revert", "good", "--vm", clones[0]["name"], timeout=120)
     wait_agent(clones[0]["name"], "clone")  # the checkpoint is the origin's
@@ -339,9 +347,12 @@ def test_agent(env):
     check_equal([whoami(shared) for _ in range(2)], ["web-2"] * 2, "who answers when the other one has gone")
     # The shell variant, in a machine whose agent knows it.
     second = consoles[1]  # who attaches beside it may only watch
-    second.check("kill $(pidof vmcp-agent); rm /run/events; (/opt/tools/vmcp-agent.sh > /run/agent 2>&1 &)")
+    second.check("kill $(pidof vmcp-agent); rm /run/events; busybox ip addr flush dev eth1; busybox ip addr add 10.9.0.77/16 dev eth1; "
+                 "busybox ip route add 10.10.0.0/16 via 10.9.0.200 dev eth1; busybox ip link set eth1 address 52:54:00:00:00:01; (/opt/tools/vmcp-agent.sh > /run/agent 2>&1 &)")
     wait_agent(clones[1]["name"], "life")
     check_equal(said(second, "cat /run/events"), f"life {clones[1]['name']}", "hooks of the shell variant")
+    check_equal(said(second, address).splitlines(), ["inet 10.9.0.12/24", mac], "addresses by the shell variant")
+    check("via 10.9.0.200" in said(second, "busybox ip route"), "the route by a gateway is gone")
     env.vmcp("kill", clones[1]["name"])
     env.vmcp("kill", "debian")
 
