@@ -60,6 +60,14 @@ static void set_beat(struct tiny *tiny, uint64_t rate)
 	print_ok_number(tiny, "beat", rate);
 }
 
+static void set_stream(struct tiny *tiny, uint64_t frames)
+{
+	if (tiny->net.there && net_stream(&tiny->net, frames))
+		print_ok_number(tiny, "stream", frames);
+	else
+		print_refused(tiny, "stream: nobody was heard");
+}
+
 static void set_disk(struct tiny *tiny, uint64_t writing)
 {
 	tiny->disk.writing = writing;
@@ -97,7 +105,7 @@ static void print_help(struct tiny *tiny)
 {
 	line_start(&tiny->line,
 		   "help: check status gap sum balloon net epoch=N rate=N mode=uniform|zipf|hot|seq disk=0|1 disk_rate=N "
-		   "report_rate=N beat=N report=MS "
+		   "report_rate=N beat=N stream=N report=MS "
 		   "bench=KIND BYTES DEPTH REQUESTS MS pause go crash quit help (a space does for the =)");
 	tiny_print(tiny);
 }
@@ -151,6 +159,7 @@ static bool run_with_number(struct tiny *tiny, const char *text)
 		{"disk", set_disk},
 		{"report_rate", set_report_rate},
 		{"beat", set_beat},
+		{"stream", set_stream},
 	};
 	const char *value;
 	uint64_t number;

@@ -188,7 +188,7 @@ static void work_net(struct tiny *tiny, uint64_t now)
 		net_beat(&tiny->net);
 		pace_take(&tiny->beat_pace, now);
 	}
-	net_turn(&tiny->net);
+	net_turn(&tiny->net, &tiny->clock, now);
 }
 
 static void work_serial(struct tiny *tiny, bool look)

@@ -7,14 +7,26 @@
 
 #define ID_NET_MODERN 0x1041
 #define ID_NET_EITHER 0x1000
+#define FEATURE_CSUM  0x00000001u
 #define FEATURE_MAC   0x00000020u /* bit 5 */
+#define FEATURE_TSO4  0x00000800u /* bit 11, of what is sent */
 
 #define HEADER_BYTES 12u
+/* Of the header (5.1.6). */
+enum { HEADER_FLAGS = 0, HEADER_GSO_TYPE = 1, HEADER_LENGTH = 2, HEADER_GSO_SIZE = 4, HEADER_CSUM_START = 6, HEADER_CSUM_OFFSET = 8 };
+#define NEEDS_CSUM   1u
+#define GSO_TCPV4    1u
 #define QUEUE_SIZE   NET_BUFFERS
+#define SEND_QUEUE_SIZE (2 * NET_BUFFERS) /* a frame may be two parts */
 #define ECHO_PORT    7u
+#define SINK_PORT    9u
+#define STREAM_PORT  19u
 
 #define BEAT_TYPE  0x88b5u
 #define BEAT_BYTES 60u
+
+#define STREAM_TYPE  0x88b6u
+#define STREAM_BYTES 1514u
 
 /* Places in a frame. */
 enum {
@@ -86,21 +98,26 @@ static void offer_buffer(struct net *net, unsigned int i)
 const char *net_start(struct net *net, struct ram *ram)
 {
 	const char *wrong = wrong_words[virtio_start(&net->virtio, ID_NET_MODERN, ID_NET_EITHER, 0)];
+	uint32_t cutting = FEATURE_CSUM | FEATURE_TSO4;
 	unsigned int i;
 
 	if (!wrong && !net->virtio.device)
 		wrong = wrong_words[VIRTIO_NOT_MODERN];
 	if (!wrong && !(virtio_offered(&net->virtio) & FEATURE_MAC))
 		wrong = "card-without-address";
-	if (!wrong)
-		wrong = wrong_words[virtio_accept(&net->virtio, FEATURE_MAC)];
+	if (!wrong) {
+		net->cuts = (virtio_offered(&net->virtio) & cutting) == cutting;
+		wrong = wrong_words[virtio_accept(&net->virtio, FEATURE_MAC | (net->cuts ? cutting : 0))];
+	}
 	if (wrong)
 		return wrong;
 	net->receive_buffers = ram_take(ram, NET_BUFFERS * NET_BUFFER_BYTES);
 	net->send_buffers = ram_take(ram, NET_BUFFERS * NET_BUFFER_BYTES);
-	if (!net->receive_buffers || !net->send_buffers || virtio_queue_limit(&net->virtio, 1) < QUEUE_SIZE ||
-	    !virtio_queue_start(&net->virtio, &net->receive, ram, 0, QUEUE_SIZE) || !virtio_queue_start(&net->virtio, &net->send, ram, 1, QUEUE_SIZE))
+	net->filler = ram_take(ram, (TCP_LONGEST + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES);
+	if (!net->receive_buffers || !net->send_buffers || !net->filler || virtio_queue_limit(&net->virtio, 1) < SEND_QUEUE_SIZE ||
+	    !virtio_queue_start(&net->virtio, &net->receive, ram, 0, QUEUE_SIZE) || !virtio_queue_start(&net->virtio, &net->send, ram, 1, SEND_QUEUE_SIZE))
 		return "no-memory-for-card";
+	memset(net->filler, TCP_FILLER, TCP_LONGEST);
 	for (i = 0; i < sizeof(net->mac); i++)
 		net->mac[i] = mmio_read8(net->virtio.device + i);
 	net->free_sends = 0xffffffffu;
@@ -127,7 +144,7 @@ static uint32_t answer_arp(struct net *net, uint8_t *frame, uint32_t bytes)
 }
 
 /* Turned round, addresses and ports leave checksums as they are. */
-static uint32_t answer_ip(struct net *net, uint8_t *frame, uint32_t bytes)
+static uint32_t answer_ip(struct net *net, uint8_t *frame, uint32_t bytes, uint64_t now)
 {
 	uint32_t sum;
 
@@ -139,7 +156,13 @@ static uint32_t answer_ip(struct net *net, uint8_t *frame, uint32_t bytes)
 		sum = (uint32_t)get16(frame + ICMP_CHECKSUM) + 0x0800;
 		put16(frame + ICMP_CHECKSUM, sum + (sum >> 16));
 		net->pings++;
-	} else if (frame[IP_PROTOCOL] == 17 && get16(frame + UDP_TARGET) == ECHO_PORT) {
+	} else if (frame[IP_PROTOCOL] == 6 && (get16(frame + UDP_TARGET) == TCP_SINK_PORT || get16(frame + UDP_TARGET) == TCP_SOURCE_PORT)) {
+		tcp_take(&net->tcp, frame, now);
+		return 0;
+	} else if (frame[IP_PROTOCOL] == 17 && get16(frame + UDP_TARGET) == SINK_PORT) {
+		net->sunk++;
+		return 0;
+	} else if (frame[IP_PROTOCOL] == 17 && (get16(frame + UDP_TARGET) == ECHO_PORT || get16(frame + UDP_TARGET) == STREAM_PORT)) {
 		swap(frame + IP_DATA, frame + UDP_TARGET, 2);
 		net->datagrams++;
 	} else {
@@ -178,21 +201,58 @@ static void take_beat(struct net *net, const uint8_t *frame)
 	sender->last = number;
 }
 
-static uint32_t answer(struct net *net, uint8_t *frame, uint32_t bytes)
+static bool asks_for_stream(const uint8_t *frame, uint32_t bytes)
+{
+	return bytes > UDP_END && get16(frame + ETHER_TYPE) == 0x0800 && frame[IP_PROTOCOL] == 17 && get16(frame + IP_DATA) == STREAM_PORT;
+}
+
+static void begin_stream(struct net *net, const uint8_t *frame, uint32_t bytes, uint64_t frames)
+{
+	memcpy(net->stream, frame, bytes);
+	net->stream_bytes = bytes;
+	net->stream_left = frames;
+}
+
+static uint64_t number_at(const uint8_t *at, const uint8_t *end)
+{
+	uint64_t number = 0;
+
+	for (; at < end && *at >= '0' && *at <= '9'; at++)
+		number = number * 10 + (uint64_t)(*at - '0');
+	return number;
+}
+
+static uint32_t answer(struct net *net, uint8_t *frame, uint32_t bytes, uint64_t now)
 {
 	uint32_t length = 0;
 
 	if (bytes >= ARP_END && get16(frame + ETHER_TYPE) == 0x0806)
 		length = answer_arp(net, frame, bytes);
 	else if (bytes >= ARP_END && get16(frame + ETHER_TYPE) == 0x0800)
-		length = answer_ip(net, frame, bytes);
+		length = answer_ip(net, frame, bytes, now);
 	else if (bytes >= BEAT_BYTES && get16(frame + ETHER_TYPE) == BEAT_TYPE)
 		take_beat(net, frame);
-	if (length) {
-		memcpy(frame, frame + 6, 6);
-		memcpy(frame + 6, net->mac, 6);
-	}
-	return length;
+	else if (bytes == STREAM_BYTES && get16(frame + ETHER_TYPE) == STREAM_TYPE)
+		net->sunk++;
+	if (!length)
+		return 0;
+	memcpy(frame, frame + 6, 6);
+	memcpy(frame + 6, net->mac, 6);
+	if (!asks_for_stream(frame, length))
+		return length;
+	begin_stream(net, frame, length, number_at(frame + UDP_END, frame + length));
+	return 0;
+}
+
+/* One of the free places, with a header of zeroes. */
+static unsigned int take_place(struct net *net, uint8_t **place)
+{
+	unsigned int i = (unsigned int)__builtin_ctz(net->free_sends);
+
+	net->free_sends &= net->free_sends - 1;
+	*place = net->send_buffers + i * NET_BUFFER_BYTES;
+	memset(*place, 0, HEADER_BYTES);
+	return i;
 }
 
 static void send(struct net *net, const uint8_t *frame, uint32_t bytes)
@@ -204,31 +264,58 @@ static void send(struct net *net, const uint8_t *frame, uint32_t bytes)
 		net->lost++;
 		return;
 	}
-	i = (unsigned int)__builtin_ctz(net->free_sends);
-	net->free_sends &= net->free_sends - 1;
-	place = net->send_buffers + i * NET_BUFFER_BYTES;
-	memset(place, 0, HEADER_BYTES);
+	i = take_place(net, &place);
 	memcpy(place + HEADER_BYTES, frame, bytes);
-	virtio_describe(&net->send, i, place, HEADER_BYTES + bytes, 0);
-	virtio_offer(&net->send, i);
+	virtio_describe(&net->send, 2 * i, place, HEADER_BYTES + bytes, 0);
+	virtio_offer(&net->send, 2 * i);
 }
 
-void net_turn(struct net *net)
+static void put_le16(uint8_t *at, uint32_t value)
+{
+	at[0] = (uint8_t)value;
+	at[1] = (uint8_t)(value >> 8);
+}
+
+static void send_segment(struct net *net, const struct tcp_out *out)
+{
+	uint8_t *place;
+	unsigned int i = take_place(net, &place);
+
+	if (out->cut) {
+		place[HEADER_FLAGS] = NEEDS_CSUM;
+		place[HEADER_GSO_TYPE] = GSO_TCPV4;
+		put_le16(place + HEADER_LENGTH, out->head_bytes);
+		put_le16(place + HEADER_GSO_SIZE, TCP_SEGMENT);
+		put_le16(place + HEADER_CSUM_START, IP_DATA);
+		put_le16(place + HEADER_CSUM_OFFSET, 16);
+	}
+	memcpy(place + HEADER_BYTES, out->head, out->head_bytes);
+	virtio_describe(&net->send, 2 * i, place, HEADER_BYTES + out->head_bytes, out->bytes ? VIRTQ_NEXT : 0);
+	virtio_describe(&net->send, 2 * i + 1, net->filler, out->bytes, 0);
+	virtio_offer(&net->send, 2 * i);
+}
+
+void net_turn(struct net *net, const struct clock *clock, uint64_t now)
 {
 	uint32_t head, bytes, length;
+	struct tcp_out out;
 	uint8_t *frame;
 
 	while (virtio_poll(&net->send, &head))
-		net->free_sends |= 1u << (head % NET_BUFFERS);
+		net->free_sends |= 1u << (head / 2 % NET_BUFFERS);
 	while (virtio_poll(&net->receive, &head)) {
 		head %= NET_BUFFERS;
 		bytes = net->receive.used->ring[(uint16_t)(net->receive.used_index - 1) % net->receive.size].bytes;
 		frame = net->receive_buffers + head * NET_BUFFER_BYTES + HEADER_BYTES;
-		length = bytes > HEADER_BYTES && bytes <= NET_BUFFER_BYTES ? answer(net, frame, bytes - HEADER_BYTES) : 0;
+		length = bytes > HEADER_BYTES && bytes <= NET_BUFFER_BYTES ? answer(net, frame, bytes - HEADER_BYTES, now) : 0;
 		if (length)
 			send(net, frame, length);
 		offer_buffer(net, head);
 	}
+	for (; net->stream_left && net->free_sends; net->stream_left--)
+		send(net, net->stream, net->stream_bytes);
+	while (net->free_sends && tcp_next(&net->tcp, clock, now, net->cuts, &out))
+		send_segment(net, &out);
 	virtio_notify(&net->send);
 	virtio_notify(&net->receive);
 }
@@ -246,4 +333,18 @@ void net_beat(struct net *net)
 	for (i = 0; i < 8; i++)
 		frame[BEAT_NUMBER + i] = (uint8_t)(net->beats >> (56 - 8 * i));
 	send(net, frame, sizeof(frame));
+}
+
+bool net_stream(struct net *net, uint64_t frames)
+{
+	uint8_t frame[STREAM_BYTES];
+
+	if (!net->senders[0].known)
+		return false;
+	memset(frame, 0x5a, sizeof(frame));
+	memcpy(frame, net->senders[0].mac, 6);
+	memcpy(frame + 6, net->mac, 6);
+	put16(frame + ETHER_TYPE, STREAM_TYPE);
+	begin_stream(net, frame, sizeof(frame), frames);
+	return true;
 }

@@ -113,6 +113,8 @@ void report_net(struct tiny *tiny)
 	line_number(line, "beats", net->beats);
 	line_number(line, "heard", net->heard);
 	line_number(line, "behind", net->behind);
+	line_number(line, "sunk", net->sunk);
+	line_number(line, "taken", net->tcp.taken);
 	tiny_print(tiny);
 }
 

@@ -17,7 +17,7 @@ import time
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import store_memory  # noqa: E402
 import vmcp_test  # noqa: E402
-from vmcp_test import Skip, check, check_equal  # noqa: E402
+from vmcp_test import Failed, Skip, check, check_equal  # noqa: E402
 
 BUSY = "set=64M rate=20000 disk=1 disk_blocks=2048 qd=8 report=0"
 ROUNDS = int(os.environ.get("VMCP_TEST_ROUNDS", "100"))
@@ -142,6 +142,55 @@ def test_network(env):
     nets = env.vmcp_json("stats", "tiny")["nets"]
     check(nets[0]["sent_frames"] > 0 and nets[0]["received_frames"] > 0 and nets[0]["send_errors"] == 0, f"{nets}")
     env.vmcp("kill", "tiny")
+
+
+def checkpoints_beside(env, count, work):
+    """Calls `work` again and again while live checkpoints are taken."""
+    for _ in range(count):
+        taking = subprocess.Popen([env.vmcp_bin, "--store", env.store, "-q", "checkpoint", "--live", "tiny"], stdout=subprocess.DEVNULL)
+        while taking.poll() is None:
+            work()
+        check_equal(taking.returncode, 0, "checkpoint")
+
+
+def test_streams(env):
+    """TCP from the guest, in segments that the card cuts, and to it, over live checkpoints: no byte is lost; a revert ends it with a reset."""
+    source, sink = free_ports(2)
+    net = f"[net lan]\nmode = user\nforward = tcp:{source}:5002\nforward = tcp:{sink}:5001\n"
+    guest = env.start_tiny(cmdline="set=64M rate=20000 report=0 net=1", extra=net)
+    came = 0
+
+    def read():
+        nonlocal came
+        data = stream.recv(1 << 18)
+        check(data and not data.strip(b"\x5a"), f"not what the guest sends: {len(data)} bytes")
+        came += len(data)
+
+    with socket.create_connection(("127.0.0.1", source), timeout=60) as stream:
+        checkpoints_beside(env, 5, read)
+        before = env.vmcp_json("stats", "tiny")["nets"][0]
+        check(came > 1 << 20 and before["sent_bytes"] >= came, f"{came} bytes came: {before}")
+        check(before["sent_bytes"] / before["sent_frames"] > 2000, f"no long segments: {before}")
+        env.vmcp("revert", "tiny~2")
+        try:
+            while stream.recv(1 << 18):
+                pass
+            raise Failed("the stream ended without a reset")
+        except ConnectionResetError:
+            pass
+    sent, data = 0, bytes(1 << 16)
+
+    def write():
+        nonlocal sent
+        stream.sendall(data)
+        sent += len(data)
+
+    begun = int(guest.ask("net", "net")["taken"])
+    with socket.create_connection(("127.0.0.1", sink), timeout=60) as stream:
+        checkpoints_beside(env, 5, write)
+        wait_until(lambda: int(guest.ask("net", "net")["taken"]) - begun >= sent, "all that was sent")
+        check_equal(int(guest.ask("net", "net")["taken"]) - begun, sent, "what the guest took")
+    guest.check()
 
 
 @contextlib.contextmanager
