@@ -87,6 +87,10 @@ def made_results():
     results.record("store", "vmcp", what="10000 checkpoints").add(log_ns=60 * MS, list_ns=40 * MS)
     results.record("store", "vmcp", what="1000 checkpoints").add(list_ns=4 * MS, remove_ns=MS, remove_written_bytes=45 << 10)
     results.record("store", "vmcp", what="memory", size="1G").add(verify_one_bytes_per_s=1.5e9, export_bytes_per_s=4e8, zstd_bytes_per_s=5e8, export_to_zstd=0.8)
+    for engine, factor in (("vmcp", 1.5), ("other", 0.5), ("QEMU", 1)):
+        for backend in ("user", "tap"):
+            results.record("net_io", engine, what="round trip, 100 bytes", backend=backend).add(trip_ns=80000 / factor, trip_p99_ns=90000)
+            results.record("net_io", engine, what="host to guest", backend=backend).add(data_bytes_per_s=50000 * factor)
     results.lacks("every", "not in this build: 'every': not supported yet | really")
     return results
 
@@ -110,6 +114,16 @@ class Targets(unittest.TestCase):
         self.assertIn("1.75", row.measured)
         slow = {row.figure: row for row in targets.rows(made_results(), "other")}
         self.assertIs(next(row for figure, row in slow.items() if "root checkpoint, median" in figure).met, False)
+
+    def test_network(self):
+        self.assertIs(self.row("network, round trip").met, True)
+        self.assertIn("0.67", self.row("network, round trip").measured)
+        self.assertIs(self.row("network, throughput").met, True)
+        slow = {row.figure: row for row in targets.rows(made_results(), "other")}
+        for words, ratio in (("network, round trip", "2.00"), ("network, throughput", "0.50")):
+            row = next(row for figure, row in slow.items() if words in figure)
+            self.assertIs(row.met, False)
+            self.assertIn(ratio, row.measured)
 
     def test_floor_without_vmcp_counts_first(self):
         row = self.row("idle VM, to the floor")

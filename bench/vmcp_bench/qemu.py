@@ -59,10 +59,10 @@ class QemuGuest(Guest):
                                              preexec_fn=host.die_with_us if safe else None))
 
     @classmethod
-    def boot(cls, folder, size, load, shield=0, disk=None, cache="none"):
+    def boot(cls, folder, size, load, shield=0, disk=None, cache="none", devices=()):
         if not disk:
             make_image(folder, size)
-        guest = cls(folder, cls._spawn(argv(size, loads.words(load, parse_size(size)), folder, disk, cache), folder))
+        guest = cls(folder, cls._spawn([*argv(size, loads.words(load, parse_size(size)), folder, disk, cache), *devices], folder))
         host.shield_session(guest.pid, shield)
         try:
             guest.tiny.ready(FILL_SECONDS)

@@ -25,7 +25,7 @@ def case_text(record):
             words.append(f"{value}/s")
         elif key == "rate":
             words.append(f"{value:,} pages/s".replace(",", " "))
-        elif key in ("load", "kind", "cache", "way", "what", "state"):
+        elif key in ("load", "kind", "cache", "way", "what", "state", "backend"):
             words.append(str(value))
         else:
             words.append(f"{key} {value}")
@@ -185,18 +185,27 @@ def disk_rows(results, engine):
     return rows
 
 
-def disk_speed_row(results, engine, part, figure, limit, depths):
-    """Requests a second, as a multiple of QEMU's: the worst of the cases of these depths."""
-    target, found = f">= {limit} x", []
+def to_qemu_row(results, engine, part, figure, name, limit, counts=lambda case: True, smaller_is_better=False):
+    """A figure as a multiple of QEMU's: the worst of the cases that count."""
+    target, found = f"{'<=' if smaller_is_better else '>='} {limit} x", []
     for one in results.find(part, engine):
         for peer in results.find(part, **one.case):
-            if peer.engine.lower().startswith("qemu") and one.case["depth"] in depths:
-                found.append((one.figure("requests_per_s") / peer.figure("requests_per_s"), one, peer))
+            if peer.engine.lower().startswith("qemu") and counts(one.case) and one.has(name) and peer.has(name):
+                found.append((one.figure(name) / peer.figure(name), one, peer))
     if not found:
         return Row(figure, target, absent(results, part), None, part)
-    ratio, one, peer = min(found, key=lambda item: item[0])
-    met = sum(item[0] >= limit for item in found)
+    ratio, one, peer = (max if smaller_is_better else min)(found, key=lambda item: item[0])
+    met = sum(item[0] <= limit if smaller_is_better else item[0] >= limit for item in found)
     return Row(figure, target, f"{ratio:.2f} ({case_text(one)}; {peer.engine}); {met} of {len(found)} cases meet it", met == len(found), part)
+
+
+def disk_speed_row(results, engine, part, figure, limit, depths):
+    return to_qemu_row(results, engine, part, figure, "requests_per_s", limit, lambda case: case["depth"] in depths)
+
+
+def network_rows(results, engine):
+    return [to_qemu_row(results, engine, "net_io", "the guest's network, round trip: times QEMU's", "trip_ns", 1.0, smaller_is_better=True),
+            to_qemu_row(results, engine, "net_io", "the guest's network, throughput: times QEMU's", "data_bytes_per_s", 1.0)]
 
 
 def first_write_row(results, engine, part, where):
@@ -299,6 +308,6 @@ def store_rows(results, engine):
 
 def rows(results, engine="vmcp"):
     out = []
-    for make in (root_rows, incremental_rows, captured_rows, gap_rows, floor_rows, fault_rows, disk_rows, guest_disk_rows, revert_rows, start_rows, other_rows, store_rows):
+    for make in (root_rows, incremental_rows, captured_rows, gap_rows, floor_rows, fault_rows, disk_rows, guest_disk_rows, network_rows, revert_rows, start_rows, other_rows, store_rows):
         out += make(results, engine)
     return out

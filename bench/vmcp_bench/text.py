@@ -47,6 +47,10 @@ TABLES = {
     "disk_io": [
         ("", "median (p95, max)", [("requests a second", "requests_per_s", "spread"), ("MiB/s", "data_bytes_per_s", "spread")]),
     ],
+    "net_io": [
+        ("", "median (p95, max)", [("round trip, ms", "trip_ns", "spread"), ("its p99", "trip_p99_ns", "median"), ("datagrams a second", "datagrams_per_s", "spread"),
+         ("MiB/s", "data_bytes_per_s", "median"), ("arrived, %", "arrived_share", "median")]),
+    ],
     "peers": [
         ("", "ms; median (p95, max)", [("longest gap", "gap_ns", "spread"), ("whole save", "durable_ns", "median"),
          ("written, MiB", "written_bytes", "median"), ("writes/s before", "before_writes_per_s", "median"),
