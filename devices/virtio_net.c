@@ -197,6 +197,7 @@ static int serve_receive(struct virtio_net *n, struct virtqueue *q, struct err *
 	unsigned turn = 0;
 	int ret = 1;
 
+	virtq_disarm(q); /* `deliver` asks to be told of buffers where they are missing */
 	for (; turn < FRAMES_IN_A_TURN && ret == 1; turn++) {
 		wait_ns = rate_limit_wait_ns(&n->receive_limit, now);
 		if (wait_ns > 0 || !fetch(n))
@@ -260,6 +261,7 @@ static int serve_send(struct virtio_net *n, struct virtqueue *q, struct err *err
 	uint64_t wait_ns = 0;
 	int ret = 1;
 
+	virtq_disarm(q); /* until all is sent */
 	for (unsigned turn = 0; turn < FRAMES_IN_A_TURN && ret == 1; turn++) {
 		wait_ns = n->send_limit.bytes_per_s ? rate_limit_wait_ns(&n->send_limit, clock_now_ns()) : 0;
 		if (wait_ns > 0)

@@ -226,6 +226,28 @@ Test(net, what_can_never_fit_is_dropped)
 	setup_destroy(s);
 }
 
+static bool wants_to_be_told(struct rig_queue *q) { return get_le16(mem_at(q->rig->mem, q->used, 2, false)) == 0; }
+
+/* Each telling is an exit of the guest: of buffers only where they were missing. */
+Test(net, asks_for_buffers_only_where_they_are_missing)
+{
+	struct setup *s = setup_create();
+	start(s, F_ALL);
+	offer(s, 2, 1600);
+	ask(s, false);
+	cr_expect_eq(rig_used_idx(&s->receive), 1);
+	cr_expect_not(wants_to_be_told(&s->receive), "one is left");
+	cr_expect(wants_to_be_told(&s->send), "all is sent");
+	ask(s, false);
+	ask(s, false);
+	cr_expect_eq(rig_used_idx(&s->receive), 2);
+	cr_expect(wants_to_be_told(&s->receive), "a frame waits");
+	offer(s, 2, 1600);
+	cr_expect_eq(rig_used_idx(&s->receive), 3);
+	cr_expect_not(wants_to_be_told(&s->receive));
+	setup_destroy(s);
+}
+
 Test(net, frames_wait_for_buffers)
 {
 	struct setup *s = setup_create();
