@@ -3,7 +3,8 @@
  *
  * Each card is a UNIX datagram socket in a folder, which is the network; a frame with its header is a datagram. Each card is its own switch: it knows the others from the
  * folder, and learns from what comes which of them has which address. What goes to everybody, or to an address that is not known, is sent to all. A card whose
- * queue is full (/proc/sys/net/unix/max_dgram_qlen) loses what comes, as on any network.
+ * queue is full (/proc/sys/net/unix/max_dgram_qlen) loses what comes, as on any network; but what goes to it alone waits a moment for room first, as the queue is
+ * short and the one that empties it may be waiting for a processor. One that did not empty it in that time is not waited for again before it does.
  *
  *     <folder>/.lock                 held while sockets come and go
  *     <folder>/<network>/<port>      the socket of a card; one that nobody listens to was left by a process that was killed, and goes with the next start here
@@ -17,6 +18,7 @@
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/timerfd.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -32,6 +34,8 @@
 #define MAX_LEARNED  256u /* a power of two */
 #define DROP_MOST    65536u
 #define SEND_BYTES   (1 << 20)
+#define PATIENCE_NS  100000000u
+#define RETRY_NS     50000
 #define RECENT_NS    1000000000ull /* times of folders are coarse */
 
 struct peer {
@@ -42,13 +46,15 @@ struct peer {
 struct learned {
 	uint8_t mac[6];
 	char name[NET_PORT_BYTES]; /* of the peer; "": nothing */
+	bool stands;		   /* its queue was full for too long */
 };
 
 struct group {
 	struct net net;
 	char *folder, *network, *port;
-	int dir, fd;
-	struct loop_source *source;
+	int dir, fd, timer_fd;
+	struct loop_source *source, *timer;
+	uint64_t waits_since_ns; /* for room, 0: does not */
 	bool deaf; /* what comes is dropped */
 	unsigned offloads;
 	struct peer peers[MAX_PEERS];
@@ -137,19 +143,45 @@ static int send_to(struct group *g, const struct sockaddr_un *to, const struct i
 	return sent < 0 ? -errno : 0;
 }
 
-static bool send_to_learned(struct group *g, const uint8_t mac[6], const struct iovec *iov, unsigned count)
+/* Whether it is tried again soon. */
+static bool wait_for_room(struct group *g)
+{
+	const struct itimerspec soon = {.it_value.tv_nsec = RETRY_NS};
+	uint64_t now = clock_now_ns();
+
+	if (!g->waits_since_ns)
+		g->waits_since_ns = now;
+	return now - g->waits_since_ns < PATIENCE_NS && timerfd_settime(g->timer_fd, 0, &soon, NULL) == 0;
+}
+
+/* 0: sent, or lost; -EAGAIN: it waits for room; -ENOENT: nobody is known to have this address. */
+static int send_to_learned(struct group *g, const uint8_t mac[6], const struct iovec *iov, unsigned count)
 {
 	struct learned *place = place_of(g, mac);
 	struct sockaddr_un address;
 
 	if ((mac[0] & 1) || !place->name[0] || memcmp(place->mac, mac, sizeof(place->mac)))
-		return false;
+		return -ENOENT;
 	set_address(g->dir, place->name, &address);
 	int rc = send_to(g, &address, iov, count);
+	if (rc == -EAGAIN && !place->stands && wait_for_room(g))
+		return rc;
+	place->stands = rc == -EAGAIN;
+	g->waits_since_ns = 0;
 	if (rc != -ECONNREFUSED && rc != -ENOENT)
-		return true; /* sent, or lost */
+		return 0;
 	place->name[0] = '\0';
-	return false;
+	return -ENOENT;
+}
+
+static void timer_ready(void *opaque, uint32_t events)
+{
+	struct group *g = opaque;
+	uint64_t count;
+	(void)events;
+
+	if (read(g->timer_fd, &count, sizeof(count)) > 0 && g->net.events.writable != NULL)
+		g->net.events.writable(g->net.opaque);
 }
 
 /* The guest's own words. */
@@ -173,8 +205,9 @@ static int send_frame(struct net *net, const struct iovec *iov, unsigned count, 
 
 	if (net_gather(iov, count, head, sizeof(head)) < sizeof(head) || !is_sane(head, bytes))
 		return -EINVAL;
-	if (send_to_learned(g, head + NET_HEADER_BYTES, iov, count))
-		return 0;
+	int rc = send_to_learned(g, head + NET_HEADER_BYTES, iov, count);
+	if (rc != -ENOENT)
+		return rc;
 	look_for_peers(g);
 	for (unsigned i = 0; i < g->peer_count; i++)
 		send_to(g, &g->peers[i].address, iov, count);
@@ -281,6 +314,7 @@ static void restart(struct net *net, const uint8_t guest_mac[6], const struct ne
 {
 	(void)guest_mac;
 	(void)guest;
+	((struct group *)net)->waits_since_ns = 0;
 	forget_what_waits((struct group *)net);
 	watch((struct group *)net);
 }
@@ -357,6 +391,12 @@ static void remove_dead(const char *folder)
 		closedir(stream);
 }
 
+static int create_timer(struct group *g, struct err *err)
+{
+	g->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+	return g->timer_fd < 0 ? err_sys(err, errno, "timerfd") : loop_add(g->net.loop, g->timer_fd, EPOLLIN, timer_ready, g, &g->timer, err);
+}
+
 static int bind_port(struct group *g, struct err *err)
 {
 	struct sockaddr_un address;
@@ -379,6 +419,9 @@ static void close_group(struct net *net)
 	int lock = lock_networks(g->folder, NULL);
 
 	loop_remove(net->loop, g->source);
+	loop_remove(net->loop, g->timer);
+	if (g->timer_fd >= 0)
+		close(g->timer_fd);
 	if (g->fd >= 0) {
 		unlinkat(g->dir, g->port, 0);
 		close(g->fd);
@@ -418,7 +461,7 @@ int net_group_open(const struct net_config *config, struct loop *loop, struct ne
 	g->folder = xstrdup(config->folder);
 	g->network = xstrdup(config->network);
 	g->port = xstrdup(config->port);
-	g->dir = g->fd = -1;
+	g->dir = g->fd = g->timer_fd = -1;
 	g->deaf = config->deaf;
 	CLEANUP_CLOSE int lock = lock_networks(g->folder, err);
 	if (lock >= 0)
@@ -426,6 +469,8 @@ int net_group_open(const struct net_config *config, struct loop *loop, struct ne
 	int rc = lock < 0 ? lock : open_folder(g, err);
 	if (rc == 0)
 		rc = bind_port(g, err);
+	if (rc == 0)
+		rc = create_timer(g, err);
 	if (rc == 0)
 		rc = loop_add(loop, g->fd, g->deaf ? (uint32_t)EPOLLIN : 0, ready, g, &g->source, err);
 	if (rc == 0) {

@@ -119,6 +119,51 @@ Test(group, what_was_sent_before_is_not_heard)
 	card_destroy(b);
 }
 
+Test(group, waits_a_moment_for_who_does_not_take_what_comes)
+{
+	struct card *a = start("lan", "a.0", false), *b = start("lan", "b.0", false);
+	unsigned sent = 0;
+	int rc = 0;
+
+	send_number(b, 1, everybody, 0);
+	cr_expect_eq(number_of_next(a), 0);
+	loop_park_request(b->loop);
+	loop_park_wait(b->loop);
+	while (sent < CARD_FRAMES - 10 && (rc = send_number(a, 0, macs[1], (uint8_t)sent)) == 0)
+		sent++;
+	if (rc == 0)
+		fprintf(stderr, "SKIP: the queue of a socket takes %u frames here\n", sent);
+	else
+		cr_expect_eq(rc, -EAGAIN);
+	/* It is told to try again, until it is too long: then what comes is lost at once. */
+	for (uint64_t until = clock_now_ns() + WAIT_NS; rc == -EAGAIN && clock_now_ns() < until; usleep(100)) {
+		if (atomic_exchange(&a->writable, 0) > 0)
+			rc = send_number(a, 0, macs[1], 255);
+	}
+	cr_expect_eq(rc, 0, "it waits for ever");
+	cr_expect_eq(send_number(a, 0, macs[1], 255), 0);
+	loop_unpark(b->loop);
+	for (unsigned i = 0; i < sent; i++)
+		cr_expect_eq(number_of_next(b), (int)i);
+	expect_silence(b);
+	/* As one that takes frames it is waited for again. */
+	send_number(a, 0, macs[1], 200);
+	cr_expect_eq(number_of_next(b), 200);
+	loop_park_request(b->loop);
+	loop_park_wait(b->loop);
+	for (sent = 0; sent < 50 && (rc = send_number(a, 0, macs[1], (uint8_t)sent)) == 0;)
+		sent++;
+	loop_unpark(b->loop);
+	for (uint64_t until = clock_now_ns() + WAIT_NS; rc == -EAGAIN && clock_now_ns() < until; usleep(100)) {
+		if (atomic_exchange(&a->writable, 0) > 0)
+			rc = send_number(a, 0, macs[1], (uint8_t)sent);
+	}
+	for (unsigned i = 0; i < sent + (sent < 50); i++)
+		cr_expect_eq(number_of_next(b), (int)i);
+	card_destroy(a);
+	card_destroy(b);
+}
+
 static unsigned count_entries(const char *path)
 {
 	DIR *stream = opendir(path);
