@@ -115,6 +115,7 @@ void report_net(struct tiny *tiny)
 	line_number(line, "behind", net->behind);
 	line_number(line, "sunk", net->sunk);
 	line_number(line, "taken", net->tcp.taken);
+	line_number(line, "left", net->stream_left);
 	tiny_print(tiny);
 }
 
