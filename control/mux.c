@@ -62,13 +62,15 @@ static bool look(struct mux *mux, uint64_t age_ns)
 {
 	struct err err = ERR_INIT;
 
-	if (mux->looked_ns && clock_now_ns() - mux->looked_ns < age_ns)
+	uint64_t now = clock_now_ns(); /* the table is no younger than this, however long it takes to read */
+
+	if (mux->looked_ns && now - mux->looked_ns < age_ns)
 		return true;
 	if (mux_members_look(&mux->members, mux->store, mux->place, &mux->present, &err)) {
 		log_warn("%s: %s", mux->place, err.message);
 		return false;
 	}
-	mux->looked_ns = clock_now_ns();
+	mux->looked_ns = now;
 	return true;
 }
 
@@ -101,13 +103,24 @@ static int read_name(struct connection *connection, uint8_t first[SPLICE_FIRST_B
 	return rc;
 }
 
-/* The next one that was not tried, by the table as it is now; its index or -1. It counts as having the connection already. */
+/* Under lock: by a table that is no older than that. */
+static int choose(struct connection *connection, const bool tried[MAX_MEMBERS], uint64_t age_ns)
+{
+	struct mux *mux = connection->mux;
+
+	return look(mux, age_ns) && mux->members.count <= MAX_MEMBERS ? mux_choose(&mux->members, mux->sharing, connection->name, tried) : -1;
+}
+
+/* The next one that was not tried; its index or -1. It counts as having the connection already. */
 static int take_member(struct connection *connection, bool tried[MAX_MEMBERS])
 {
 	struct mux *mux = connection->mux;
 
 	pthread_mutex_lock(&mux->lock);
-	int i = look(mux, FRESH_NS) && mux->members.count <= MAX_MEMBERS ? mux_choose(&mux->members, mux->sharing, connection->name, tried) : -1;
+	int i = choose(connection, tried, FRESH_NS);
+	/* Whoever came before the connection did is found. */
+	if (i < 0 && mux->looked_ns < connection->began_ns)
+		i = choose(connection, tried, 0);
 	if (i >= 0) {
 		struct mux_member *member = &mux->members.list[i];
 
