@@ -1,7 +1,7 @@
 /*
  * An event loop: one thread, epoll, callbacks per descriptor, and a parking place for the checkpoint's pause.
  *
- * Threads: loop_add, loop_modify and loop_remove only from the loop's own thread (or before loop_run);
+ * Threads: loop_add, loop_modify and loop_remove only from the loop's own thread (or before loop_run); loop_modify also while the loop is parked;
  * loop_park, loop_unpark, loop_post and loop_stop from any other thread.
  */
 #ifndef VMCP_BASE_EVENT_H
@@ -25,7 +25,7 @@ void loop_destroy(struct loop *loop); /* the loop does not run; frees its source
 /* Calls fn in the loop's thread while `events` (EPOLLIN, ...) are ready. The descriptor stays the caller's. */
 int loop_add(struct loop *loop, int fd, uint32_t events, loop_fn *fn, void *opaque, struct loop_source **out,
 	     struct err *err);
-/* Other events from now on; 0: only EPOLLERR and EPOLLHUP, which always count. From the loop's own thread. */
+/* Other events from now on; 0: only EPOLLERR and EPOLLHUP, which always count. */
 int loop_modify(struct loop *loop, struct loop_source *source, uint32_t events, struct err *err);
 /* No callback of the source runs after this returns. NULL is allowed. */
 void loop_remove(struct loop *loop, struct loop_source *source);

@@ -89,20 +89,12 @@ static void announce(struct virtio_net *n)
 	}
 }
 
-static void restart_backend(struct virtio_net *n)
-{
-	n->restart = false;
-	n->frame_bytes = 0;
-	net_restart(n->net, n->mac, &n->connections);
-	if (virtio_is_live(n->vdev))
-		announce(n);
-}
-
 /* Before anything else that the loop does with the card. */
 static void prepare(struct virtio_net *n)
 {
-	if (n->restart)
-		restart_backend(n);
+	if (n->moved)
+		announce(n);
+	n->moved = false;
 	if (!n->configured)
 		configure_backend(n);
 }
@@ -344,10 +336,6 @@ static void timer_ready(void *opaque, uint32_t events)
 
 	if (read(n->timer_fd, &count, sizeof(count)) < 0)
 		return;
-	virtio_lock(n->vdev);
-	if (n->restart)
-		restart_backend(n);
-	virtio_unlock(n->vdev);
 	virtio_kick(n->vdev, NET_QUEUE_RECEIVE);
 	virtio_kick(n->vdev, NET_QUEUE_SEND);
 }
@@ -357,7 +345,7 @@ static void cancel(void *opaque)
 	struct virtio_net *n = opaque;
 
 	n->frame_bytes = 0;
-	n->configured = false;
+	n->configured = n->moved = false;
 	if (virtio_is_resetting(n->vdev))
 		net_reset_settings(n);
 }

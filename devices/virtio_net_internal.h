@@ -67,8 +67,7 @@ struct virtio_net {
 	uint16_t status;
 	struct net_filter filter;
 	bool configured; /* the backend knows what the driver negotiated */
-	bool restart;	 /* the machine was put back: to be done before anything else in the loop */
-	struct net_connections connections; /* with `restart`: the guest's */
+	bool moved;	 /* the machine was put back: it is to be announced before anything else in the loop */
 	struct rate_limit send_limit, receive_limit;
 	size_t frame_bytes; /* a frame that the guest had no buffers for, in `frame` */
 	struct virtio_net_stats stats;

@@ -48,11 +48,7 @@ static int capture(void *opaque, void *state, struct err *err)
 	memcpy(s->ipv4, n->ipv4, sizeof(s->ipv4));
 	s->status = n->status;
 	s->filter = n->filter;
-	/* Put back and not yet looked at by the loop: the backend's are still another guest's. */
-	if (n->restart)
-		s->connections = n->connections;
-	else
-		net_save_connections(n->net, &s->connections);
+	net_save_connections(n->net, &s->connections);
 	virtio_unlock(n->vdev);
 	return 0;
 }
@@ -83,11 +79,13 @@ static int apply(void *opaque, const void *state, struct err *err)
 	bool link_differs = (s->status ^ n->status) & NET_S_LINK_UP;
 	n->status = (uint16_t)((n->status & NET_S_LINK_UP) | (s->status & NET_S_ANNOUNCE));
 	n->filter = s->filter;
-	n->connections = s->connections;
 	n->configured = false;
-	n->restart = true;
-	net_look_later(n, 0); /* also where the guest has no driver yet */
+	n->frame_bytes = 0;
+	/* Here and not in the loop, which may be late: whoever connects once it is told that the machine runs would be cut off. */
+	net_restart(n->net, n->mac, &s->connections);
 	virtio_activate(n->vdev);
+	n->moved = virtio_is_live(n->vdev);
+	net_look_later(n, 0);
 	if (link_differs || (s->status & NET_S_ANNOUNCE))
 		virtio_config_changed(n->vdev);
 	virtio_unlock(n->vdev);

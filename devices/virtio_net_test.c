@@ -1,6 +1,9 @@
 /* The network card, from its driver's side, on the backend user: what the guest sends is answered by libslirp. */
 #include "devices/virtio_net.h"
 
+#include <arpa/inet.h>
+#include <poll.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "base/clock.h"
@@ -37,17 +40,20 @@ struct setup {
 	unsigned sent;
 };
 
-static struct setup *setup_with(const struct virtio_net_config *config)
+static struct setup *setup_on(const struct net_config *backend, const struct virtio_net_config *config)
 {
-	const struct net_config backend = {.name = "lan", .mode = NET_USER};
 	struct setup *s = xcalloc(1, sizeof(*s));
 	struct err err = ERR_INIT;
 	rig_create(&s->rig);
-	cr_assert_eq(net_open(&backend, s->rig.loop, &s->net, &err), 0, "%s", err.message);
+	cr_assert_eq(net_open(backend, s->rig.loop, &s->net, &err), 0, "%s", err.message);
 	cr_assert_eq(virtio_net_create(s->rig.pci, s->rig.mem, s->rig.loop, s->net, config, &s->card, &err), 0, "%s", err.message);
 	s->component = virtio_net_component(s->card, 0);
 	rig_run(&s->rig);
 	return s;
+}
+static struct setup *setup_with(const struct virtio_net_config *config)
+{
+	return setup_on(&(struct net_config){.name = "lan", .mode = NET_USER}, config);
 }
 static struct setup *setup_create(void)
 {
@@ -436,6 +442,54 @@ Test(net, state_goes_there_and_back)
 	cr_expect_eq(command(s, 1, 1, mac, 6), 0);
 	ask(s, false);
 	cr_expect_eq(rig_used_idx(&s->receive), 1);
+	setup_destroy(s);
+}
+
+/* A port of the host's that nobody has. */
+static uint16_t free_port(void)
+{
+	struct sockaddr_in host = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	socklen_t length = sizeof(host);
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	cr_assert(bind(fd, (struct sockaddr *)&host, length) == 0 && getsockname(fd, (struct sockaddr *)&host, &length) == 0);
+	close(fd);
+	return ntohs(host.sin_port);
+}
+static int connect_to(uint16_t port)
+{
+	const struct sockaddr_in host = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	cr_assert_eq(connect(fd, (const struct sockaddr *)&host, sizeof(host)), 0, "%s", strerror(errno));
+	return fd;
+}
+
+/* Of two connections to a forwarded port the one from before the machine is put back is reset, and the one from behind is not, though the loop sees neither
+ * in between. */
+Test(net, connections_begin_with_the_state)
+{
+	const uint16_t port = free_port();
+	const struct net_config backend = {.name = "lan",
+					   .mode = NET_USER,
+					   .forward_count = 1,
+					   .forwards = {{.host_address = {127, 0, 0, 1}, .host_port = port, .guest_port = 80}}};
+	struct setup *s = setup_on(&backend, &(struct virtio_net_config){.name = "lan"});
+	void *state = xcalloc(1, s->component.table->size);
+	struct err err = ERR_INIT;
+	start(s, F_ALL);
+	park(s);
+	cr_assert_eq(s->component.capture(s->component.opaque, state, &err), 0);
+	int before = connect_to(port);
+	cr_assert_eq(s->component.apply(s->component.opaque, state, &err), 0, "%s", err.message);
+	free(state);
+	int behind = connect_to(port);
+	loop_unpark(s->rig.loop);
+	rig_settle(&s->rig);
+	struct pollfd fds[2] = {{.fd = before, .events = POLLIN}, {.fd = behind, .events = POLLIN}};
+	cr_expect_eq(poll(&fds[0], 1, 5000), 1);
+	cr_expect(fds[0].revents & POLLERR, "no reset");
+	cr_expect_eq(poll(&fds[1], 1, 200), 0, "cut off");
+	close(before);
+	close(behind);
 	setup_destroy(s);
 }
 

@@ -13,8 +13,8 @@
  *
  * Nothing of the host is in what a checkpoint saves: a card that goes back to a checkpoint calls net_restart.
  *
- * Threads: net_open and net_close before and after the loop runs; all else in the loop's thread, but for net_save_connections (loop parked). Events
- * come in the loop's thread, never from within a call.
+ * Threads: net_open and net_close before and after the loop runs; all else in the loop's thread, but for net_save_connections and net_restart (loop
+ * parked). Events come in the loop's thread, never from within a call.
  */
 #ifndef VMCP_NET_NET_H
 #define VMCP_NET_NET_H
