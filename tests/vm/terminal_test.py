@@ -4,8 +4,10 @@
 import fcntl
 import os
 import re
+import resource
 import select
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -95,6 +97,14 @@ def detached(env, **kwargs):
     guest = env.attach_tiny(vm)
     guest.ready()
     guest.console.close()
+
+
+def state_becomes(env, wanted):
+    deadline = time.monotonic() + 20
+    while (vm := env.vmcp_json("ps")["vms"][0])["state"] != wanted:
+        check(time.monotonic() < deadline, f"not {wanted}: {vm}")
+        time.sleep(0.02)
+    return vm
 
 
 def test_console(env):
@@ -216,10 +226,7 @@ def test_crash_is_explained(env):
     taken = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
     pid = env.vmcp_json("ps")["vms"][0]["pid"]
     os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while (vm := env.vmcp_json("ps")["vms"][0])["state"] != "crashed":
-        check(time.monotonic() < deadline, f"not crashed: {vm}")
-        time.sleep(0.02)
+    vm = state_becomes(env, "crashed")
     check("killed" in vm["note"] and any("tiny: ready" in line for line in vm["console"]), str(vm))
     text = env.vmcp("ps").out
     back = re.search(r"back to its last checkpoint, \w+: vmcp (.*)$", text, re.M)
@@ -227,6 +234,32 @@ def test_crash_is_explained(env):
     env.vmcp(*back.group(1).split())
     vm = env.vmcp_json("ps")["vms"][0]
     check_equal((vm["state"], vm["last_checkpoint"], "console" in vm), ("running", taken, False), "after the way back")
+
+
+def test_life_cycle(env):
+    """A detached VM outlives its terminal; SIGTERM ends it in order; what one that was killed leaves in the way of nobody."""
+    image = env.image("disk.qcow2")
+    config = env.tiny_config(memory="64M", cmdline="set=1M rate=500 disk=1 disk_blocks=64 report=0", disks=[("data", image)])
+    shell = Terminal(env, ["bash", "--norc", "--noprofile", "-i"], PS1="$ ", HISTFILE="/dev/null")
+    shell.send(f"{env.vmcp_bin} run --detach {config}\n")
+    shell.wait_for(r"\rtiny\r\n")
+    shell.close()
+    guest = env.attach_tiny("tiny")
+    guest.check()
+    guest.console.close()
+    os.kill(env.vmcp_json("ps")["vms"][0]["pid"], signal.SIGTERM)
+    state_becomes(env, "stopped")
+    subprocess.run(["qemu-img", "check", "-q", image], check=True)
+    env.vmcp("run", "--detach", config)
+    os.kill(env.vmcp_json("ps")["vms"][0]["pid"], signal.SIGKILL)
+    state_becomes(env, "crashed")
+    check(os.path.exists(os.path.join(env.store, "vms", "tiny", "control.sock")), "nothing is stale")
+    refused = env.vmcp("pause", "tiny", status=4)
+    check("hint: " in refused.err, str(refused))
+    env.vmcp("run", "--detach", config)
+    guest = env.attach_tiny("tiny")
+    guest.check()
+    check_equal(state_becomes(env, "running")["note"], None, "why it crashed")
 
 
 def lines_drawn(text):
@@ -392,6 +425,70 @@ def test_completion_in_bash(env):
     shell.send("exit\n")
     shell.wait_exit()
     shell.close()
+
+
+# What a person at a terminal waits for at TAB: prints the microseconds that each took. The wait is for the processor time of what it started.
+COMPLETING = """source {script}
+for line in {lines}; do
+    for i in {{1..{rounds}}}; do
+        COMP_LINE=$line COMP_POINT=${{#line}} began=${{EPOCHREALTIME/./}}
+        _vmcp
+        echo $((${{EPOCHREALTIME/./}} - began)) ${{#COMPREPLY[@]}}
+        wait $!
+    done
+done
+"""
+
+
+def many_checkpoints(env, count):
+    """The catalogue of a store that has so many, and as many tags."""
+    database = sqlite3.connect(os.path.join(env.store, "catalog.db"))
+    columns = [row[1] for row in database.execute("PRAGMA table_info(checkpoints)") if row[1] not in ("seq", "id")]
+    one = database.execute("SELECT id FROM checkpoints").fetchone()[0]
+    for number in range(count):
+        identity = f"{number * 0x9e3779b97f4a7c15 % (1 << 128):032x}"
+        database.execute(f"INSERT INTO checkpoints(id, {', '.join(columns)}) SELECT ?, {', '.join(columns)} FROM checkpoints WHERE id = ?", (identity, one))
+        database.execute("INSERT INTO tags VALUES(?, ?)", (f"step-{number}", identity))
+    database.commit()
+    database.close()
+
+
+def spent(began):
+    """Processor time of processes that ended since, in ms."""
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return 1e3 * (now.ru_utime + now.ru_stime - began.ru_utime - began.ru_stime)
+
+
+def test_latency(env):
+    """With a VM that is there and 1,000 checkpoints: ps, log and show below 20 ms, completion of names, tags and ids below 50 ms. Of 21 rounds the fastest counts, and the
+    processor time: the host may be busy."""
+    rounds = 21
+    detached(env, memory="64M", cmdline="set=1M report=0")
+    env.vmcp("pause", "tiny")  # it never sleeps
+    env.vmcp("checkpoint", "tiny", "--tag", "good")
+    many_checkpoints(env, 999)
+    for words in (["ps"], ["log"], ["show", "good"]):
+        times, began = [], resource.getrusage(resource.RUSAGE_CHILDREN)
+        for _ in range(rounds):
+            start = time.monotonic()
+            pid = os.posix_spawn(env.vmcp_bin, [env.vmcp_bin, "--store", env.store, *words], os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)])
+            check_equal(os.waitpid(pid, 0)[1], 0, f"status of {words}")
+            times.append(1e3 * (time.monotonic() - start))
+        report(" ".join(words), times, spent(began) / rounds, 20)
+    script = os.path.join(HERE, "..", "..", "cli", "completions", "vmcp.bash")
+    for what, line, count in (("VM", "vmcp pause ti", 1), ("tags", "vmcp show step-7", 111), ("ids", "vmcp show ", 1000)):
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(["bash", "-c", COMPLETING.format(script=script, lines=f"'{line}'", rounds=rounds)], capture_output=True, check=True, text=True,
+                              env=dict(os.environ, VMCP_STORE=env.store, PATH=os.path.dirname(env.vmcp_bin) + ":" + os.environ["PATH"]))
+        lines = [[int(word) for word in one.split()] for one in done.stdout.splitlines()]
+        check(len(lines) == rounds and all(one[1] >= count for one in lines), f"{line!r}: {lines}")
+        report(f"completion: {what}", [one[0] / 1e3 for one in lines], spent(began) / rounds, 50)
+
+
+def report(what, times, processor_ms, limit_ms):
+    times.sort()
+    print(f"  {what}: median {times[len(times) // 2]:.1f} ms, fastest {times[0]:.1f} ms, processor time {processor_ms:.1f} ms", flush=True)
+    check(times[0] < limit_ms and processor_ms < limit_ms, f"{what}: {times}, {processor_ms} ms of processor time, not below {limit_ms} ms")
 
 
 if __name__ == "__main__":
