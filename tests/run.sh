@@ -54,7 +54,10 @@ build_and_test_in_memory() (
 # hangs (with-kvm exits with 124) or dies (125): then once more, aloud.
 debian_test() {
     local name=$1 try status=125 file=debian_test.py
-    case $name in fio | postgresql) file=debian_data_test.py ;; esac
+    case $name in
+        fio | postgresql) file=debian_data_test.py ;;
+        systemd) local -x VMCP_GUEST=$VMCP_GUEST-systemd ;;
+    esac
     for try in 1 2 3; do
         status=0
         tests/with-kvm --mem 7168 --timeout 900 python3 "tests/vm/$file" "$name" || status=$?
@@ -131,11 +134,11 @@ if [ ${#near_kvm[@]} -eq 0 ]; then
 else
     echo "SKIP: the benchmarks need a KVM of this host's own"
 fi
-make_debian_guest() { examples/debian-guest/build.sh "${packages[@]}" "$VMCP_GUEST"; }
+make_debian_guest() { examples/debian-guest/build.sh "${packages[@]}" "$VMCP_GUEST" && examples/debian-guest/build.sh --systemd "$VMCP_GUEST-systemd"; }
 
 together make_debian_guest "vm_test fault_table" "vm_test tiny" vm_test_sanitized "vm_test bad_input" "vm_test export" "vm_test clone" "libvirt_test checkpoint" "vm_test group" \
     "vm_test keep" "vm_test golden" "libvirt_test domains" "vm_test verify" "vm_test filesystems" "vm_test terminal" "vm_test disk_layers" "vm_test tutorial" "vm_test encryption"
-together "${long[@]}" "debian_test checkpoint_damage_revert" "debian_test network" "debian_test agent" "debian_test cpu_model" "debian_test boot_smp"
+together "${long[@]}" "debian_test checkpoint_damage_revert" "debian_test network" "debian_test agent" "debian_test cpu_model" "debian_test boot_smp" "debian_test systemd"
 
 printf '\n=== %d s\n' $((SECONDS - started))
 if [ ${#failed[@]} -gt 0 ]; then

@@ -1,7 +1,7 @@
 #!/bin/bash
 # build.sh - make a small, real Debian 12 guest from Debian's packages
 #
-#   examples/debian-guest/build.sh [--fresh] [--cmdline WORDS] [--with PACKAGES] [--prepare SCRIPT] OUTDIR
+#   examples/debian-guest/build.sh [--fresh] [--systemd] [--cmdline WORDS] [--with PACKAGES] [--prepare SCRIPT] OUTDIR
 #
 # Makes in OUTDIR:
 #   vmlinuz      the kernel of Debian's package linux-image-cloud-amd64, untouched
@@ -17,6 +17,8 @@
 # The result is kept in ${VMCP_CACHE:-~/.cache/vmcp} under a hash of this script, SCRIPT and the packages, so that only the
 # first run builds; later ones copy, which needs neither root nor network. If OUTDIR already has the files of this recipe nothing
 # is done; --fresh puts a pristine root.qcow2 in place of one that a VM has written to.
+# --systemd makes a Debian as people know it: systemd, a card with DHCP on vmcp's user network, and sshd, which port 2222 of the host's loopback leads to:
+# `ssh -p 2222 root@localhost`. Root has no password there, and all users of the host come to that port. Boots slower.
 # --cmdline adds WORDS to the kernel's command line in guest.cfg. "norandmaps" is a good one where the guest runs
 # on an emulated processor (tests/with-kvm): its processes find QEMU's translated code again.
 # --with puts more of Debian's packages into the guest, for example --with fio,postgresql. Their services are not started at boot.
@@ -37,6 +39,8 @@ readonly SUITE=bookworm
 readonly KERNEL=${VMCP_GUEST_KERNEL:-linux-image-cloud-amd64}
 # busybox is the guest's init: every process it need not start counts in a nested machine.
 readonly BASIC=$KERNEL,initramfs-tools,busybox,kmod,mount,acpid,procps,e2fsprogs,stress-ng
+# With --systemd, in place of busybox as init.
+readonly SYSTEMD=systemd-sysv,udev,dbus,openssh-server
 readonly DISK_SIZE=2G
 
 say() { printf 'debian-guest: %s\n' "$*" >&2; }
@@ -57,11 +61,7 @@ configure_initramfs() {
 
 # After the packages.
 configure_guest() {
-    local root=$1 lib=$1/usr/local/lib/vmcp-guest tool
-    mkdir -p "$lib"
-    for tool in init poweroff reboot halt; do
-        ln -sf /bin/busybox "$root/sbin/$tool"
-    done
+    local root=$1
     echo debian >"$root/etc/hostname"
     printf '127.0.0.1\tlocalhost debian\n' >"$root/etc/hosts"
     cat >"$root/etc/fstab" <<'FSTAB'
@@ -72,7 +72,34 @@ FSTAB
     : >"$root/etc/machine-id"
     # Escape sequences around a paste only confuse who drives the shell by a program.
     echo 'set enable-bracketed-paste off' >>"$root/etc/inputrc"
+    mkdir -p "$root/etc/acpi/events"
+    printf 'event=button/power.*\naction=/sbin/poweroff\n' >"$root/etc/acpi/events/vmcp-power"
+    "configure_$init" "$root"
+    rm -rf "$root"/etc/apt/apt.conf.d/99mmdebstrap "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* \
+        "$root"/var/log/*
+}
 
+configure_systemd() {
+    local root=$1
+    mkdir -p "$root/etc/systemd/system/serial-getty@ttyS0.service.d"
+    # A shell on the console without a login.
+    # shellcheck disable=SC2016 # agetty's own variable
+    printf '%s\n' '[Service]' 'ExecStart=' 'ExecStart=-/sbin/agetty --autologin root --keep-baud 115200 %I $TERM' \
+        >"$root/etc/systemd/system/serial-getty@ttyS0.service.d/vmcp-guest.conf"
+    echo '[ -e /run/vmcp-guest.ready ] || [ "$(tty)" != /dev/ttyS0 ] || { : >/run/vmcp-guest.ready; echo "vmcp-guest ready"; }' \
+        >"$root/etc/profile.d/vmcp-guest.sh"
+    printf '%s\n' '[Match]' 'Name=en* eth*' '[Network]' DHCP=ipv4 >"$root/etc/systemd/network/lan.network"
+    printf '%s\n' 'PermitRootLogin yes' 'PermitEmptyPasswords yes' 'UseDNS no' >"$root/etc/ssh/sshd_config.d/vmcp-guest.conf"
+    chroot "$root" passwd --quiet --delete root
+    chroot "$root" systemctl --quiet enable systemd-networkd ssh
+}
+
+configure_busybox() {
+    local root=$1 lib=$1/usr/local/lib/vmcp-guest tool
+    mkdir -p "$lib"
+    for tool in init poweroff reboot halt; do
+        ln -sf /bin/busybox "$root/sbin/$tool"
+    done
     cat >"$root/etc/inittab" <<'INITTAB'
 ::sysinit:/usr/local/lib/vmcp-guest/boot
 ttyS0::respawn:/usr/local/lib/vmcp-guest/shell
@@ -123,11 +150,6 @@ sync
 mount -o remount,ro / 2>/dev/null
 SHUTDOWN
     chmod 755 "$lib"/*
-
-    mkdir -p "$root/etc/acpi/events"
-    printf 'event=button/power.*\naction=/sbin/poweroff\n' >"$root/etc/acpi/events/vmcp-power"
-    rm -rf "$root"/etc/apt/apt.conf.d/99mmdebstrap "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* \
-        "$root"/var/log/*
 }
 
 print_guest_cfg() {
@@ -146,6 +168,7 @@ rng = yes
 [disk root]
 path = root.qcow2
 CFG
+    [ "$init" = busybox ] || printf '\n[net lan]\nmode = user\nforward = tcp:2222:22\n'
 }
 
 # --- building ------------------------------------------------------------------------------------
@@ -238,10 +261,11 @@ HOOK
 
 # --- main ----------------------------------------------------------------------------------------
 
-fresh='' cmdline='' packages=$BASIC prepare=''
+fresh='' cmdline='' packages=$BASIC prepare='' init=busybox
 while [ $# -gt 0 ]; do
     case $1 in
         --fresh) fresh=1; shift ;;
+        --systemd) init=systemd packages+=,$SYSTEMD; shift ;;
         --cmdline)
             [ $# -ge 2 ] || { printf 'debian-guest: --cmdline needs a value\n' >&2; exit 2; }
             cmdline=$2
@@ -272,7 +296,7 @@ if [ $# -ne 1 ]; then
     exit 2
 fi
 outdir=$1
-recipe=$({ cat "${BASH_SOURCE[0]}" ${prepare:+"$prepare"}; printf '%s' "$packages"; } | sha256sum | cut -c 1-16)
+recipe=$({ cat "${BASH_SOURCE[0]}" ${prepare:+"$prepare"}; printf '%s' "$packages $init"; } | sha256sum | cut -c 1-16)
 cache=${VMCP_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/vmcp}
 made=$cache/debian-guest-$recipe
 

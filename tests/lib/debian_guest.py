@@ -51,11 +51,11 @@ def spread(env):
                         os.sched_setaffinity(int(task), range(os.cpu_count()))
 
 
-def boot(env, **kwargs):
+def boot(env, boot_s=BOOT_S, **kwargs):
     console = GuestConsole.spawn([env.vmcp_bin, "--store", env.store, "run", config(env, **kwargs)], log=env.path("console.log"),
                                  stderr=open(env.path("stderr.log"), "ab"))
     env.consoles.append(console)
-    console.wait_for(READY, BOOT_S)
+    console.wait_for(READY, boot_s)
     console.sync(60)
     spread(env)
     return console

@@ -357,6 +357,41 @@ def test_agent(env):
     env.vmcp("kill", "debian")
 
 
+def ssh(port, command, timeout=300):
+    """What a command in the guest prints; sshd may still be starting."""
+    end = time.monotonic() + timeout
+    while True:
+        done = subprocess.run(["ssh", "-p", str(port), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=60",
+                               "-o", "BatchMode=yes", "root@127.0.0.1", command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False)
+        if done.returncode != 255:  # that is ssh's own
+            check_equal(done.returncode, 0, f"ssh: {command}: {done.stdout}{done.stderr}: exit status")
+            return done.stdout.strip()
+        check(time.monotonic() < end, f"ssh at port {port}: {done.stderr}")
+        time.sleep(1)
+
+
+def test_systemd(env):
+    """A Debian with systemd, reached by ssh over the user network: through a checkpoint, a wreck and a revert, and a branch beside it."""
+    port, other = free_port(), free_port()
+    console = boot(env, memory="512M", extra=f"[net lan]\nmode = user\nforward = tcp:{port}:22", boot_s=500)
+    check_equal(ssh(port, "cat /proc/1/comm"), "systemd", "init")
+    check_equal(ssh(port, "systemctl is-system-running --wait; systemctl --failed --plain --no-legend"), "running", "the system's state")
+    ssh(port, "echo good > /root/state; sync")
+    env.vmcp("checkpoint", "--live", "--tag", "good", "debian", timeout=120)
+    ssh(port, "rm -rf /root/state /usr/lib/systemd /etc; sync")
+    console.send_line("echo c > /proc/sysrq-trigger")
+    console.wait_for("Kernel panic", 120)
+    env.vmcp("revert", "good", timeout=120)
+    check_equal(ssh(port, "cat /root/state; systemctl is-active ssh systemd-networkd"), "good\nactive\nactive", "after the revert")
+    env.vmcp("run", "--detach", "--from", "good", "--name", "two", "--net", f"lan:forward=tcp:{other}:22", timeout=120)
+    ssh(other, "echo branched > /root/state")
+    check_equal((ssh(port, "cat /root/state"), ssh(other, "cat /root/state")), ("good", "branched"), "the two")
+    check_log(console, "systemd")
+    env.vmcp("kill", "two")
+    result = env.vmcp_json("stop", "debian", "--timeout", "200", timeout=240)
+    check_equal(result["how"], "powered off", "how it stopped")
+
+
 def test_stress_smp(env):
     """2 vCPUs under stress-ng survive rounds of live checkpoint and revert; the disk as of every checkpoint is clean."""
     console = boot(env, cpus=2, memory="256M")
