@@ -37,7 +37,7 @@ REAL = os.environ.get("VMCP_TUTORIAL_GUEST")
 CONSOLE = """
 vmcp() {{
     command vmcp "$@"
-    case "$1 $2" in "config init") sed -i 's|^cmdline = .*|&{words}|' "$3" ;; esac
+    case "$1 ${{2:-}}" in "config init") sed -i 's|^cmdline = .*|&{words}|' "$3" ;; esac
 }}
 at_console() {{ python3 {this} --type "$1"; }}
 """
