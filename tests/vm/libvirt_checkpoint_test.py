@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checkpoints of domains that QEMU runs below a real libvirtd, with the tiny guest: it boots under QEMU's TCG too."""
+"""Checkpoints of domains that QEMU runs below a real libvirtd, with the tiny guest, which boots under QEMU's TCG too, and with Debian: VMCP_GUEST names the folder that
+examples/debian-guest/build.sh made."""
 
 import json
 import os
@@ -12,6 +13,8 @@ import xml.etree.ElementTree as ElementTree
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import vmcp_test  # noqa: E402
+from debian_guest import fsck, said  # noqa: E402
+from guest_console import READY  # noqa: E402
 from libvirt_host import Daemon, need, run, virsh  # noqa: E402
 from libvirt_test import disk_xml, domain_console, domain_xml, one_error  # noqa: E402
 from vmcp_test import Skip, check, check_equal  # noqa: E402
@@ -26,15 +29,23 @@ class Domain:
 
     def __init__(self, env, user="root"):
         self.env = env
-        self.images = [env.image("first.qcow2", "32M"), env.image("second.qcow2", "32M")]
+        self.images = self.make_images()
         self.daemon = Daemon(env.dir, user)
-        seed = env.image("seed.qcow2", "1M")
-        xml = domain_xml(env, "web", disk_xml(self.images[0]) + disk_xml(self.images[1], "vdb") +
-                         disk_xml(seed, "vdc").replace("<target", "<readonly/><target"), "<controller type='usb' model='none'/>", BUSY, 64)
-        virsh("define", env.write("web.xml", xml.replace("type='kvm'", "type='qemu'")))
+        virsh("define", env.write("web.xml", self.xml().replace("type='kvm'", "type='qemu'")))
         virsh("start", "web", "--paused")
         self.attach()
         virsh("resume", "web")
+        self.ready()
+
+    def make_images(self):
+        return [self.env.image("first.qcow2", "32M"), self.env.image("second.qcow2", "32M")]
+
+    def xml(self, cmdline=BUSY, memory=64):
+        seed = self.env.image("seed.qcow2", "1M")
+        return domain_xml(self.env, "web", disk_xml(self.images[0]) + disk_xml(self.images[1], "vdb") + disk_xml(seed, "vdc").replace("<target", "<readonly/><target"),
+                          "<controller type='usb' model='none'/>", cmdline, memory)
+
+    def ready(self):
         self.guest.ready()
 
     def attach(self):
@@ -72,16 +83,55 @@ class Domain:
         self.daemon.close()
 
 
-def with_domain(function):
+class Debian(Domain):
+    """The same with a Debian, which writes to a filesystem on each of its disks all the time."""
+
+    def make_images(self):
+        return [shutil.copy(os.path.join(os.environ["VMCP_GUEST"], "root.qcow2"), self.env.path("root.qcow2")), self.env.image("data.qcow2", "256M")]
+
+    def xml(self):
+        guest = os.environ["VMCP_GUEST"]
+        return super().xml("console=ttyS0 root=/dev/vda rootfstype=ext4 rw quiet loglevel=5 norandmaps", 256).replace(
+            f"<kernel>{self.env.tiny}</kernel>", f"<kernel>{guest}/vmlinuz</kernel><initrd>{guest}/initrd.img</initrd>")
+
+    def ready(self):
+        self.console.wait_for(READY, 180)
+        self.console.sync(60)
+        self.console.check("mkfs.ext4 -q /dev/vdb && mount /dev/vdb /mnt", 60)
+        for folder in ("/root", "/mnt"):
+            self.console.check(f"(n=0; while :; do n=$((n + 1)); head -c 300000 /dev/urandom > {folder}/busy; echo $n > {folder}/count; sync -f {folder}/count; done) &")
+
+    def attach(self):
+        super().attach()
+        self.console = self.guest.console
+
+    def check(self):
+        """Its writers go on, and its kernel has nothing to say of its disks."""
+        self.console.sync(120)
+        counts = "sync; cat /root/count /mnt/count"
+        before = [int(word) for word in said(self.console, counts).split()]
+        deadline = time.monotonic() + 60
+        while not all(now > then for now, then in zip([int(word) for word in said(self.console, counts).split()], before)):
+            check(time.monotonic() < deadline, f"the guest does not write any more: {before}")
+        check_equal(said(self.console, "dmesg | grep -E 'EXT4-fs error|I/O error|JBD2.*rror' || true"), "", "what its kernel says")
+
+
+def with_domain(function, kind=Domain):
     def test(env):
         need("libvirtd", "virsh", "qemu-img", "qemu-system-x86_64")
-        domain = Domain(env)
+        if kind is Debian and not os.environ.get("VMCP_GUEST"):
+            raise Skip("VMCP_GUEST names no Debian guest")
+        domain = kind(env)
         try:
             function(env, domain)
         finally:
             domain.close()
     test.__name__, test.__doc__ = function.__name__, function.__doc__
     return test
+
+
+def with_debian(function):
+    return with_domain(function, Debian)
 
 
 def take(env, *more, live=True, **how):
@@ -140,6 +190,26 @@ def test_rounds(env, domain):
     env.vmcp("--quiet", "revert", "--connect", URI, ids[1], store=other)
     domain.attach()
     domain.check()
+
+
+@with_debian
+def test_debian(env, domain):
+    """Files on both disks and in memory are back after a wreck and a panic, while both filesystems are written to."""
+    files = "/root/state /mnt/state /dev/shm/state"
+    for number in range(ROUNDS):
+        domain.console.check(f"for f in {files}; do head -c 500000 /dev/urandom > $f; done", 120)
+        sums = said(domain.console, f"sha256sum {files}")
+        taken = take(env)["id"]
+        domain.console.check(f"rm -rf {files} /etc /mnt/count; sync", 120)
+        domain.console.send_line("echo c > /proc/sysrq-trigger")
+        domain.console.wait_for("Kernel panic", 60)
+        env.vmcp_json("--quiet", "revert", "--connect", URI, taken)
+        domain.attach()
+        domain.check()
+        check_equal(said(domain.console, f"sha256sum {files}"), sums, f"content after revert {number}")
+        for path in domain.consistent():
+            run("qemu-img", "check", "-U", path)
+    fsck(env, taken, "the last checkpoint")
 
 
 def refused(env, domain):
