@@ -86,6 +86,7 @@ configure_systemd() {
     # shellcheck disable=SC2016 # agetty's own variable
     printf '%s\n' '[Service]' 'ExecStart=' 'ExecStart=-/sbin/agetty --autologin root --keep-baud 115200 %I $TERM' \
         >"$root/etc/systemd/system/serial-getty@ttyS0.service.d/vmcp-guest.conf"
+    # shellcheck disable=SC2016 # for the guest's shell
     echo '[ -e /run/vmcp-guest.ready ] || [ "$(tty)" != /dev/ttyS0 ] || { : >/run/vmcp-guest.ready; echo "vmcp-guest ready"; }' \
         >"$root/etc/profile.d/vmcp-guest.sh"
     printf '%s\n' '[Match]' 'Name=en* eth*' '[Network]' DHCP=ipv4 >"$root/etc/systemd/network/lan.network"
