@@ -65,9 +65,12 @@ static bool move_bytes(int fd, bool terminal)
 static void attached(struct cli *cli, const char *name, int fd, const struct buf *early)
 {
 	bool terminal = isatty(STDIN_FILENO);
+	struct terminal_size size = terminal_size(STDIN_FILENO);
 
+	/* A serial line has no way to tell the guest of the window's size. */
 	if (terminal && !cli->quiet)
-		fprintf(stderr, "vmcp: console of %s; Ctrl-] leaves it, all other keys are the guest's\n", name);
+		fprintf(stderr, "vmcp: console of %s; Ctrl-] leaves it, all other keys are the guest's\nvmcp: this window, for the guest: stty rows %u cols %u\n", name,
+			size.rows, size.columns);
 	terminal = terminal && terminal_set_raw(STDIN_FILENO, false);
 	bool left = write_all(STDOUT_FILENO, early->data, early->length) == 0 && move_bytes(fd, terminal);
 	terminal_restore();
@@ -104,7 +107,8 @@ const struct cli_command cli_console = {
 	.summary = "attach to a VM's serial console",
 	.help = "On a terminal Ctrl-] leaves the console; the VM runs on. Where stdin is no terminal its bytes pass "
 		"untouched.\n"
-		"Several may watch; the one that came first types.",
+		"Several may watch; the one that came first types.\n"
+		"A serial line does not carry the size of the window: the first line says with which `stty` to tell the guest.",
 	.options = none,
 	.words = "@running",
 	.max_arguments = 1,

@@ -112,9 +112,11 @@ def test_console(env):
     detached(env, memory="64M", cmdline="set=1M report=0")
     first = vmcp(env, "console", "tiny")
     first.wait_for(r"Ctrl-\] leaves it")
+    first.wait_for("stty rows 24 cols 80")
     first.wait_raw(True)
     first.wait_for("tiny: ready")  # scrollback
     second = vmcp(env, "console", "tiny", columns=40)
+    second.wait_for("stty rows 24 cols 40")
     second.wait_raw(True)
     first.send("\nepoch 7\n")
     first.wait_for("tiny: ok")
