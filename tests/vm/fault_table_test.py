@@ -304,7 +304,7 @@ def cancel(world, fault):
     if early:
         return early
     take(world, reported)
-    world.env.vmcp("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "1M", "tiny", status=None)
+    world.env.vmcp("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "64K", "tiny", status=None)  # which it is not done with by then
     world.env.vmcp("cancel", "tiny", status=None)
     deadline = time.monotonic() + 20
     while guest.console.process.poll() is None and time.monotonic() < deadline:
