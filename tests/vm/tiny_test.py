@@ -617,6 +617,7 @@ def test_pages_given_back_under_checkpoints(env):
             time.sleep(0.3)
             env.vmcp("cancel", "tiny")
             guest.check()
+            wait_for("the end of what was cancelled", lambda: env.vmcp_json("stats", "tiny")["operation"] is None)
     check({"protect-all", "stage", "settle-all", "stopped", "stopped-all"} <= plans, f"plans: {plans}")
     stats = env.vmcp_json("stats", "tiny")
     check(stats["reported_bytes"] > 10 << 20 and stats["balloon_given_back_bytes"] > 0 and stats["reported_kept_bytes"] > 0, f"too little happened: {stats}")
