@@ -578,9 +578,9 @@ def test_balloon(env):
     size(256)
     guest.check()
     check(int(guest.ask("balloon", "balloon")["zeroed"]) > 0, "no page came back as zero")
-    # All of the spare area is filled again, so that the revert has to take it away.
+    # Chunks are filled and reported by turns, at random: half of the spare area is filled, twice of what is out of the balloon, and the revert has to take it away.
     guest.set("report_rate 2000")
-    wait_for("all pages held", lambda: int(guest.ask("balloon", "balloon")["held"]) > 12000)
+    wait_for("pages held", lambda: int(guest.ask("balloon", "balloon")["held"]) > 7500)
     guest.set("report_rate 0")
     later = env.vmcp_json("checkpoint", "--live", "tiny")
     for one, out in (taken, 48 << 20), (later, 0), (taken, 48 << 20):
@@ -588,7 +588,7 @@ def test_balloon(env):
         env.vmcp_json("revert", one["id"])
         guest.check()
         check_equal(env.vmcp_json("stats", "tiny")["balloon_bytes"], out, "the balloon after a revert")
-    check(shmem_bytes(pid) < grown - (25 << 20), f"after the revert the process has {shmem_bytes(pid)} of {grown} bytes")
+    check(shmem_bytes(pid) < grown - (8 << 20), f"after the revert the process has {shmem_bytes(pid)} of {grown} bytes")
     env.vmcp("kill", "tiny")
     env.vmcp_json("run", "--from", taken["id"], "--detach")
     guest = env.attach_tiny("tiny")
