@@ -12,10 +12,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/buf.h"
-#include "base/clock.h"
 #include "base/fault.h"
 #include "base/file.h"
 #include "checkpoint/store/store_internal.h"
@@ -26,18 +24,11 @@
 /* Commands end soon; a VM's process does not. */
 static int lock_alone(struct store *store, struct err *err)
 {
-	const struct timespec moment = {.tv_nsec = 20000000};
-	uint64_t end = clock_now_ns() + WAIT_LOCK_NS;
-
-	while (store_lock_byte(store, STORE_LOCK_OPEN, F_WRLCK)) {
-		if (clock_now_ns() >= end) {
-			err_set(err, ERR_STATE, EBUSY, "%s: others use this store", store->path);
-			err_hint(err, "end its VMs, `vmcp ps` lists them, and what else runs on it, and try again");
-			return -EBUSY;
-		}
-		nanosleep(&moment, NULL);
-	}
-	return 0;
+	if (!store_lock_byte_within(store, STORE_LOCK_OPEN, F_WRLCK, WAIT_LOCK_NS))
+		return 0;
+	err_set(err, ERR_STATE, EBUSY, "%s: others use this store", store->path);
+	err_hint(err, "end its VMs, `vmcp ps` lists them, and what else runs on it, and try again");
+	return -EBUSY;
 }
 
 static void remove_new(struct store *store)

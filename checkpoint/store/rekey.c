@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/fault.h"
@@ -14,18 +13,13 @@
 #include "checkpoint/store/crypt.h"
 #include "checkpoint/store/store_internal.h"
 
-#define LOCK_TRIES 500 /* of 20 ms: a change takes some tenths of a second */
+#define WAIT_KEY_NS 10000000000ull /* a change takes some tenths of a second */
 
 static int lock_key(struct store *store, struct err *err)
 {
-	const struct timespec moment = {.tv_nsec = 20000000};
-
-	for (unsigned tries = 0; store_lock_byte(store, STORE_LOCK_KEY, F_WRLCK); tries++) {
-		if (tries == LOCK_TRIES)
-			return err_set(err, ERR_STATE, EBUSY, "%s: another process changes its key", store->path);
-		nanosleep(&moment, NULL);
-	}
-	return 0;
+	return store_lock_byte_within(store, STORE_LOCK_KEY, F_WRLCK, WAIT_KEY_NS)
+		       ? err_set(err, ERR_STATE, EBUSY, "%s: another process changes its key", store->path)
+		       : 0;
 }
 
 /* Of changes that were killed: the store's key, encrypted with one of the user's that never came to be used. */

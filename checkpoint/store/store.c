@@ -15,12 +15,13 @@
 #include <xxhash.h>
 
 #include "base/bytes.h"
+#include "base/clock.h"
 #include "base/fault.h"
 #include "base/file.h"
 #include "checkpoint/store/crypt.h"
 #include "checkpoint/store/store_internal.h"
 
-#define SHARE_TRIES	1500 /* of 20 ms */
+#define WAIT_SHARE_NS	30000000000ull
 #define STATE_MAX_BYTES (1ull << 30)
 #define MISSING_HINT	"`vmcp run` makes it; another one is named by --store or VMCP_STORE"
 
@@ -69,6 +70,17 @@ int store_lock_byte(struct store *store, enum store_lock which, short type)
 	struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = which, .l_len = 1};
 
 	return fcntl(store->lock_fd, F_OFD_SETLK, &lock) == 0 ? 0 : -EAGAIN;
+}
+
+int store_lock_byte_within(struct store *store, enum store_lock which, short type, uint64_t wait_ns)
+{
+	const struct timespec moment = {.tv_nsec = 20000000};
+	uint64_t end = clock_now_ns() + wait_ns;
+	int rc;
+
+	while ((rc = store_lock_byte(store, which, type)) && clock_now_ns() < end)
+		nanosleep(&moment, NULL);
+	return rc;
 }
 
 /* --- opening --- */
@@ -179,19 +191,13 @@ static int open_folders(struct store *store, struct err *err)
 /* Held while the store is open. Who makes the catalogue anew has it alone, for moments. */
 static int share(struct store *store, struct err *err)
 {
-	const struct timespec moment = {.tv_nsec = 20000000};
-
 	store->lock_fd = openat(store->dir, STORE_LOCK_FILE, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
 	if (store->lock_fd < 0)
 		return err_sys(err, errno, "%s/%s", store->path, STORE_LOCK_FILE);
-	for (unsigned tries = 0; store_lock_byte(store, STORE_LOCK_OPEN, F_RDLCK); tries++) {
-		if (tries == SHARE_TRIES) {
-			err_set(err, ERR_STATE, EBUSY, "%s: its catalogue is being made anew", store->path);
-			return err_hint(err, "try again when `vmcp gc --rebuild` has ended");
-		}
-		nanosleep(&moment, NULL);
-	}
-	return 0;
+	if (!store_lock_byte_within(store, STORE_LOCK_OPEN, F_RDLCK, WAIT_SHARE_NS))
+		return 0;
+	err_set(err, ERR_STATE, EBUSY, "%s: its catalogue is being made anew", store->path);
+	return err_hint(err, "try again when `vmcp gc --rebuild` has ended");
 }
 
 int store_open_folders(const char *path, bool create, struct store_key *key, struct store **out, struct err *err)

@@ -35,6 +35,8 @@ enum store_lock {
 };
 /* store.c: type is F_RDLCK, F_WRLCK or F_UNLCK. 0, or -EAGAIN: somebody holds it. */
 int store_lock_byte(struct store *store, enum store_lock which, short type);
+/* The same, tried until then. */
+int store_lock_byte_within(struct store *store, enum store_lock which, short type, uint64_t wait_ns);
 /* store.c: without the catalogue. */
 int store_open_folders(const char *path, bool create, struct store_key *key, struct store **out, struct err *err);
 
