@@ -43,27 +43,38 @@ static int call(unsigned port)
 	return fd;
 }
 
-/* In the VM's place, when it is awake: gives back what it gets, of `count` callers. */
+/* In the VM's place, when it is awake: gives back what it gets, of `count` callers, in whatever order they come. */
 struct server {
 	int fd;
 	unsigned count;
 	pthread_t thread;
 };
+static void *give_back(void *opaque)
+{
+	size_t used = 0, size = 300000;
+	char *data = malloc(size);
+	ssize_t got;
+	int fd = *(int *)opaque;
+	while ((got = read(fd, data + used, size - used)) > 0)
+		used += (size_t)got;
+	for (size_t done = 0; done < used; done += (size_t)got)
+		if ((got = write(fd, data + done, used - done)) <= 0)
+			break;
+	close(fd);
+	free(data);
+	return NULL;
+}
 static void *serve(void *opaque)
 {
 	struct server *server = opaque;
+	pthread_t threads[8];
+	int fds[8];
 	for (unsigned i = 0; i < server->count; i++) {
-		static char data[300000];
-		size_t used = 0;
-		ssize_t got;
-		int fd = accept(server->fd, NULL, NULL);
-		while ((got = read(fd, data + used, sizeof(data) - used)) > 0)
-			used += (size_t)got;
-		for (size_t done = 0; done < used; done += (size_t)got)
-			if ((got = write(fd, data + done, used - done)) <= 0)
-				break;
-		close(fd);
+		fds[i] = accept(server->fd, NULL, NULL);
+		cr_assert_eq(pthread_create(&threads[i], NULL, give_back, &fds[i]), 0);
 	}
+	for (unsigned i = 0; i < server->count; i++)
+		pthread_join(threads[i], NULL);
 	return NULL;
 }
 static void serve_at(struct server *server, unsigned port, unsigned count)
