@@ -25,14 +25,15 @@ case ${1:-} in
     *) echo "run.sh: unknown argument '$1'" >&2; exit 2 ;;
 esac
 
-started=$SECONDS failed=()
+started=$SECONDS failed=() outputs=$(mktemp -d)
+trap 'rm -rf "$outputs"' EXIT
 step() { printf '\n=== %s (after %d s)\n' "$1" $((SECONDS - started)); }
 # Runs a part to its end even if an earlier one failed: one run shows all that is broken.
 part() {
     local name=$1
     shift
     step "$name"
-    "$@" || { failed+=("$name"); printf '=== FAILED: %s\n' "$name"; }
+    "$@" 2>&1 | tee "$outputs/$name" || { failed+=("$name"); printf '=== FAILED: %s\n' "$name"; }
 }
 build_and_test() {
     local preset=$1
@@ -69,19 +70,17 @@ debian_test() {
 }
 # Commands that keep little more than one processor busy, two at a time: the longest first. What each prints is shown when it has ended.
 together() {
-    local command out
-    out=$(mktemp -d)
+    local command
     printf '\n=== two at a time: %s(after %d s)\n' "$(printf '%s; ' "$@")" $((SECONDS - started))
     for command in "$@"; do
         # wait -n may return for one that ended long ago.
         while [ "$(jobs -pr | wc -l)" -ge 2 ]; do wait -n || true; done
-        { (apart "$command") >"$out/$command" 2>&1 </dev/null || true; flock "$out" cat "$out/$command"; } &
+        { (apart "$command") >"$outputs/$command" 2>&1 </dev/null || true; flock "$outputs" cat "$outputs/$command"; } &
     done
     wait
     for command in "$@"; do
-        grep -q '^=== passed' "$out/$command" || failed+=("$command")
+        grep -q '^=== passed' "$outputs/$command" || failed+=("$command")
     done
-    rm -rf "$out"
 }
 apart() {
     local begin=$SECONDS end=passed
@@ -142,6 +141,11 @@ together make_debian_guest "vm_test fault_table" "vm_test tiny" vm_test_sanitize
     "vm_test keep" "vm_test golden" "libvirt_test domains" "vm_test verify" "vm_test filesystems" "vm_test terminal" "vm_test disk_layers" "vm_test tutorial" "vm_test encryption"
 together "${long[@]}" "debian_test tutorial" "debian_test checkpoint_damage_revert" "debian_test network" "debian_test agent" "debian_test cpu_model" "debian_test boot_smp" "debian_test systemd" "libvirt_test debian"
 
+# The end of what failed once more, where one looks first.
+for name in "${failed[@]}"; do
+    printf '\n=== %s, which failed, ended with\n' "$name"
+    grep -vE '^ *Start |Passed| (died|done|failed), ' "$outputs/$name" | tail -n 30 | cut -c -1500
+done
 printf '\n=== %d s\n' $((SECONDS - started))
 if [ ${#failed[@]} -gt 0 ]; then
     printf '=== failed: %s\n' "${failed[@]}"
