@@ -231,16 +231,16 @@ def begin(world, fault, *words, ready=True):
         if ready:
             guest.ready(20)
     except vmcp_test.ConsoleError:
-        return None, end(world, guest, Ended(failed=True))
+        return None, end(world, guest, Ended(failed=True), fault)
     return guest, None
 
 
-def end(world, guest, ended):
-    """The VM's process may be dying just now; what it does not do by itself `kill` does."""
+def end(world, guest, ended, fault):
+    """The VM's process may be dying just now, which takes a busy host its time; what it does not do by itself `kill` does."""
     process = guest.console.process
-    for _ in range(20 if ended.failed else 4):
-        if process.poll() is None:
-            time.sleep(0.01)
+    deadline = time.monotonic() + (10 if fault.endswith(":kill") else 0.2 if ended.failed else 0)
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
     ended.died = process.poll() == -9
     if process.poll() is None:
         world.env.vmcp("kill", "tiny", status=None)
@@ -270,7 +270,7 @@ def checkpoint(world, fault):
     if fault and not fault.endswith(":kill"):
         guest.check()
         check(all(good) or take(world, reported), "the checkpoint after the one that failed")
-    return end(world, guest, Ended(failed=not all(good), reported=reported))
+    return end(world, guest, Ended(failed=not all(good), reported=reported), fault)
 
 
 def revert(world, fault):
@@ -282,7 +282,7 @@ def revert(world, fault):
     done = world.env.vmcp("revert", "tiny", status=None) if reported else None
     if done and done.status == 0 and fault:
         guest.check()
-    return end(world, guest, Ended(failed=not done or done.status != 0, reported=reported))
+    return end(world, guest, Ended(failed=not done or done.status != 0, reported=reported), fault)
 
 
 def start(world, fault):
@@ -293,8 +293,8 @@ def start(world, fault):
     try:
         guest.check(20)
     except vmcp_test.ConsoleError:
-        return end(world, guest, Ended(failed=True))
-    return end(world, guest, Ended())
+        return end(world, guest, Ended(failed=True), fault)
+    return end(world, guest, Ended(), fault)
 
 
 def cancel(world, fault):
@@ -311,7 +311,7 @@ def cancel(world, fault):
         if "under way" not in world.env.vmcp("checkpoint", "--live", "--tag", "good", "tiny", status=None).err:
             break
         time.sleep(0.02)
-    return end(world, guest, Ended(failed=guest.console.process.poll() is not None, reported=reported))
+    return end(world, guest, Ended(failed=guest.console.process.poll() is not None, reported=reported), fault)
 
 
 def rotation(world, fault):
@@ -333,7 +333,7 @@ def rotation(world, fault):
         while world.env.vmcp_json("stats", "tiny")["periodic"]["taken"] < before + 2:
             check(time.monotonic() < deadline, "no checkpoints after the one that failed")
             time.sleep(0.05)
-    ended = end(world, guest, Ended(failed=failed))
+    ended = end(world, guest, Ended(failed=failed), fault)
     ended.open = True
     return ended
 
