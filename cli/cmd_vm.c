@@ -11,7 +11,8 @@
 #include "control/client.h"
 
 #define STOP_TIMEOUT_S 30
-#define KILL_TIMEOUT_S 10
+#define KILL_TIMEOUT_S 120 /* of disks that are slow to take what they are owed */
+#define KILL_NOTICE_S  5
 
 int cli_call_vm(struct cli *cli, const char *method, json_t *params, char name[STORE_NAME_BYTES], json_t **result, struct err *err)
 {
@@ -138,7 +139,12 @@ static int kill_vm(struct cli *cli, char name[STORE_NAME_BYTES], struct err *err
 	/* Its process may be gone before it answers. */
 	if (rc && rc != -ECONNRESET)
 		return rc;
-	rc = wait_gone(cli, name, KILL_TIMEOUT_S, &gone, err);
+	rc = wait_gone(cli, name, KILL_NOTICE_S, &gone, err);
+	if (!rc && !gone) {
+		if (!cli->quiet)
+			fprintf(stderr, "vmcp: %s: waiting for its disks and its checkpoint to be closed\n", name);
+		rc = wait_gone(cli, name, KILL_TIMEOUT_S - KILL_NOTICE_S, &gone, err);
+	}
 	if (!rc && !gone) {
 		err_set(err, ERR_FAILED, ETIMEDOUT, "%s: its process does not end", name);
 		rc = err_hint(err, "see vms/%s/log in the store; SIGKILL ends it in any case", name);
