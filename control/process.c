@@ -46,6 +46,7 @@ struct process {
 	struct machine_config config;
 	struct store_vm record;
 	char from[STORE_ID_BYTES]; /* "" when booting */
+	char generation[MACHINE_GENERATION_BYTES]; /* as it starts: read before a client may revert */
 	uint64_t clock_back_ns;	    /* of the start from it */
 	bool bound;		    /* it has resources in the store's table */
 	struct store_pin *from_pin; /* until the machine's engine and the VM's record hold it */
@@ -414,6 +415,8 @@ static int start(struct process *process, struct err *err)
 	if (!rc)
 		rc = build_machine(process, process->from, err);
 	if (!rc)
+		machine_generation(process->target.machine, process->generation);
+	if (!rc)
 		rc = mux_ensure(store_path(process->store), &process->config, err);
 	if (!rc)
 		rc = attach_console_log(process, err);
@@ -451,7 +454,7 @@ static void tell_result(struct process *process, struct process_result *result)
 	snprintf(result->vm, sizeof(result->vm), "%s", process->config.name);
 	snprintf(result->checkpoint, sizeof(result->checkpoint), "%s", process->from);
 	snprintf(result->uuid, sizeof(result->uuid), "%s", process->record.uuid);
-	machine_generation(process->target.machine, result->generation);
+	snprintf(result->generation, sizeof(result->generation), "%s", process->generation);
 	result->pid = (int)getpid();
 	result->boot_ns = entry > process->options->started_ns ? entry - process->options->started_ns : 0;
 }
