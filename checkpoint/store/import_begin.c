@@ -109,19 +109,48 @@ static int need_since(struct import *im, struct err *err)
 	return 0;
 }
 
-/* What it stands on. For a whole stream that is a saving, and a parent that cannot be read no reason to fail. */
-static int find_base(struct import *im, struct err *err)
+/* The checkpoint of the same VM here that is nearest in time. "": none. */
+static int find_nearest(struct import *im, char id[STORE_ID_BYTES], struct err *err)
 {
-	struct err none = ERR_INIT;
+	const struct store_checkpoint *c = &im->checkpoint;
+	struct store_checkpoint *list;
+	uint64_t nearest = UINT64_MAX;
+	size_t count;
+	int rc = store_checkpoint_list(im->store, im->wanted_vm ? im->wanted_vm : c->vm, &list, &count, err);
 
-	if (im->head.since[0])
-		return need_since(im, err);
-	if (!im->checkpoint.parent[0])
-		return 0;
-	int rc = transfer_side_open(im->store, im->checkpoint.parent, &im->base, &none);
-	im->has_base = !rc && im->base.checkpoint.memory_bytes == im->checkpoint.memory_bytes;
+	id[0] = '\0';
+	for (size_t i = 0; !rc && i < count; i++) {
+		const struct store_checkpoint *one = &list[i];
+		uint64_t apart = one->created_wall_ns > c->created_wall_ns ? one->created_wall_ns - c->created_wall_ns : c->created_wall_ns - one->created_wall_ns;
+
+		if (!strcmp(one->vm_uuid, c->vm_uuid) && one->memory_bytes == c->memory_bytes && apart < nearest) {
+			nearest = apart;
+			memcpy(id, one->id, STORE_ID_BYTES);
+		}
+		store_checkpoint_free(&list[i]);
+	}
+	if (!rc)
+		free(list);
+	return rc;
+}
+
+/* What a whole stream is likest to here: its parent, else the nearest one of its VM. It is a saving: where it cannot be read, that is no reason to fail. */
+static int find_likest(struct import *im, struct err *err)
+{
+	const struct store_checkpoint *c = &im->checkpoint;
+	char id[STORE_ID_BYTES];
+	struct err none = ERR_INIT;
+	int rc = 0;
+
+	memcpy(id, c->parent, sizeof(id));
+	if (!id[0] || !store_has_folder(im->store, id))
+		rc = find_nearest(im, id, err);
+	if (rc || !id[0])
+		return rc;
+	rc = transfer_side_open(im->store, id, &im->base, &none);
+	im->has_base = !rc && im->base.checkpoint.memory_bytes == c->memory_bytes;
 	if (rc && rc != -ENOENT)
-		log_warn("the parent's memory and disks are not shared: %s", none.message);
+		log_warn("memory and disks are not shared with what is here: %s", none.message);
 	return 0;
 }
 
@@ -190,7 +219,7 @@ int import_begin(struct import *im, struct err *err)
 	rc = look_for_it(im, err);
 	if (rc || im->result->present)
 		return rc;
-	rc = find_base(im, err);
+	rc = im->head.since[0] ? need_since(im, err) : find_likest(im, err);
 	if (!rc)
 		rc = set_vm(im, err);
 	if (!rc)

@@ -234,6 +234,19 @@ def test_every_kind_of_disk(env):
         env.vmcp("revert", one, store=other)
         check_equal(guest.check()["epoch"], "0", "epoch")
         env.vmcp("kill", "tiny", store=other)
+    # Backwards: the parent, of which the child is here, shares with that; and stands without it.
+    other = env.path("other-backwards")
+    env.vmcp("import", env.path("two.vmcp"), store=other)
+    more = env.vmcp_json("import", env.path("one.vmcp"), store=other)
+    check(more["shared_pages"] > more["pages"] // 2, f"another checkpoint of the VM is here, yet little is shared: {more}")
+    whole(env, other, [one, two], ["tiny"])
+    env.vmcp("rm", two, store=other)
+    env.vmcp("verify", store=other)
+    check_equal(memory_sum(other, one), memory_sum(env.path("away-store"), one), "memory")
+    for name, want in disks.items():
+        check(filecmp.cmp(contents(env, other, f"{one}:{name}", "imported"), want, shallow=False), f"disk {name} came out differently")
+    check_equal(start_there(env, other, "--from", one).check()["epoch"], "0", "epoch")
+    env.vmcp("kill", "tiny", store=other)
     # The increment alone is of no use, and says so; another VM's name is another VM's.
     refused = env.vmcp("import", env.path("delta.vmcp"), status=3)
     check("which is not here" in refused.err and "import that one first" in refused.err, f"what is said: {refused.err}")
