@@ -334,6 +334,11 @@ def test_top(env):
     document = env.vmcp_json("top", "--interval", "100ms")["vms"][0]
     check(document["name"] == "tiny" and document["exits_per_s"] >= 0 and document["pause_p99_ns"] > 0, str(document))
     env.vmcp("top", "nosuch", status=3)
+    # What is under way, with its bar and phase.
+    slow = env.vmcp_json("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "1M", "tiny")["id"]
+    frame = env.vmcp("top", "tiny", "--count", "1", "--interval", "100ms").out
+    check(re.search(rf"^  checkpoint {slow[:8]} \[[# ]{{16}}\] \w+", frame, re.M), frame)
+    env.vmcp("cancel", "tiny")
 
 
 def test_colour(env):
