@@ -1,4 +1,4 @@
-#include "control/process.h"
+#include "control/process_internal.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -26,7 +26,6 @@
 #include "control/periodic.h"
 #include "control/protocol.h"
 #include "control/server.h"
-#include "control/sleeper.h"
 #include "control/tidy.h"
 #include "machine/domain.h"
 
@@ -34,38 +33,6 @@
 
 #define END_POLL_NS 10000000
 #define LAST_BYTES  4096 /* of the console, kept of a VM that crashed */
-
-/* Why a guest stopped is asked of its machine: by the time the main thread comes to it, a revert may have undone it. */
-enum event { EVENT_NONE, EVENT_STOPPED, EVENT_SUSPEND, EVENT_KILL };
-
-struct process {
-	const struct process_options *options;
-	struct store *store;
-	struct store_vm_lock *name_lock;
-	int dir; /* of the VM in the store */
-	struct machine_config config;
-	struct store_vm record;
-	char from[STORE_ID_BYTES]; /* "" when booting */
-	char generation[MACHINE_GENERATION_BYTES]; /* as it starts: read before a client may revert */
-	uint64_t clock_back_ns;	    /* of the start from it */
-	bool bound;		    /* it has resources in the store's table */
-	struct store_pin *from_pin; /* until the machine's engine and the VM's record hold it */
-	struct console *console;
-	struct console_log *console_log; /* of a detached VM */
-	struct control_server *server;
-	struct periodic *periodic;
-	struct tidy *tidy;
-	struct control_target target;
-	pthread_t signal_thread;
-	bool signal_thread_runs;
-	/* what the main thread waits for */
-	pthread_mutex_t lock;
-	pthread_cond_t changed;
-	enum event event; /* under lock; a kill stays */
-	int event_fd;	  /* readable while there is one */
-	bool wanted;	  /* under lock: a suspended VM is to wake */
-	char asleep_at[STORE_ID_BYTES]; /* under lock: the checkpoint that it is in */
-};
 
 static void post_event(struct process *process, enum event event)
 {
@@ -108,8 +75,7 @@ static void wake(void *opaque)
 	post_event(process, EVENT_NONE);
 }
 
-/* EVENT_NONE if there is none. */
-static enum event take_event_locked(struct process *process)
+enum event process_take_event_locked(struct process *process)
 {
 	enum event event = process->event;
 	eventfd_t count;
@@ -150,7 +116,7 @@ static enum event wait_event(struct process *process)
 	}
 	while (process->event == EVENT_NONE)
 		pthread_cond_wait(&process->changed, &process->lock);
-	enum event event = take_event_locked(process);
+	enum event event = process_take_event_locked(process);
 	pthread_mutex_unlock(&process->lock);
 	return event;
 }
@@ -245,7 +211,7 @@ static int find_config(struct process *process, struct err *err)
 }
 
 /* All that this VM has of its host, before any of it is opened. Another VM that has some of it is named. */
-static int bind_resources(struct process *process, struct err *err)
+int process_bind_resources(struct process *process, struct err *err)
 {
 	struct store_resource *list = NULL;
 	size_t count = 0, failed = 0;
@@ -338,7 +304,7 @@ static int attach_console_log(struct process *process, struct err *err)
 	return rc;
 }
 
-static int build_machine(struct process *process, const char *from, struct err *err)
+int process_build_machine(struct process *process, const char *from, struct err *err)
 {
 	struct machine_options options = {
 		.config = &process->config,
@@ -391,7 +357,7 @@ static void close_machine(struct process *process)
 	}
 }
 
-static int drop_machine(struct process *process, struct err *err)
+int process_drop_machine(struct process *process, struct err *err)
 {
 	struct machine *machine = process->target.machine;
 
@@ -411,9 +377,9 @@ static int start(struct process *process, struct err *err)
 	if (rc)
 		return rc;
 	process->target.console = process->console;
-	rc = bind_resources(process, err);
+	rc = process_bind_resources(process, err);
 	if (!rc)
-		rc = build_machine(process, process->from, err);
+		rc = process_build_machine(process, process->from, err);
 	if (!rc)
 		machine_generation(process->target.machine, process->generation);
 	if (!rc)
@@ -463,13 +429,13 @@ static void tell_result(struct process *process, struct process_result *result)
 static int reset(struct process *process, struct err *err)
 {
 	log_info("the guest resets");
-	int rc = drop_machine(process, err);
+	int rc = process_drop_machine(process, err);
 	if (!rc && process->from[0] && !process->config.kernel)
 		rc = err_set(err, ERR_FAILED, ENOENT, "%s: reset: the configuration names no kernel", process->config.name);
 	if (!rc)
 		rc = store_vm_set_position(process->store, process->config.name, "", err);
 	if (!rc)
-		rc = build_machine(process, NULL, err);
+		rc = process_build_machine(process, NULL, err);
 	if (!rc)
 		events_post(process->target.events, "reset", NULL);
 	return rc ? rc : machine_resume(process->target.machine, err);
@@ -486,98 +452,6 @@ static bool is_at_end(struct process *process, enum vm_stop_reason *reason, stru
 	return stopped;
 }
 
-/* --- suspended --- */
-
-/* True in *wanted: somebody wants the VM; false: it is killed. */
-static int wait_asleep(struct process *process, struct sleeper *sleeper, bool *wanted, struct err *err)
-{
-	for (*wanted = false;;) {
-		pthread_mutex_lock(&process->lock);
-		enum event event = take_event_locked(process);
-		*wanted |= process->wanted;
-		process->wanted = false;
-		pthread_mutex_unlock(&process->lock);
-		*wanted &= event != EVENT_KILL;
-		if (event == EVENT_KILL || *wanted)
-			return 0;
-		int rc = sleeper_wait(sleeper, process->event_fd, wanted, err);
-		if (rc)
-			return rc;
-	}
-}
-
-/* Of all that it had it keeps what it is wanted by. */
-static int keep_ports(struct process *process, struct err *err)
-{
-	struct store_resource *list = NULL;
-	size_t count = 0, kept = 0;
-
-	identity_list(&process->config, store_path(process->store), process->record.uuid, &list, &count);
-	for (size_t i = 0; i < count; i++) {
-		const char *type = list[i].type;
-		struct store_resource one = list[i];
-
-		if (strcmp(type, "uuid") && strcmp(type, "port") && strcmp(type, IDENTITY_MUX) && strcmp(type, IDENTITY_IP) && strcmp(type, "socket"))
-			continue;
-		list[i] = list[kept];
-		list[kept++] = one;
-	}
-	int rc = store_resources_bind(process->store, process->config.name, list, kept, NULL, NULL, NULL, err);
-	store_resources_free_list(list, count);
-	return rc;
-}
-
-static int wake_up(struct process *process, struct sleeper *sleeper, struct err *err)
-{
-	uint64_t began = clock_now_ns();
-
-	sleeper_stop_listening(sleeper);
-	int rc = bind_resources(process, err);
-	if (!rc)
-		rc = build_machine(process, process->asleep_at, err);
-	if (rc)
-		return rc;
-	atomic_store(&process->target.asleep, false);
-	rc = machine_resume(process->target.machine, err);
-	if (!rc)
-		rc = store_vm_set_state(process->store, process->config.name, "running", err);
-	log_info("awake after %.1f ms", (double)(clock_now_ns() - began) / 1e6);
-	sleeper_hand_over(sleeper);
-	return rc;
-}
-
-/* Until it runs again, or (*killed) is not to. What stands in the way of that, such as a device that another VM has by now, is told, and it sleeps on. */
-static int sleep_once(struct process *process, bool *killed, struct err *err)
-{
-	struct sleeper *sleeper = NULL;
-	struct err failed = ERR_INIT;
-	bool wanted = false;
-	int rc = keep_ports(process, err);
-
-	if (!rc)
-		rc = sleeper_create(&process->config, &sleeper, err);
-	if (!rc)
-		rc = wait_asleep(process, sleeper, &wanted, err);
-	*killed = !rc && !wanted;
-	if (!rc && wanted && wake_up(process, sleeper, &failed))
-		log_error("cannot wake: %s%s%s", failed.message, failed.hint[0] ? "; " : "", failed.hint);
-	sleeper_destroy(sleeper);
-	return rc;
-}
-
-/* The machine is in a checkpoint: it goes, with all that it has of the host but its forwarded ports, until somebody wants it. */
-static int sleep_until_wanted(struct process *process, struct err *err)
-{
-	bool killed = false;
-	int rc = drop_machine(process, err);
-
-	if (!rc)
-		rc = store_vm_set_state(process->store, process->config.name, "suspended", err);
-	while (!rc && !killed && !process->target.machine)
-		rc = sleep_once(process, &killed, err);
-	return rc;
-}
-
 /* Until the VM ends. */
 static int live(struct process *process, struct err *err)
 {
@@ -587,7 +461,7 @@ static int live(struct process *process, struct err *err)
 		int rc;
 
 		if (event == EVENT_SUSPEND) {
-			rc = sleep_until_wanted(process, err);
+			rc = process_sleep_until_wanted(process, err);
 			if (rc)
 				return rc;
 			continue;
@@ -634,7 +508,7 @@ static int end(struct process *process, int rc, struct err *err)
 	periodic_end(process->periodic);
 	tidy_end(process->tidy);
 	/* First, as a method that waits for a checkpoint would hold up the server's end. */
-	int closed = drop_machine(process, &closing);
+	int closed = process_drop_machine(process, &closing);
 	events_end(process->target.events);
 	control_server_stop(process->server);
 	agent_host_stop(process->target.agent);
@@ -725,10 +599,7 @@ static void process_free(struct process *process)
 	pthread_mutex_destroy(&process->lock);
 }
 
-/* Called with the result when the guest runs. */
-typedef void running_fn(void *opaque, const struct process_result *result);
-
-static int run_here(const struct process_options *options, running_fn *running, void *opaque, struct process_result *result,
+int process_run_here(const struct process_options *options, process_running_fn *running, void *opaque, struct process_result *result,
 		    struct err *err)
 {
 	struct process process;
@@ -800,120 +671,12 @@ int process_plan(const struct process_options *options, json_t **plan, struct er
 	return rc;
 }
 
-/* --- detached --- */
-
-/* What the child sends to its parent when the guest runs or could not start: plain structs, as both are the same program. */
-struct child_report {
-	int rc;
-	struct process_result result;
-	struct err error;
-};
-
-struct child {
-	int report_fd;
-	const struct process_options *options;
-};
-
-static void send_report(int *fd, const struct child_report *report)
-{
-	if (*fd < 0)
-		return;
-	(void)!write(*fd, report, sizeof(*report)); /* a parent that is gone does not matter */
-	close(*fd);
-	*fd = -1;
-}
-
-/* The guest runs: the parent may go, and stdout, stderr belong to the log from now on. */
-static void child_running(void *opaque, const struct process_result *result)
-{
-	struct child *child = opaque;
-	struct child_report report = {.result = *result};
-	char *path = xasprintf("%s/vms/%s/log", child->options->store_path, result->vm);
-	int log = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-
-	free(path);
-	if (log < 0)
-		log = open("/dev/null", O_WRONLY | O_CLOEXEC); /* whoever reads what we say must see its end in any case */
-	if (log >= 0) {
-		dup2(log, STDOUT_FILENO);
-		dup2(log, STDERR_FILENO);
-		close(log);
-	}
-	send_report(&child->report_fd, &report);
-}
-
-/* Whatever else the caller left open: a pipe or lock of its own must not live as long as the VM. */
-static void close_inherited(int keep)
-{
-	if (keep > STDERR_FILENO + 1)
-		close_range(STDERR_FILENO + 1, (unsigned)keep - 1, 0);
-	close_range((unsigned)keep + 1, ~0u, 0);
-}
-
-static int child_main(struct child *child)
-{
-	struct child_report report = {0};
-
-	setsid();
-	close_inherited(child->report_fd);
-	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
-	if (null >= 0) {
-		dup2(null, STDIN_FILENO);
-		close(null);
-	}
-	report.rc = run_here(child->options, child_running, child, &report.result, &report.error);
-	if (report.rc && child->report_fd < 0)
-		log_error("%s", report.error.message);
-	if (report.rc && child->report_fd < 0 && report.error.hint[0])
-		log_error("hint: %s", report.error.hint);
-	send_report(&child->report_fd, &report);
-	return report.rc ? 1 : 0;
-}
-
-static int run_detached(const struct process_options *options, struct process_result *result, struct err *err)
-{
-	struct child_report report;
-	struct child child = {.options = options};
-	int ends[2];
-
-	if (pipe2(ends, O_CLOEXEC))
-		return err_sys(err, errno, "pipe");
-	pid_t pid = fork();
-	if (pid < 0) {
-		int number = errno;
-
-		close(ends[0]);
-		close(ends[1]);
-		return err_sys(err, number, "fork");
-	}
-	if (pid == 0) {
-		close(ends[0]);
-		child.report_fd = ends[1];
-		_exit(child_main(&child));
-	}
-	close(ends[1]);
-	ssize_t n;
-	do
-		n = read(ends[0], &report, sizeof(report));
-	while (n < 0 && errno == EINTR);
-	close(ends[0]);
-	if (n != (ssize_t)sizeof(report))
-		return err_set(err, ERR_FAILED, EPIPE, "the VM's process ended before its guest ran");
-	if (report.rc) {
-		if (err)
-			*err = report.error;
-		return report.rc;
-	}
-	*result = report.result;
-	return 0;
-}
-
 int process_run(const struct process_options *options, struct process_result *result, struct err *err)
 {
 	int rc;
 
 	*result = (struct process_result){0};
-	rc = options->detach ? run_detached(options, result, err) : run_here(options, NULL, NULL, result, err);
+	rc = options->detach ? process_run_detached(options, result, err) : process_run_here(options, NULL, NULL, result, err);
 	if (!rc && options->detach)
 		result->socket = xasprintf("%s/vms/%s/control.sock", options->store_path, result->vm);
 	return rc;
