@@ -11,7 +11,7 @@
 #include "control/client.h"
 
 #define STOP_TIMEOUT_S 30
-#define KILL_TIMEOUT_S 120 /* of disks that are slow to take what they are owed */
+#define KILL_TIMEOUT_S 60 /* of disks that are slow to take what they are owed */
 #define KILL_NOTICE_S  5
 
 int cli_call_vm(struct cli *cli, const char *method, json_t *params, char name[STORE_NAME_BYTES], json_t **result, struct err *err)

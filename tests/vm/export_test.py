@@ -419,7 +419,7 @@ def test_interrupted_exports(env):
         running = subprocess.Popen([env.vmcp_bin, "--store", env.store, "export", "tiny", path, "--max-rate", "20K", *words], stderr=subprocess.PIPE)
         time.sleep(1)
         running.send_signal(2)
-        _, said = running.communicate(timeout=20)
+        _, said = running.communicate(timeout=60)
         check(running.returncode == 1 and b"cancelled" in said, f"exit {running.returncode}: {said}")
         check_equal((os.path.exists(path), os.path.exists(part)), (False, left), "files")
     # An import that hears nothing more.
@@ -429,7 +429,7 @@ def test_interrupted_exports(env):
     time.sleep(0.5)
     into.send_signal(2)
     said = into.stderr.read()
-    check(into.wait(20) == 1 and b"cancelled" in said, f"exit {into.returncode}: {said}")
+    check(into.wait(60) == 1 and b"cancelled" in said, f"exit {into.returncode}: {said}")
     into.stdin.close()
     whole(env, env.path("other"), [], [])
 
@@ -571,7 +571,7 @@ def test_encrypted(env):
     shutil.rmtree(other)
     out = subprocess.Popen([env.vmcp_bin, "--store", env.store, "export", one, "-", "--key-file", key], stdout=subprocess.PIPE)
     subprocess.run([env.vmcp_bin, "--store", other, "import", "-", "--key-file", bare], stdin=out.stdout, check=True, stdout=subprocess.DEVNULL)
-    check_equal(out.wait(20), 0, "exit of the export")
+    check_equal(out.wait(60), 0, "exit of the export")
     whole(env, other, [one], ["tiny"])
     check_equal(memory_sum(other, one), memory_sum(env.store, one), "memory")
     start_there(env, other, "--from", one).check()

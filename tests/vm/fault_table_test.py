@@ -229,7 +229,7 @@ def begin(world, fault, *words, ready=True):
     guest = world.env.spawn_tiny(*words, env={"VMCP_FAULT": fault} if fault else None, ready=False)
     try:
         if ready:
-            guest.ready(20)
+            guest.ready(60)
     except vmcp_test.ConsoleError:
         return None, end(world, guest, Ended(failed=True), fault)
     return guest, None
@@ -244,7 +244,7 @@ def end(world, guest, ended, fault):
     ended.died = process.poll() == -9
     if process.poll() is None:
         world.env.vmcp("kill", "tiny", status=None)
-        process.wait(10)
+        process.wait(60)
     guest.console.close()
     return ended
 
@@ -291,7 +291,7 @@ def start(world, fault):
     if early:
         return early
     try:
-        guest.check(20)
+        guest.check(60)
     except vmcp_test.ConsoleError:
         return end(world, guest, Ended(failed=True), fault)
     return end(world, guest, Ended(), fault)
@@ -306,7 +306,7 @@ def cancel(world, fault):
     take(world, reported)
     world.env.vmcp("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "64K", "tiny", status=None)  # which it is not done with by then
     world.env.vmcp("cancel", "tiny", status=None)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while guest.console.process.poll() is None and time.monotonic() < deadline:
         if "under way" not in world.env.vmcp("checkpoint", "--live", "--tag", "good", "tiny", status=None).err:
             break

@@ -103,7 +103,7 @@ def work(env, place):
     env.vmcp("rm", *[one for one in ids if one not in kept])
     guest.check()
     os.kill(env.vmcp_json("ps")["vms"][0]["pid"], 9)
-    guest.console.wait_exit(20)
+    guest.console.wait_exit(60)
     env.vmcp("gc")
     env.vmcp("verify")
     for one in kept:

@@ -209,7 +209,7 @@ def test_killed_while_periodic(env):
                 wait_for(sub, "a consolidation", lambda stats: stats["consolidations"] >= 2, 240)
                 time.sleep(random.random() * 0.2)
                 os.kill(pid, 9)
-                guest.console.wait_exit(20)
+                guest.console.wait_exit(60)
             check_equal(sub.vmcp_json("ps")["vms"][0]["state"], "crashed", "state")
             check_equal(os.listdir(os.path.join(sub.store, "staging")), [], f"staging after {fault}")
             sub.vmcp("gc")

@@ -71,7 +71,7 @@ class Terminal:
         return not termios.tcgetattr(self.follower)[3] & (termios.ICANON | termios.ECHO)
 
     def wait_raw(self, wanted):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while self.is_raw() != wanted:
             check(time.monotonic() < deadline, f"the terminal is {'not ' if wanted else ''}raw")
             self.read(0.02)
@@ -100,7 +100,7 @@ def detached(env, **kwargs):
 
 
 def state_becomes(env, wanted):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (vm := env.vmcp_json("ps")["vms"][0])["state"] != wanted:
         check(time.monotonic() < deadline, f"not {wanted}: {vm}")
         time.sleep(0.02)

@@ -319,7 +319,7 @@ def test_levels_of_durability(env):
         check_equal(seen, {**{one: "durable" for one in before}, taken["id"]: level}, "levels in the log")
         check_equal(env.vmcp_json("show", taken["id"][:8])["durability"], level, "its level in show")
         check(level in env.vmcp("log").out and level in env.vmcp("show", taken["id"]).out, "in words")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while env.vmcp_json("show", taken["id"])["durability"] != "durable" and time.monotonic() < deadline:
             time.sleep(0.1)
         check_equal({one["durability"] for one in env.vmcp_json("log")["checkpoints"]}, {"durable"}, "in the end")
@@ -399,7 +399,7 @@ def try_start(env, one, want):
         got = {key: value for key, value in guest.sum().items() if key in want}
     except Exception:
         # It may say anything before its memory is checked to the end.
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while (state := next(vm["state"] for vm in env.vmcp_json("ps")["vms"] if vm["name"] == "again")) not in ("crashed", "stopped"):
             check(time.monotonic() < deadline, f"the VM neither answers nor ends: {state}")
             time.sleep(0.05)
