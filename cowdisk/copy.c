@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/buf.h"
 #include "base/bytes.h"
@@ -39,6 +40,21 @@ struct copier {
 	struct slot slots[SLOTS];
 };
 
+/* Where a raw file that does not change keeps no blocks, it reads as zeroes: true; *run is cut where that ends. What the filesystem cannot tell is data. */
+static bool is_hole(const struct image *image, uint64_t place, uint64_t *run)
+{
+	if (image->format != COW_FORMAT_RAW || !(image->readonly || image->fixed))
+		return false;
+	off_t data = lseek(image->fd, (off_t)place, SEEK_DATA);
+	if (data < 0)
+		return errno == ENXIO; /* to the end */
+	bool hole = (uint64_t)data > place;
+	off_t end = hole ? data : lseek(image->fd, data, SEEK_HOLE);
+	if (end > (off_t)place)
+		*run = min_u64(*run, (uint64_t)end - place);
+	return hole;
+}
+
 /* What the next bytes are, as far as that is the same and known in one look. */
 static int classify(struct copier *c, uint64_t offset, uint64_t length, enum run_class *class, uint64_t *run)
 {
@@ -51,8 +67,10 @@ static int classify(struct copier *c, uint64_t offset, uint64_t length, enum run
 	*run = m.length;
 	if (!owner || (stop && owner->generation <= stop->generation))
 		*class = RUN_HOLE;
+	else if (m.kind == MAP_DATA)
+		*class = is_hole(owner, m.host, run) ? RUN_ZERO : RUN_DATA;
 	else
-		*class = m.kind == MAP_DATA || m.kind == MAP_COMPRESSED ? RUN_DATA : RUN_ZERO;
+		*class = m.kind == MAP_COMPRESSED ? RUN_DATA : RUN_ZERO;
 	return 0;
 }
 

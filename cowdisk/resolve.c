@@ -16,7 +16,7 @@
 #include "base/bytes.h"
 #include "cowdisk/image_internal.h"
 
-enum { BUCKETS = 1024, SPAN_CLUSTERS = 512 };
+enum { BUCKETS = 16384, SPAN_CLUSTERS = 512 }; /* as many spans without extents to speak of as fill the map: a dozen in each */
 #define MAP_BYTES (16u << 20)
 
 struct extent {

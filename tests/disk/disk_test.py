@@ -411,6 +411,27 @@ def test_export():
 
 # Repair and resize.
 
+def test_export_of_holes():
+    """A raw file of 8 TiB with little in it, as source, as target, and below an overlay: no time for its holes."""
+    fresh()
+    places = {0: b"first", (4 << 40) + 512: b"middle", (8 << 40) - 512: b"last"}
+    with open("sparse.raw", "wb") as file:
+        file.truncate(8 << 40)
+        for place, words in places.items():
+            file.seek(place)
+            file.write(words)
+    create("over.qcow2", 8 << 40, "compat=1.1", "sparse.raw", "raw")
+    for source, target, form in (("sparse.raw", "a.qcow2", "qcow2"), ("a.qcow2", "b.raw", "raw"), ("over.qcow2", "c.raw", "raw"), ("sparse.raw", "d.raw", "raw")):
+        tool("export", source, target, form, timeout=120)
+    qemu_check("a.qcow2")
+    for name in ("b.raw", "c.raw", "d.raw"):
+        check(os.stat(name).st_size == 8 << 40 and os.stat(name).st_blocks < 16 << 10, f"{name}: {os.stat(name)}")
+        with open(name, "rb") as file:
+            for place, words in places.items():
+                file.seek(place)
+                check(file.read(6)[:len(words)] == words, f"{name}: what is at {place}")
+
+
 def entries_of(image, offset, count):
     return [int.from_bytes(image[offset + n * 8:offset + n * 8 + 8], "big") for n in range(count)]
 
@@ -1067,7 +1088,7 @@ GROUPS = {
     "matrix": [test_matrix, test_matrix_written],
     "stress": [test_stress, test_stress_large],
     "initial": [test_stress_initial],
-    "merge": [test_merge, test_merge_rules, test_export],
+    "merge": [test_merge, test_merge_rules, test_export, test_export_of_holes],
     "repair": [test_repair, test_second_opinion, test_images_of_old, test_resize, test_cli],
     "sim": [test_crash_sim],
     "crash": [test_kill, test_kill_random],
