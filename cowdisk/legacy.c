@@ -51,16 +51,6 @@ int legacy_recognise(const char *path, struct legacy *out, struct err *err)
 
 static struct qcow_library lib;
 
-static int library_failed(struct err *err, const char *path, libqcow_error_t *error)
-{
-	char text[256] = "";
-	lib.libqcow_error_sprint(error, text, sizeof(text));
-	for (char *c = text; *c; c++)
-		if (*c == '\n')
-			*c = ' ';
-	return err_set(err, ERR_DAMAGED, EIO, "%s: libqcow cannot read it: %s", path, text);
-}
-
 static int write_full(int fd, const uint8_t *data, size_t bytes, struct err *err)
 {
 	for (size_t done = 0; done < bytes;) {
@@ -81,11 +71,11 @@ static int read_all(const struct cow_export *e, const struct legacy *image, int 
 	size64_t size = 0;
 	static uint8_t data[CHUNK_BYTES];
 	if (lib.libqcow_file_initialize(&file, &error) != 1)
-		return library_failed(err, e->source, error);
+		return qcow_library_failed(&lib, e->source, &error, err);
 	if (image->encrypted && lib.libqcow_file_set_utf8_password(file, (const uint8_t *)e->password, strlen(e->password), &error) != 1)
-		return library_failed(err, e->source, error);
+		return qcow_library_failed(&lib, e->source, &error, err);
 	if (lib.libqcow_file_open(file, e->source, LIBQCOW_OPEN_READ, &error) != 1 || lib.libqcow_file_get_media_size(file, &size, &error) != 1)
-		return library_failed(err, e->source, error);
+		return qcow_library_failed(&lib, e->source, &error, err);
 	if (lib.libqcow_file_get_utf8_backing_filename_size(file, &name_bytes, &error) == 1 && name_bytes > 1) {
 		err_set(err, ERR_FAILED, ENOTSUP, "%s: it has a backing file, which is not read for images of this kind", e->source);
 		return err_hint(err, "make it whole first: qemu-img rebase -b ''");
@@ -95,7 +85,7 @@ static int read_all(const struct cow_export *e, const struct legacy *image, int 
 	for (uint64_t at = 0; at < size; at += CHUNK_BYTES) {
 		size_t bytes = (size_t)min_u64(size - at, CHUNK_BYTES);
 		if (lib.libqcow_file_read_buffer_at_offset(file, data, bytes, (off64_t)at, &error) != (ssize_t)bytes)
-			return library_failed(err, e->source, error);
+			return qcow_library_failed(&lib, e->source, &error, err);
 		int rc = write_full(out, data, bytes, err);
 		if (rc < 0)
 			return rc;

@@ -36,4 +36,17 @@ static inline int qcow_library_load(struct qcow_library *lib, const char *path, 
 	return -ENOSYS;
 }
 
+/* What libqcow says of the file, as one line; frees *error. -EIO, ERR_DAMAGED. */
+static inline int qcow_library_failed(const struct qcow_library *lib, const char *path, libqcow_error_t **error, struct err *err)
+{
+	char text[256] = "";
+
+	lib->libqcow_error_sprint(*error, text, sizeof(text));
+	lib->libqcow_error_free(error);
+	for (char *c = text; *c; c++)
+		if (*c == '\n')
+			*c = ' ';
+	return err_set(err, ERR_DAMAGED, EIO, "%s: libqcow cannot read it: %s", path, text);
+}
+
 #endif

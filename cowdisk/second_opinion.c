@@ -41,17 +41,6 @@ struct opinion {
 	struct cow_second_opinion *out;
 };
 
-static int library_failed(struct err *err, const char *path, libqcow_error_t **error)
-{
-	char text[256] = "";
-	lib.libqcow_error_sprint(*error, text, sizeof(text));
-	lib.libqcow_error_free(error);
-	for (char *c = text; *c; c++)
-		if (*c == '\n')
-			*c = ' ';
-	return err_set(err, ERR_DAMAGED, EIO, "%s: libqcow cannot read it: %s", path, text);
-}
-
 static int check_layer(const struct image *image, struct err *err)
 {
 	struct cow_check check;
@@ -79,9 +68,9 @@ static int open_layer(struct opinion *o, const struct image *image, struct err *
 	libqcow_file_t **file = &o->files[o->depth++];
 	if (lib.libqcow_file_initialize(file, &error) != 1 ||
 	    lib.libqcow_file_open(*file, image->path, LIBQCOW_OPEN_READ, &error) != 1)
-		return library_failed(err, image->path, &error);
+		return qcow_library_failed(&lib, image->path, &error, err);
 	if (o->depth > 1 && lib.libqcow_file_set_parent_file(o->files[o->depth - 2], *file, &error) != 1)
-		return library_failed(err, image->path, &error);
+		return qcow_library_failed(&lib, image->path, &error, err);
 	return 0;
 }
 
@@ -116,7 +105,7 @@ static int compare_run(struct opinion *o, uint64_t offset, uint64_t length, stru
 	ssize_t n = lib.libqcow_file_read_buffer_at_offset(o->files[0], o->theirs, (size_t)length, (off64_t)offset, &error);
 	if (n != (ssize_t)length) {
 		if (error)
-			return library_failed(err, path, &error);
+			return qcow_library_failed(&lib, path, &error, err);
 		return err_set(err, ERR_DAMAGED, EIO, "%s: libqcow read %zd of %" PRIu64 " bytes at %" PRIu64, path, n,
 			       length, offset);
 	}
