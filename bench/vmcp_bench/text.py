@@ -62,7 +62,7 @@ TABLES = {
          ("the guest's gap of both", "noop_gap_ns", "median")]),
     ],
     "restore": [
-        ("", "ms; median (p95, max)", [("to the first progress", "progress_ns", "spread"),
+        ("", "ms; median (p95, max)", [("to the first progress", "progress_ns", "spread"), ("the program's version", "program_ns", "median"),
          ("writes/s in the half second after", "first_half_second_writes_per_s", "median")]),
     ],
     "reverts": [
