@@ -165,6 +165,8 @@ static int unknown_option(const struct cli *cli, const struct cli_option *own, c
 		for (const struct cli_option *o = pass ? cli_global_options : own; o->name; o++)
 			nearest_try(&nearest, o->name);
 	err_set(err, ERR_USAGE, EINVAL, "%s: there is no such option", word);
+	if (!*command && cli_find_command(wanted))
+		return err_hint(err, "did you mean `vmcp %s`?", wanted);
 	if (nearest.name[0])
 		return err_hint(err, "did you mean --%s? See `vmcp help%s%s`", nearest.name, *command ? " " : "", command);
 	return err_hint(err, "see `vmcp help%s%s`", *command ? " " : "", command);
