@@ -19,6 +19,8 @@
 #define ENOUGH_MIN	32u
 #define ENOUGH_MAX	512u
 #define MAX_PASSES	8u
+/* What passes to the file leave is copied at most so often: by them, by two passes of staging, in the pause. */
+#define SETTLE_COPIES 4u
 /* A pass that leaves more than this part of what it was about leads nowhere. */
 #define CONVERGES 0.75
 
@@ -167,9 +169,9 @@ static bool choose_staging(const struct planner_case *c, const struct planner_co
 			 (unsigned long long)plan->left_pages);
 	else {
 		plan->way = PLANNER_STAGE;
-		/* Where there is no other way, all passes may find all of it again: what is not used costs nothing. */
+		/* Where there is no other way, each pass may find all of memory written: what is not used costs nothing. */
 		if (!c->can_protect)
-			plan->buffer_pages = max_u64(plan->buffer_pages, MAX_PASSES * c->pages + BUFFER_SPARE_PAGES);
+			plan->buffer_pages = max_u64(plan->buffer_pages, MAX_PASSES * max_u64(c->pages, c->memory_pages) + BUFFER_SPARE_PAGES);
 		plan->buffer_pages = min_u64(plan->buffer_pages, room / PAGE_BYTES);
 		snprintf(why, PLANNER_REASON_BYTES, "%llu pages fit into memory, and copying them leaves about %llu for the pause",
 			 (unsigned long long)c->pages, (unsigned long long)plan->left_pages);
@@ -178,15 +180,16 @@ static bool choose_staging(const struct planner_case *c, const struct planner_co
 	return false;
 }
 
-/* Copies for what is left when passes to the file end: as many as the host has room for. */
+/* Copies for what is left when passes to the file end, be it all of memory, if the host has room. */
 static void allow_settling_buffers(const struct planner_case *c, const struct planner_costs *costs, struct planner_plan *plan)
 {
 	struct planner_plan staging = *plan;
 	foresee_staging(c, costs, &staging);
 	plan->enough_pages = staging.enough_pages;
 	plan->most_left_pages = UINT64_MAX; /* there is no other plan */
-	plan->buffer_pages = min_u64(c->pages + BUFFER_SPARE_PAGES, c->free_bytes / FREE_PART / PAGE_BYTES);
+	plan->buffer_pages = min_u64(SETTLE_COPIES * max_u64(c->pages, c->memory_pages) + BUFFER_SPARE_PAGES, c->free_bytes / FREE_PART / PAGE_BYTES);
 	plan->buffer_pages = min_u64(plan->buffer_pages, (uint64_t)(STAGE_MAX_NS / at_least(costs->copy_page_ns, 100)));
+	plan->settled_pages = plan->buffer_pages / SETTLE_COPIES;
 }
 
 void planner_choose(const struct planner_case *c, const struct planner_costs *costs, struct planner_plan *out)

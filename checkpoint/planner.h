@@ -56,6 +56,7 @@ struct planner_case {
 	bool tracked;	     /* KVM's dirty log */
 	bool staging_failed; /* was tried: the guest wrote too fast */
 	uint64_t pages;	     /* to save, as far as is known */
+	uint64_t memory_pages; /* of the guest: so many it may write meanwhile */
 	uint64_t kept_pages; /* for these there are buffers */
 	uint64_t free_bytes; /* what the host can spare */
 };
@@ -66,6 +67,7 @@ struct planner_plan {
 	enum planner_way way;
 	uint64_t buffer_pages;	  /* staging: how many copies there may be */
 	uint64_t enough_pages;	  /* staging: a pass that finds so few is the last one */
+	uint64_t settled_pages;	  /* settling: passes to the file end when they leave so many */
 	uint64_t most_left_pages; /* staging: with more than these left for the pause the plan failed, if there is another */
 	/* Predicted. */
 	uint64_t copied_pages;			 /* staging: with those copied again */

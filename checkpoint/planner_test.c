@@ -84,6 +84,12 @@ Test(planner, staging_that_failed_is_not_tried_again)
 	struct planner_plan plan = chosen(c, usual);
 	cr_assert_eq(plan.way, PLANNER_SETTLE);
 	cr_assert(plan.buffer_pages >= 10000);
+	c.memory_pages = 100000; /* all of which it may write meanwhile */
+	cr_assert(chosen(c, usual).settled_pages >= 100000);
+	c.staging_failed = false;
+	cr_assert(chosen(c, usual).buffer_pages >= 400000);
+	c.free_bytes = GIB;
+	cr_assert_eq(chosen(c, usual).buffer_pages, GIB / 4 / 4096);
 }
 
 Test(planner, staging_that_failed_is_tried_with_less_or_later)

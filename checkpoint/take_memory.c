@@ -21,7 +21,7 @@
 /* Passes over memory that is written to the file under the running guest go on until so little is left that it is staged, or until
  * they bring less and less, and what is left still fits into the buffers. */
 #define SETTLE_ENOUGH_PAGES 2048u
-#define SETTLE_MOST_PAGES   16384u /* there are always buffers for */
+#define SETTLE_ROOM_PAGES   8192u /* there are always buffers for them, twice */
 #define SETTLE_MAX_PASSES   12u
 
 /* True if this checkpoint can do with what was written since the parent. */
@@ -163,7 +163,7 @@ static int stage_memory(struct take *take, struct err *err)
 static int settle_memory(struct take *take, struct err *err)
 {
 	struct ckpt_engine *engine = take->engine;
-	uint64_t before = UINT64_MAX, count = 0, room = max_u64(take->plan.buffer_pages, SETTLE_MOST_PAGES) / 2;
+	uint64_t before = UINT64_MAX, count = 0, room = max_u64(take->plan.settled_pages, SETTLE_ROOM_PAGES);
 	int r = begin(take, memcow_settle, err);
 	for (unsigned pass = 1; r == 0; pass++) {
 		r = engine_check_cancel(engine, err);
@@ -174,8 +174,8 @@ static int settle_memory(struct take *take, struct err *err)
 		if (pass == SETTLE_MAX_PASSES && count <= room)
 			break;
 		if (pass == SETTLE_MAX_PASSES) {
-			err_set(err, ERR_FAILED, EAGAIN, "the guest writes its memory faster than it can be saved");
-			err_hint(err, "use --instant now if this host can (vmcp doctor), or leave out --live");
+			err_set(err, ERR_FAILED, EAGAIN, "the guest writes its memory faster than it can be saved, and the host has no memory for a copy of it");
+			err_hint(err, "leave out --live, or free %llu MiB of the host's memory", (unsigned long long)(count * 16 * PAGE_BYTES >> 20));
 			return -EAGAIN;
 		}
 		before = count;
@@ -294,7 +294,8 @@ int take_stage_memory(struct take *take, struct err *err)
 		log_debug("checkpoint %.8s: what the guest writes is not tracked: %s", take->result.id, unknown.message);
 	c->tracked = tracker_is_on(engine->tracker);
 	c->can_protect = memcow_can_protect(engine->memcow);
-	c->pages = c->incremental ? tracker_since_count(engine->tracker) : mem_pages(engine->mem);
+	c->memory_pages = mem_pages(engine->mem);
+	c->pages = c->incremental ? tracker_since_count(engine->tracker) : c->memory_pages;
 	planner_age(&engine->costs);
 	r = carry_out(take, err);
 	return r == -ENOBUFS ? take_restage_memory(take, err) : r;

@@ -777,6 +777,23 @@ def test_max_rate(env):
     guest.check()
 
 
+def test_disk_that_is_slower_than_the_guest(env):
+    """Where memory cannot be protected, or is to settle, what is left of it after some passes is copied: at the price of a longer pause."""
+    guest = env.start_tiny(memory="128M", cmdline="set=64M report=0")
+    first = env.vmcp_json("checkpoint", "--live", "--full", "--instant", "settled", "--max-rate", "64M", "tiny")
+    check_equal(first["memory"]["plan"], "settle-all", "plan")
+    guest.check()
+    env.vmcp("kill", "tiny")
+    guest = env.spawn_tiny("run", "--from", first["id"], ready=False)
+    guest.check()
+    for words in ([], [], ["--instant", "settled"]):
+        taken = env.vmcp_json("checkpoint", "--live", "--max-rate", "64M", *words, "tiny")
+        check(taken["memory"]["plan"] in ("stage", "settle"), f"plan: {taken['memory']}")
+        guest.epoch(7)
+        env.vmcp_json("revert", taken["id"])
+        guest.check()
+
+
 def test_captured(env):
     """--wait captured returns early; the checkpoint becomes durable all the same."""
     guest = env.start_tiny(memory="512M", cmdline="set=256M rate=50000 report=0")
