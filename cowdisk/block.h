@@ -56,8 +56,11 @@ enum cow_format { COW_FORMAT_RAW, COW_FORMAT_QCOW2 };
  * chain longer than 1024 are errors that name the file). Format by content: qcow2 magic, else raw, except that a backing file named with
  * a format in the header is opened as that format. Takes QEMU's OFD lock bytes: shared "consistent read" on all, exclusive "write" on the top
  * unless read-only; -EBUSY, ERR_STATE if somebody holds them. Everything in the files is untrusted. Synchronous. Any thread.
+ * Who writes to a raw image so opened may be a guest, which is not to choose what is opened the next time: a write that puts qcow2's magic at its beginning is -EPERM.
  */
 int cow_open(struct cow_io *io, const char *path, unsigned flags, struct cow_disk **out, struct err *err);
+/* With the format given, not looked for (-1: as above). */
+int cow_open_as(struct cow_io *io, const char *path, int format, unsigned flags, struct cow_disk **out, struct err *err);
 /* Waits for nothing: no request may be in flight. Writes back metadata (so that a clean close loses nothing), closes the chain. */
 int cow_close(struct cow_disk *disk, struct err *err);
 

@@ -71,6 +71,7 @@ static int open_content(struct image *image, int format, bool writable, bool loc
 		rc = qcow2_open(image, file_bytes, writable, err);
 		return rc < 0 ? err_prefix(err, "%s", image->path) : 0;
 	}
+	image->guarded = format < 0;
 	if (file_bytes > INT64_MAX - COW_SECTOR_BYTES)
 		return err_set(err, ERR_FAILED, EFBIG, "%s: too large", image->path);
 	/* An odd tail is padded by zeroes, as reads beyond the end of the file are. */

@@ -116,6 +116,8 @@ struct image {
 	bool readonly; /* opened so */
 	bool sealed;   /* never changes (any more); all but the top one, and what is still being sealed */
 	bool fixed;    /* sealed, and so is everything below: the map of resolve.c may speak of it */
+	bool guarded;  /* raw by what it begins with: that may not become another format's beginning, as what is opened next time would be what the guest names */
+	bool refused;  /* and such a write was told of */
 	bool write_locked;
 	bool damaged;		       /* found wrong while running: nothing more is allocated */
 	uint64_t size;		       /* of the virtual disk in bytes */
@@ -311,10 +313,6 @@ bool cow_image_clean(const struct image *image);
 /* qcow2_compressed.c: where the data of a compressed cluster is, and unpacking it. */
 void qcow2_compressed_range(const struct image *image, uint64_t entry, uint64_t *offset, uint64_t *length);
 int qcow2_unpack(const struct image *image, const void *packed, size_t packed_bytes, void *cluster);
-
-/* disk.c: cow_open with the format given, not looked for (-1: as cow_open). */
-int cow_open_as(struct cow_io *io, const char *path, int format, unsigned flags, struct cow_disk **out,
-		struct err *err);
 
 /* merge.c */
 void cow_retired_release(struct cow_disk *disk, bool all); /* frees what no request in flight may have seen */

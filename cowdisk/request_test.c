@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "base/bytes.h"
 #include "cowdisk/disk_internal.h"
 #include "cowdisk/request_internal.h"
 
@@ -83,6 +84,41 @@ Test(request, bad_ranges)
 	cr_expect_eq(submit(disk, r), 0);
 	r = good, r.op = COW_FLUSH, r.length = 0;
 	cr_expect_eq(submit(disk, r), 0);
+	cr_expect_eq(cow_close(disk, NULL), 0);
+	cow_io_destroy(io);
+	unlink(path);
+}
+
+/* A guest cannot have its raw disk opened as what it likes the next time. */
+Test(request, a_raw_image_stays_one)
+{
+	static uint8_t data[4096], back[4096];
+	const struct iovec iov[2] = {{data, 3}, {data + 3, sizeof(data) - 3}};
+	struct iovec all = {back, sizeof(back)};
+	struct cow_io *io;
+	struct cow_disk *disk;
+	CLEANUP_FREE char *path = temporary();
+	cr_assert_eq(cow_create_raw(path, 1 << 20, NULL), 0);
+	cr_assert_eq(cow_io_create(NULL, &io, NULL), 0);
+	cr_assert_eq(cow_open(io, path, 0, &disk, NULL), 0);
+	for (size_t i = 0; i < sizeof(data); i++)
+		data[i] = (uint8_t)(i * 7 + i / 256);
+	struct cow_request write = {.op = COW_WRITE, .length = sizeof(data), .iov = iov, .iov_count = 2}, r = write;
+	struct cow_request read = {.op = COW_READ, .length = sizeof(back), .iov = &all, .iov_count = 1};
+	cr_expect_eq(submit(disk, write), 0);
+	put_be32(data, QCOW2_MAGIC);
+	cr_expect_eq(submit(disk, write), -EPERM);
+	cr_assert_eq(submit(disk, read), 0);
+	cr_expect_eq(back[0], 0);
+	put_be32(data, 0x00070e15);
+	cr_expect_eq(memcmp(back, data, sizeof(data)), 0, "what was written before");
+	put_be32(data, QCOW2_MAGIC);
+	r.offset = 4096;
+	cr_expect_eq(submit(disk, r), 0, "elsewhere it is data");
+	cr_expect_eq(cow_close(disk, NULL), 0);
+	/* Who says that it is raw need not guess the next time. */
+	cr_assert_eq(cow_open_as(io, path, COW_FORMAT_RAW, 0, &disk, NULL), 0);
+	cr_expect_eq(submit(disk, write), 0);
 	cr_expect_eq(cow_close(disk, NULL), 0);
 	cow_io_destroy(io);
 	unlink(path);

@@ -14,6 +14,7 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/fault.h"
+#include "base/log.h"
 #include "cowdisk/request_internal.h"
 
 static const uint8_t zero_page[64 << 10];
@@ -66,12 +67,42 @@ static void write_done(struct io_op *op, int result)
 	cow_req_part_done(work, result);
 }
 
-/* Writes [position, position + length) of the request to `host`. */
-static void write_in_place(struct work *work, uint64_t host, uint64_t length)
+static int refuse_format(struct image *image)
 {
-	unsigned n = data_iov(work, work->position, length, NULL);
-	struct part *part = xcalloc(1, sizeof(*part) + n * sizeof(part->iov[0]));
-	data_iov(work, work->position, length, part->iov);
+	if (!image->refused)
+		log_warn("%s: the guest makes a qcow2 image of its raw disk: such writes fail", image->path);
+	image->refused = true;
+	return -EPERM;
+}
+
+/* Where it matters what a raw file begins with, a copy is looked at and written, as the guest may change its buffer meanwhile. *head: bytes that are copied. */
+static int hold_head(const struct work *work, uint64_t host, uint8_t *copy, uint64_t *head)
+{
+	const struct cow_request *r = work->request;
+	*head = 0;
+	if (host > 0 || !work->image->guarded || r->op != COW_WRITE)
+		return 0;
+	for (const struct iovec *iov = r->iov; *head < COW_SECTOR_BYTES; iov++) {
+		size_t n = (size_t)min_u64(iov->iov_len, COW_SECTOR_BYTES - *head);
+		memcpy(copy + *head, iov->iov_base, n);
+		*head += n;
+	}
+	return get_be32(copy) == QCOW2_MAGIC ? refuse_format(work->image) : 0;
+}
+
+/* Writes [position, position + length) of the request to `host`. */
+static int write_in_place(struct work *work, uint64_t host, uint64_t length)
+{
+	uint8_t copy[COW_SECTOR_BYTES];
+	uint64_t head;
+	int rc = hold_head(work, host, copy, &head);
+	if (rc < 0)
+		return rc;
+	unsigned n = data_iov(work, work->position + head, length - head, NULL) + (head > 0);
+	struct part *part = xcalloc(1, sizeof(*part) + n * sizeof(part->iov[0]) + head);
+	data_iov(work, work->position + head, length - head, part->iov + (head > 0));
+	if (head)
+		part->iov[0] = (struct iovec){memcpy(part->iov + n, copy, head), head};
 	part->work = work;
 	part->op = (struct io_op){.kind = IO_WRITE,
 				  .fd = work->image->fd,
@@ -83,6 +114,7 @@ static void write_in_place(struct work *work, uint64_t host, uint64_t length)
 	work->outstanding++;
 	work->position += length;
 	cow_io_start(work->image->io, &part->op);
+	return 0;
 }
 
 static void alloc_end(struct alloc *a, int result)
@@ -324,8 +356,7 @@ static int write_run(struct work *work, uint64_t length)
 			return qcow2_damaged(image, "guest offset 0x%llx lies in metadata or beyond the file",
 					     (unsigned long long)offset);
 	}
-	write_in_place(work, m.host, m.length);
-	return 0;
+	return write_in_place(work, m.host, m.length);
 }
 
 int cow_req_write_step(struct work *work) { return write_run(work, work->request->length - work->position); }

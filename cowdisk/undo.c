@@ -99,6 +99,13 @@ static int make_quiet(struct undo *u)
 	return rc < 0 ? err_sys(u->err, rc, "%s", u->path) : 0;
 }
 
+/* Of the layer, for those who open it: as it was opened. */
+static int format_of(const struct undo *u)
+{
+	const struct image *layer = u->disk->top->backing;
+	return layer->guarded ? -1 : (int)layer->format;
+}
+
 static int copy_between(struct undo *u, struct cow_io *io)
 {
 	const unsigned from_flags = COW_OPEN_READONLY | COW_OPEN_NO_LOCK;
@@ -107,7 +114,7 @@ static int copy_between(struct undo *u, struct cow_io *io)
 	int rc = cow_open_as(io, u->path, COW_FORMAT_QCOW2, from_flags, &from, u->err);
 	if (rc < 0)
 		return rc;
-	rc = cow_open_as(io, u->layer_path, (int)u->disk->top->backing->format, COW_OPEN_NO_LOCK, &job.to, u->err);
+	rc = cow_open_as(io, u->layer_path, format_of(u), COW_OPEN_NO_LOCK, &job.to, u->err);
 	if (rc == 0) {
 		job.from = from;
 		job.stop = from->top->backing;
@@ -191,7 +198,7 @@ static int claim(struct undo *u)
 /* From the claim, which is given up, to the image that will be the top. */
 static int open_layer(struct undo *u, int claimed, struct image **out)
 {
-	int rc = cow_image_open(u->disk->io, u->layer_path, (int)u->disk->top->backing->format, true, false, out, u->err);
+	int rc = cow_image_open(u->disk->io, u->layer_path, format_of(u), true, false, out, u->err);
 	close(claimed);
 	if (rc < 0 || u->disk->flags & COW_OPEN_NO_LOCK)
 		return rc;
