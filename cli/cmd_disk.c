@@ -20,6 +20,7 @@
 struct source {
 	char *path;
 	bool sealed; /* a checkpoint's: never changes */
+	bool raw;    /* the checkpoint says so */
 };
 
 /* Where the VM keeps a disk: its configuration says so, or it is the VM's own layer over a base. */
@@ -95,9 +96,11 @@ static int disk_of_checkpoint(struct store *store, const char *reference, const 
 		return rc;
 	rc = -ENOENT;
 	for (uint32_t i = 0; rc == -ENOENT && i < checkpoint.disk_count; i++)
-		if (!strcmp(checkpoint.disks[i].disk, disk))
+		if (!strcmp(checkpoint.disks[i].disk, disk)) {
 			rc = store_disk_layer_path(store, checkpoint.disks[i].layer, checkpoint.disks[i].format,
 						   &out->path, err);
+			out->raw = !strcmp(checkpoint.disks[i].format, "raw");
+		}
 	if (rc == -ENOENT && !out->path)
 		rc = no_disk_of_checkpoint(reference, &checkpoint, disk, err);
 	store_checkpoint_free(&checkpoint);
@@ -319,6 +322,7 @@ static int run_export(struct cli *cli, const struct source *source, struct err *
 	const char *format = cli_value(cli, "format");
 	struct cli_progress progress = cli_progress_begin(cli, "disk");
 	struct cow_export e = {.source = source->path,
+			       .source_is_raw = source->raw,
 			       .path = cli->arguments[2],
 			       .format = COW_FORMAT_QCOW2,
 			       .cancel = &cli_interrupted,

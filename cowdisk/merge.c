@@ -434,14 +434,14 @@ int cow_export(const struct cow_export *e, struct err *err)
 	struct cow_io *io;
 	struct cow_disk *from;
 	struct legacy legacy;
-	int rc = legacy_recognise(e->source, &legacy, err);
+	int rc = e->source_is_raw ? 0 : legacy_recognise(e->source, &legacy, err);
 	if (rc == 1)
 		return legacy_export(e, &legacy, err);
 	if (rc == 0)
 		rc = cow_io_create(NULL, &io, err);
 	if (rc < 0)
 		return rc;
-	rc = cow_open(io, e->source, COW_OPEN_READONLY, &from, err);
+	rc = cow_open_as(io, e->source, e->source_is_raw ? COW_FORMAT_RAW : -1, COW_OPEN_READONLY, &from, err);
 	if (rc == 0) {
 		rc = export_to(e, from, err);
 		cow_close(from, NULL);

@@ -57,6 +57,7 @@ void cow_merge_free(struct cow_merged *merged);
 
 struct cow_export {
 	const char *source; /* an image, with its chain */
+	bool source_is_raw; /* whatever it begins with, which may be a guest's choice */
 	const char *path;   /* must not exist; a failed export leaves nothing there */
 	enum cow_format format;
 	uint32_t cluster_bytes; /* qcow2; 0: 65536 */

@@ -332,20 +332,23 @@ static int put_disk(struct export *x, struct cow_io *io, uint32_t number, uint8_
 {
 	struct copying c = {.x = x, .number = number, .now = buffers, .then = buffers + TRANSFER_DATA_BYTES};
 	uint64_t offset = x->from.started && x->from.disk == number ? x->from.offset : 0;
-	int rc = x->head.disks[number].readonly ? 0 : check_layer(x, number, err);
+	const struct transfer_head_disk *disk = &x->head.disks[number];
+	int rc = disk->readonly ? 0 : check_layer(x, number, err);
 
 	if (!rc)
-		rc = cow_open(io, x->images[number], COW_OPEN_READONLY, &c.disk, err);
+		rc = cow_open_as(io, x->images[number], disk->readonly ? -1 : transfer_layer_format(&x->own.checkpoint.disks[number]), COW_OPEN_READONLY,
+				 &c.disk, err);
 	if (rc)
-		return err_prefix(err, "disk %s", x->head.disks[number].name);
+		return err_prefix(err, "disk %s", disk->name);
 	if (x->since_images[number])
-		rc = cow_open(io, x->since_images[number], COW_OPEN_READONLY, &c.since, err);
+		rc = cow_open_as(io, x->since_images[number], transfer_layer_format(transfer_find_layer(&x->since.checkpoint, disk->name)),
+				 COW_OPEN_READONLY, &c.since, err);
 	if (!rc)
 		rc = copy_disk(&c, offset, err);
 	if (c.since)
 		cow_close(c.since, NULL);
 	cow_close(c.disk, NULL);
-	return rc ? err_prefix(err, "disk %s", x->head.disks[number].name) : 0;
+	return rc ? err_prefix(err, "disk %s", disk->name) : 0;
 }
 
 static int put_disks(struct export *x, struct err *err)

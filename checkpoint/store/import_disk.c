@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 
 #include "base/fault.h"
+#include "base/log.h"
 #include "checkpoint/file_sum.h"
 #include "checkpoint/store/import_internal.h"
 #include "cowdisk/block.h"
@@ -18,10 +19,18 @@ static const struct transfer_head_disk *head_disk(const struct import *im, uint3
 static int open_before(struct import *im, const struct store_disk_layer *layer, struct import_disk *d, struct cow_create *create, char **path,
 		       struct err *err)
 {
-	int rc = store_disk_layer_path(im->store, layer->layer, layer->format, path, err);
+	struct err why = ERR_INIT;
+	int rc = store_disk_layer_path(im->store, layer->layer, layer->format, path, &why);
 
 	if (!rc)
-		rc = cow_open(im->io, *path, COW_OPEN_READONLY, &d->before, err);
+		rc = cow_open_as(im->io, *path, transfer_layer_format(layer), COW_OPEN_READONLY, &d->before, &why);
+	/* With a whole stream it is a saving. */
+	if (rc && !im->head.since[0]) {
+		log_warn("disk %s is not shared with what is here: %s", layer->disk, why.message);
+		return 0;
+	}
+	if (rc && err)
+		*err = why;
 	if (rc)
 		return rc;
 	create->backing = *path;

@@ -2,6 +2,7 @@
 """Whole VMs with the tiny guest: exports, imports, and going on in another store."""
 
 import filecmp
+import glob
 import hashlib
 import os
 import random
@@ -247,6 +248,22 @@ def test_every_kind_of_disk(env):
         check(filecmp.cmp(contents(env, other, f"{one}:{name}", "imported"), want, shallow=False), f"disk {name} came out differently")
     check_equal(start_there(env, other, "--from", one).check()["epoch"], "0", "epoch")
     env.vmcp("kill", "tiny", store=other)
+    # What is here and damaged is not stood on: by its beginning alone it is a raw file now.
+    other = env.path("other-damaged")
+    env.vmcp("import", env.path("two.vmcp"), store=other)
+    for layer in glob.glob(os.path.join(other, "layers", "*.qcow2")):
+        with open(layer, "r+b") as file:
+            file.write(b"none")
+    told = env.vmcp("import", env.path("one.vmcp"), store=other)
+    check_equal(told.err.count("is not shared with what is here"), len(disks), f"what is said: {told.err}")
+    for name, want in disks.items():
+        check(filecmp.cmp(contents(env, other, f"{one}:{name}", "imported"), want, shallow=False), f"disk {name} came out differently")
+    # A raw layer is one whatever it begins with, which may be a guest's choice.
+    for layer in glob.glob(env.path("away-store/layers/*.raw")):
+        with open(layer, "r+b") as file:
+            file.write(b"QFI\xfb")
+    with open(contents(env, env.path("away-store"), f"{one}:plain", "raw"), "rb") as file:
+        check_equal(file.read(4), b"QFI\xfb", "the beginning of a raw disk")
     # The increment alone is of no use, and says so; another VM's name is another VM's.
     refused = env.vmcp("import", env.path("delta.vmcp"), status=3)
     check("which is not here" in refused.err and "import that one first" in refused.err, f"what is said: {refused.err}")
