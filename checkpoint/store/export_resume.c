@@ -100,14 +100,25 @@ static int open_seal(struct scan *s, const uint8_t start[TRANSFER_START_BYTES], 
 	return -EKEYREJECTED;
 }
 
+/* A plain one in its place is not what somebody wants who only forgot the key. */
+static int key_is_missing(const struct scan *s, struct err *err)
+{
+	err_set(err, ERR_USAGE, EINVAL, "%s: it is encrypted", s->in.what);
+	err_hint(err, "name the key that it was begun with: --key-file FILE; or remove the file, to begin anew");
+	return -EINVAL;
+}
+
 /* *usable: what follows is chunks. */
 static int read_start(struct scan *s, bool *usable, struct err *err)
 {
 	uint8_t start[TRANSFER_START_BYTES];
+	bool whole = read_whole(s, start, sizeof(start)), sealed = whole && transfer_is_sealed(start);
 	int rc = 0;
 
-	*usable = read_whole(s, start, sizeof(start)) && transfer_is_sealed(start) == (s->x->options->key != NULL);
-	if (*usable && s->x->options->key) {
+	if (sealed && !s->x->options->key)
+		return key_is_missing(s, err);
+	*usable = whole && sealed == (s->x->options->key != NULL);
+	if (*usable && sealed) {
 		rc = open_seal(s, start, usable, err);
 		*usable = *usable && read_whole(s, start, sizeof(start));
 	}

@@ -488,6 +488,8 @@ def test_interrupted_encrypted_exports(env):
     check(sizes[0] < sizes[1] < sizes[2], f"sizes of the part: {sizes}")
     refused = env.vmcp("export", one, path, "--key-file", wrong, "--resume", status=1)
     check("the key does not fit" in refused.err and "hint: " in refused.err, f"another key: {refused}")
+    forgotten = env.vmcp("export", one, path, "--resume", status=2)
+    check("it is encrypted" in forgotten.err and "--key-file" in forgotten.err, f"no key: {forgotten}")
     check_equal(os.path.getsize(part), sizes[2] + 300, "the part, of which nothing may be gone")
     resumed = env.vmcp_json(*words)
     check(resumed["resumed_bytes"] > sizes[0] // 2, f"from the beginning: {resumed}")
