@@ -18,6 +18,7 @@
 #include "guest/agent.h"
 
 #define MAX_ROUTES  64u
+#define MAX_ADDRESSES 64u
 #define WAIT_STEPS  100 /* for a driver, at boot */
 #define WAIT_NS	    50000000
 #define MAC_BYTES   6
@@ -52,12 +53,25 @@ static uint32_t get_address(const struct interface *on, unsigned long code)
 	return ntohl(in.sin_addr.s_addr);
 }
 
+/* One after the other: an address of 0 takes away the first one that is there. */
+static void remove_addresses(const struct interface *on)
+{
+	for (unsigned i = 0; i < MAX_ADDRESSES && get_address(on, SIOCGIFADDR); i++) {
+		struct ifreq r = {0};
+
+		put_address(&r.ifr_addr, 0);
+		request(on, SIOCSIFADDR, &r);
+	}
+}
+
+/* In the place of all that it has. */
 static int set_address(const struct interface *on, uint32_t address, uint32_t mask, struct err *err)
 {
 	static const unsigned long codes[] = {SIOCSIFADDR, SIOCSIFNETMASK};
 	struct ifreq r = {0};
 	int rc = 0;
 
+	remove_addresses(on);
 	for (size_t i = 0; !rc && i < ARRAY_LENGTH(codes); i++) {
 		put_address(&r.ifr_addr, i ? mask : address);
 		rc = request(on, codes[i], &r);
