@@ -205,6 +205,7 @@ int store_open_folders(const char *path, bool create, struct store_key *key, str
 	struct store *store = xcalloc(1, sizeof(*store));
 	int rc;
 
+	*out = NULL;
 	store->checkpoints_dir = store->layers_dir = store->vms_dir = store->staging_dir = store->lock_fd = -1;
 	pthread_mutex_init(&store->lock, NULL);
 	store->path = xstrdup(path);
