@@ -108,7 +108,7 @@ const struct cli_command cli_console = {
 	.help = "On a terminal Ctrl-] leaves the console; the VM runs on. Where stdin is no terminal its bytes pass "
 		"untouched.\n"
 		"Several may watch; the one that came first types.\n"
-		"A serial line does not carry the size of the window: the first line says with which `stty` to tell the guest.",
+		"A serial line does not carry the size of the window: what is said first ends with the `stty` that tells the guest.",
 	.options = none,
 	.words = "@running",
 	.max_arguments = 1,
