@@ -302,7 +302,7 @@ int find_populated(const struct memcow *cow, uint64_t page, struct populated *at
 {
 	if (page < at->end)
 		return 0;
-	return mem_find_populated(cow->mem, page, &at->first, &at->end);
+	return mem_find_populated(cow->mem, page, 64 - page % 64, &at->first, &at->end);
 }
 
 /* What failed first, in the fault thread or the writer, is the cause; else `r` as it is. */

@@ -263,7 +263,7 @@ static bool find_run(const struct memcow *cow, uint64_t *first, uint64_t *end)
 	uint64_t bytes = cow->pages * PAGE_BYTES, at = *end, page, page_end;
 	bool found = false;
 	while (at < bytes) {
-		if (mem_find_populated(cow->mem, at / PAGE_BYTES, &page, &page_end) != 0 || page == cow->pages)
+		if (mem_find_populated(cow->mem, at / PAGE_BYTES, 1, &page, &page_end) != 0 || page == cow->pages)
 			break;
 		uint64_t block = round_down(page * PAGE_BYTES, RESERVE_BYTES);
 		if (!found)

@@ -242,7 +242,7 @@ static int clear_pages(struct mem *mem, const struct run *zero, uint64_t *change
 	int r = 0;
 	while (page < end && r == 0) {
 		if (page >= at.end)
-			r = mem_find_populated(mem, page, &at.first, &at.end);
+			r = mem_find_populated(mem, page, end - page, &at.first, &at.end);
 		if (r != 0)
 			return err_sys(err, r, "guest memory: cannot find populated pages");
 		uint64_t populated = min_u64(max_u64(at.first, page), end);

@@ -232,11 +232,23 @@ static int find_populated_huge(const struct mem *mem, uint64_t page, uint64_t *f
 	return 0;
 }
 
+/* Of [page, page + most), which begins with a populated one: where the first that may not be lies. A page that was swapped out looks like one. */
+static uint64_t populated_end(const struct mem *mem, uint64_t page, uint64_t most)
+{
+	unsigned char there[MEM_FIND_PAGES];
+	uint64_t count = min_u64(min_u64(most, MEM_FIND_PAGES), mem_pages(mem) - page), n = 1;
+	if (count < 2 || mincore(mem->base + (page << PAGE_SHIFT), count << PAGE_SHIFT, there) != 0)
+		return page + 1;
+	while (n < count && (there[n] & 1))
+		n++;
+	return page + n;
+}
+
 /*
- * One page: SEEK_HOLE would find the end, but walks over all of a populated range in one go, several ms per GiB, and a kernel without full
- * preemption lets nobody else have the CPU meanwhile, a vCPU that shares it included.
+ * SEEK_HOLE would find the end, but walks over all of a populated range in one go, several ms per GiB, and a kernel without full
+ * preemption lets nobody else have the CPU meanwhile, a vCPU that shares it included. mincore takes 0.8 us for 64 pages, SEEK_DATA 0.25 for each.
  */
-int mem_find_populated(const struct mem *mem, uint64_t page, uint64_t *first, uint64_t *end)
+int mem_find_populated(const struct mem *mem, uint64_t page, uint64_t most, uint64_t *first, uint64_t *end)
 {
 	if (mem->backing == MEM_BACKING_HUGETLB)
 		return find_populated_huge(mem, page, first, end);
@@ -249,10 +261,9 @@ int mem_find_populated(const struct mem *mem, uint64_t page, uint64_t *first, ui
 	if (data < 0 && page < mem_pages(mem) && errno != ENXIO)
 		return -errno;
 	*first = data < 0 ? mem_pages(mem) : (uint64_t)data >> PAGE_SHIFT;
-	*end = data < 0 ? *first : *first + 1;
+	*end = data < 0 ? *first : *first > page ? *first + 1 : populated_end(mem, page, most);
 	return 0;
 }
-
 
 unsigned mem_regions(const struct mem *mem, struct mem_region out[2])
 {

@@ -61,12 +61,14 @@ uint64_t mem_size(const struct mem *mem);  /* bytes of RAM */
 uint64_t mem_pages(const struct mem *mem); /* mem_size / 4096 */
 int mem_fd(const struct mem *mem);	   /* the memfd, -1 of private memory; stays the memory's */
 uint64_t mem_allocated_bytes(const struct mem *mem); /* what a memfd takes of the host's memory now; 0: not known, private memory */
+/* mem_find_populated looks at so many at once. */
+#define MEM_FIND_PAGES 64u
 /*
  * The first populated pages at or after `page`: [*first, *end), at least one, or *first == mem_pages if there are none. All others read as
- * zero. It may end before the populated pages do, as to find out where they do costs much. A fraction of the time to copy a page. Of
- * private memory every page counts as populated. -errno.
+ * zero. It may end before the populated pages do; `most`: how many the caller is about to look at, 1 if just this one. A fraction of the time to
+ * copy them. What is populated stays so until it is given back or discarded. Of private memory every page counts as populated. -errno.
  */
-int mem_find_populated(const struct mem *mem, uint64_t page, uint64_t *first, uint64_t *end);
+int mem_find_populated(const struct mem *mem, uint64_t page, uint64_t most, uint64_t *first, uint64_t *end);
 /* The whole RAM as the VMM maps it, by ram offset. For the checkpoint engine; it reads and restores pages by it. */
 uint8_t *mem_base(const struct mem *mem);
 /* The ranges in guest-physical order. Returns how many (1 or 2). */

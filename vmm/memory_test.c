@@ -259,17 +259,27 @@ Test(memory, finds_what_is_populated)
 {
 	struct mem *mem = create(16 * MIB);
 	uint64_t first, end;
-	cr_expect_eq(mem_find_populated(mem, 0, &first, &end), 0);
+	cr_expect_eq(mem_find_populated(mem, 0, 64, &first, &end), 0);
 	cr_expect_eq(first, mem_pages(mem));
 	mem_base(mem)[100 * 4096] = 1;
 	mem_base(mem)[4095 * 4096] = 1;
-	cr_expect_eq(mem_find_populated(mem, 0, &first, &end), 0);
+	cr_expect_eq(mem_find_populated(mem, 0, 64, &first, &end), 0);
 	cr_expect(first == 100 && end == 101, "%llu", (unsigned long long)first);
-	cr_expect_eq(mem_find_populated(mem, 101, &first, &end), 0);
+	cr_expect_eq(mem_find_populated(mem, 101, 64, &first, &end), 0);
 	cr_expect(first == 4095 && end == 4096);
-	cr_expect_eq(mem_find_populated(mem, 4096, &first, &end), 0);
+	cr_expect_eq(mem_find_populated(mem, 4096, 64, &first, &end), 0);
 	cr_expect_eq(first, mem_pages(mem));
 	cr_expect_eq(mem_allocated_bytes(mem), 2 * 4096);
+	/* A run, of which the last page is populated by another mapping only, and a hole behind it. */
+	memset(mem_base(mem) + 1000 * 4096, 0, 20 * 4096);
+	cr_expect_eq(pwrite(mem_fd(mem), "x", 1, 1020 * 4096), 1);
+	mem_base(mem)[1022 * 4096] = 1;
+	cr_expect(mem_find_populated(mem, 1000, 64, &first, &end) == 0 && first == 1000 && end == 1021, "%llu", (unsigned long long)end);
+	cr_expect(mem_find_populated(mem, 1001, 4, &first, &end) == 0 && first == 1001 && end == 1005);
+	cr_expect(mem_find_populated(mem, 1001, 1, &first, &end) == 0 && first == 1001 && end == 1002);
+	cr_expect(mem_find_populated(mem, 1021, 64, &first, &end) == 0 && first == 1022 && end == 1023);
+	cr_expect(mem_find_populated(mem, 4095, 64, &first, &end) == 0 && first == 4095 && end == 4096);
+	cr_expect_eq(mem_allocated_bytes(mem), 24 * 4096, "looking populates nothing");
 	mem_destroy(mem);
 }
 
@@ -296,10 +306,10 @@ static void check_backing(enum mem_backing backing)
 	if (mem_backing(mem) != backing)
 		fprintf(stderr, "SKIP: no transparent huge pages here\n");
 	memset(mem_base(mem) + 4 * MIB + 4096, 0x5a, 4 * MIB);
-	cr_expect_eq(mem_find_populated(mem, 0, &first, &end), 0);
+	cr_expect_eq(mem_find_populated(mem, 0, 64, &first, &end), 0);
 	cr_expect(first == (mem_backing(mem) == MEM_BACKING_SMALL ? 1025u : 1024u) && end > first);
 	for (uint64_t page = 1024; page < 2049; page = end)
-		cr_assert(mem_find_populated(mem, page, &first, &end) == 0 && first <= page + 1 && end > page);
+		cr_assert(mem_find_populated(mem, page, 64, &first, &end) == 0 && first <= page + 1 && end > page);
 	cr_expect_eq(mem_discard(mem, 5 * MIB, MIB, &err), 0, "%s", err.message);
 	cr_expect_eq(mem_base(mem)[5 * MIB - 1], 0x5a);
 	cr_expect_eq(mem_base(mem)[5 * MIB], 0);
