@@ -46,8 +46,10 @@ int vcpu_init_kick(struct err *err)
 
 void vcpu_set_immediate_exit(struct vm *vm, bool on)
 {
-	for (unsigned i = 0; i < vm->cpus; i++)
+	for (unsigned i = 0; i < vm->cpus; i++) {
+		vcpu_arch_expect_stop(&vm->vcpu[i], on);
 		__atomic_store_n(&vm->vcpu[i].run->immediate_exit, on, __ATOMIC_SEQ_CST);
+	}
 }
 
 void vcpu_kick_all(struct vm *vm)

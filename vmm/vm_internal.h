@@ -31,7 +31,7 @@ struct vcpu {
 	struct vm *vm;	     /* immutable */
 	unsigned index;	     /* immutable; also the APIC id */
 	int fd;		     /* immutable */
-	struct kvm_run *run; /* the vCPU's thread; immediate_exit: under vm->lock */
+	struct kvm_run *run; /* the vCPU's thread; immediate_exit, kvm_valid_regs: under vm->lock */
 	pthread_t thread;
 	bool thread_started; /* controlling thread */
 	_Atomic pid_t tid;   /* of the thread, 0 until it runs */
@@ -95,7 +95,7 @@ void vcpu_destroy(struct vcpu *vcpu);
 int vcpu_start_thread(struct vcpu *vcpu, struct err *err);
 /* Installs the handler of the signal that gets vCPU threads out of the guest. */
 int vcpu_init_kick(struct err *err);
-/* Of every vCPU. Under vm->lock. */
+/* Of every vCPU. Under vm->lock; false: all stand still. */
 void vcpu_set_immediate_exit(struct vm *vm, bool on);
 /* Gets every vCPU out of the guest. Under vm->lock. */
 void vcpu_kick_all(struct vm *vm);
@@ -120,6 +120,8 @@ const char *vm_cpu_model_name(const char *name);
 /* After the last vCPU: CPUID, what state there is to save. */
 int vm_arch_create_vcpus(struct vm *vm, struct err *err);
 void vm_arch_destroy(struct vm *vm);
+/* While on, KVM_RUN leaves what registers it can in the run area as it comes back, which spares an ioctl for each kind of them. Off: it stands still. */
+void vcpu_arch_expect_stop(struct vcpu *vcpu, bool on);
 /* Saves the part of a vCPU's state that only the vCPU itself changes. In its own thread, out of KVM_RUN. */
 int vcpu_arch_save(struct vcpu *vcpu, struct err *err);
 /* Saves the rest, which other vCPUs, timers and the I/O thread change: interrupts, clock. All stand still. */

@@ -46,6 +46,7 @@ struct vm_arch {
 	struct kvm_cpuid2 *cpuid; /* immutable: policy, without what differs between vCPUs */
 	uint32_t tsc_khz;	  /* of the host; immutable */
 	uint32_t xsave_bytes;	  /* immutable */
+	uint64_t synced;	  /* immutable: KVM_SYNC_X86_* that vcpu_arch_expect_stop asks for; 0: this KVM lacks some */
 	uint32_t msr_count;	  /* immutable: MSRs that this host can save and restore */
 	uint32_t msr_index[STATE_MAX_MSRS];
 

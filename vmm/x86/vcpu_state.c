@@ -7,8 +7,11 @@
  * reset the registers, and then the first half is repeated.
  *
  * Reading order, so that nothing is lost (at worst it happens twice): the TSC deadline before the LAPIC, as an expiring
- * timer moves from the first to the second; MP state before the registers, as asking for it makes KVM take a pending
- * INIT or SIPI.
+ * timer moves from the first to the second. Asking for the MP state makes KVM take a pending INIT or SIPI, so in the second half it comes
+ * before the registers, which tell whether the first half is still right. What they do not tell is a second SIPI, to another place, of
+ * a vCPU that has not run since the first: from its first instruction's place, 0, all is read again.
+ *
+ * Registers that KVM_RUN left in the run area (KVM_CAP_SYNC_REGS) are those of the ioctls, without these: in some KVMs each takes microseconds.
  *
  * TSC. A written TSC is rounded by KVM to "in step with the others" where it is less than a second off, so that going
  * back by half a second would not go back at all. Offsets are exact: all vCPUs' TSCs are saved for one host TSC, and
@@ -30,6 +33,10 @@ uint64_t tsc_scale(uint64_t host_ticks, uint32_t host_khz, uint32_t guest_khz)
 	__extension__ typedef unsigned __int128 wide;
 	return (uint64_t)((wide)host_ticks * guest_khz / host_khz);
 }
+
+#define CR0_PG	 0x80000000u
+#define CR4_PAE	 0x20u
+#define EFER_LMA 0x400u
 
 static int call(struct vcpu *vcpu, unsigned long request, void *argument, const char *name, struct err *err)
 {
@@ -60,24 +67,47 @@ static int save_xcrs(struct vcpu *vcpu, struct err *err)
 	return 0;
 }
 
-int vcpu_arch_save(struct vcpu *vcpu, struct err *err)
+void vcpu_arch_expect_stop(struct vcpu *vcpu, bool on)
+{
+	if (!on)
+		vcpu->run->s.regs.regs.rflags = 0; /* none there: bit 1 is always set */
+	__atomic_store_n(&vcpu->run->kvm_valid_regs, on ? vcpu->vm->arch->synced : 0, __ATOMIC_SEQ_CST);
+}
+
+static int save_registers(struct vcpu *vcpu, bool from_run_area, struct err *err)
 {
 	struct vcpu_state *state = vcpu->state;
-	struct vm_arch *arch = vcpu->vm->arch;
-	struct kvm_mp_state mp = {0};
-	int r;
+	const struct kvm_sync_regs *run = &vcpu->run->s.regs;
+	_Static_assert(offsetof(struct kvm_sregs2, flags) == offsetof(struct kvm_sregs, interrupt_bitmap), "else the same");
 	/* KVM leaves some reserved bytes as they were. */
 	memset(&state->regs, 0, sizeof(state->regs));
 	memset(&state->sregs, 0, sizeof(state->sregs));
+	if (!from_run_area || run->regs.rflags == 0) {
+		int r = CALL(vcpu, KVM_GET_REGS, &state->regs, err);
+		return r < 0 ? r : CALL(vcpu, KVM_GET_SREGS2, &state->sregs, err);
+	}
+	state->regs = run->regs;
+	/* With PAE paging there is more than in the run area. */
+	if ((run->sregs.cr0 & CR0_PG) && (run->sregs.cr4 & CR4_PAE) && !(run->sregs.efer & EFER_LMA))
+		return CALL(vcpu, KVM_GET_SREGS2, &state->sregs, err);
+	memcpy(&state->sregs, &run->sregs, offsetof(struct kvm_sregs2, flags));
+	return 0;
+}
+
+static int save_own(struct vcpu *vcpu, bool from_run_area, struct err *err)
+{
+	struct vcpu_state *state = vcpu->state;
+	struct vm_arch *arch = vcpu->vm->arch;
+	int r;
 	memset(&state->debugregs, 0, sizeof(state->debugregs));
 	state->xsave_bytes = arch->xsave_bytes;
-	if ((r = CALL(vcpu, KVM_GET_MP_STATE, &mp, err)) < 0 || (r = CALL(vcpu, KVM_GET_REGS, &state->regs, err)) < 0 ||
-	    (r = CALL(vcpu, KVM_GET_SREGS2, &state->sregs, err)) < 0 ||
-	    (r = CALL(vcpu, KVM_GET_XSAVE2, state->xsave, err)) < 0 || (r = save_xcrs(vcpu, err)) < 0 ||
-	    (r = CALL(vcpu, KVM_GET_DEBUGREGS, &state->debugregs, err)) < 0 || (r = msr_save(vcpu, err)) < 0)
+	if ((r = save_registers(vcpu, from_run_area, err)) < 0 || (r = CALL(vcpu, KVM_GET_XSAVE2, state->xsave, err)) < 0 ||
+	    (r = save_xcrs(vcpu, err)) < 0 || (r = CALL(vcpu, KVM_GET_DEBUGREGS, &state->debugregs, err)) < 0 || (r = msr_save(vcpu, err)) < 0)
 		return r;
 	return access_tsc_offset(vcpu, KVM_GET_DEVICE_ATTR, &arch->tsc_offset[vcpu->index], err);
 }
+
+int vcpu_arch_save(struct vcpu *vcpu, struct err *err) { return save_own(vcpu, true, err); }
 
 int vcpu_save_rest(struct vcpu *vcpu, struct err *err)
 {
@@ -89,8 +119,8 @@ int vcpu_save_rest(struct vcpu *vcpu, struct err *err)
 	memset(&regs, 0, sizeof(regs));
 	if ((r = CALL(vcpu, KVM_GET_MP_STATE, &mp, err)) < 0 || (r = CALL(vcpu, KVM_GET_REGS, &regs, err)) < 0)
 		return r;
-	if ((vcpu->state_applied || vcpu->state_broken || memcmp(&regs, &state->regs, sizeof(regs)) != 0) &&
-	    (r = vcpu_arch_save(vcpu, err)) < 0)
+	bool again = vcpu->state_applied || vcpu->state_broken || regs.rip == 0 || memcmp(&regs, &state->regs, sizeof(regs)) != 0;
+	if (again && (r = save_own(vcpu, false, err)) < 0)
 		return r;
 	vcpu->state_applied = vcpu->state_broken = false;
 	state->mp_state = mp.mp_state;

@@ -232,6 +232,68 @@ Test(vcpu, captures_of_one_quiesce_are_identical, .timeout = 60)
 	teardown(&m);
 }
 
+/* What KVM_RUN left in the run area, and what KVM's ioctls say of the vCPU that stands still. */
+static void compare_registers(struct machine *m, unsigned cpu, bool more)
+{
+	struct vcpu *vcpu = &m->vm->vcpu[cpu];
+	struct kvm_regs regs = {0};
+	struct kvm_sregs2 sregs = {0};
+	cr_assert_eq(ioctl(vcpu->fd, KVM_GET_REGS, &regs), 0);
+	cr_assert_eq(ioctl(vcpu->fd, KVM_GET_SREGS2, &sregs), 0);
+	cr_expect_eq(vcpu->run->s.regs.regs.rflags, m->vm->arch->synced ? regs.rflags : 0);
+	cr_expect_eq(!!(sregs.flags & KVM_SREGS2_FLAGS_PDPTRS_VALID), more);
+	cr_expect_eq(memcmp(&vcpu->state->regs, &regs, sizeof(regs)), 0, "vCPU %u", cpu);
+	cr_expect_eq(memcmp(&vcpu->state->sregs, &sregs, sizeof(sregs)), 0, "vCPU %u", cpu);
+}
+
+Test(vcpu, registers_come_with_the_last_exit, .timeout = 60)
+{
+	NEED_KVM();
+	struct machine m;
+	setup(&m, 2, count_guest, sizeof(count_guest));
+	if (!m.vm->arch->synced)
+		fprintf(stderr, "SKIP: this KVM leaves no registers in the run area\n");
+	for (unsigned round = 0; round < 50; round++) {
+		vm_resume(m.vm, true);
+		unsigned start = m.ins;
+		WAIT_FOR(m.ins > start + round % 5);
+		quiesce(&m);
+		for (unsigned cpu = 0; cpu < 2; cpu++)
+			compare_registers(&m, cpu, false);
+	}
+	teardown(&m);
+}
+
+/* jmp $, with PAE paging: four page directory pointers, the first of which leads to a page of 2 MiB. */
+Test(vcpu, pae_pointers_are_saved, .timeout = 60)
+{
+	NEED_KVM();
+	static const uint8_t code[] = {0xeb, 0xfe};
+	const uint64_t pointers[4] = {0x11001, 0x11001, 0x11001, 0x11001}, directory = 0x83;
+	struct machine m;
+	struct kvm_sregs sregs;
+	setup(&m, 1, code, sizeof(code));
+	cr_assert_eq(mem_write(vm_memory(m.vm), 0x10000, pointers, sizeof(pointers), NULL), 0);
+	cr_assert_eq(mem_write(vm_memory(m.vm), 0x11000, &directory, sizeof(directory), NULL), 0);
+	cr_assert_eq(ioctl(m.vm->vcpu[0].fd, KVM_GET_SREGS, &sregs), 0);
+	sregs.cr3 = 0x10000;
+	sregs.cr4 |= 0x20;
+	sregs.cr0 |= 0x80000000;
+	cr_assert_eq(ioctl(m.vm->vcpu[0].fd, KVM_SET_SREGS, &sregs), 0);
+	for (unsigned round = 0; round < 5; round++) {
+		vm_resume(m.vm, true);
+		usleep(2000);
+		quiesce(&m);
+		if (m.stops > 0) {
+			fprintf(stderr, "SKIP: the registers of PAE paging: this KVM runs no such guest (kvm_pvm)\n");
+			break;
+		}
+		compare_registers(&m, 0, true);
+		cr_expect_eq(m.vm->vcpu[0].state->sregs.pdptrs[3], 0x11001);
+	}
+	teardown(&m);
+}
+
 Test(vcpu, goes_back_in_place, .timeout = 60)
 {
 	NEED_KVM();

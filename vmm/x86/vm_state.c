@@ -52,9 +52,13 @@ int vm_arch_create(struct vm *vm, struct err *err)
 	return enable(vm, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, "KVM_CAP_PMU_CAPABILITY", err);
 }
 
+#define SYNCED (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS)
+
 static int find_sizes(struct vm *vm, struct err *err)
 {
 	struct vm_arch *arch = vm->arch;
+	int sets = ioctl(vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS);
+	arch->synced = sets > 0 && ((unsigned)sets & SYNCED) == SYNCED ? SYNCED : 0;
 	int bytes = ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2);
 	if (bytes < 4096)
 		bytes = 4096;
