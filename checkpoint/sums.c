@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <xxhash.h>
 
 #include "base/bytes.h"
 #include "base/file.h"
@@ -30,8 +29,6 @@ static int flush(struct gather *g, struct err *err)
 	g->length = 0;
 	return r;
 }
-
-uint64_t page_sum(uint64_t page, const void *data) { return XXH3_64bits_withSeed(data, PAGE_BYTES, page); }
 
 int page_sums_write(int fd, const uint64_t *saved, const uint64_t *placed, const uint64_t *sums, uint64_t pages, struct err *err)
 {

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #include "base/bitmap.h"
 #include "checkpoint/sums.h"
@@ -174,4 +175,16 @@ Test(sums, damage_is_refused)
 		cr_assert_eq(page_sums_open(&s, fd, &err), -EINVAL, "byte %d", (int)at);
 		close(fd);
 	}
+}
+
+/* The file format's, however it is computed. */
+Test(sums, is_xxh3_seeded_by_the_page)
+{
+	_Alignas(64) uint8_t data[4096];
+	for (uint64_t page = 0; page < 1000; page++) {
+		for (size_t i = 0; i < sizeof(data); i++)
+			data[i] = page ? (uint8_t)(i * page >> 5) : 0;
+		cr_assert_eq(page_sum(page << page % 30, data), XXH3_64bits_withSeed(data, sizeof(data), page << page % 30));
+	}
+	cr_assert_neq(page_sum(0, data), page_sum(1, data));
 }
