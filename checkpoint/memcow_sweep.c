@@ -15,6 +15,7 @@
  * path claims it first, reads a fresh zero page, and we lose the claim. If the guest (or the fault path) populates it
  * by a read, it stays zero. A page that is populated between SEEK_DATA and our claim without being claimed can only
  * have been populated by a read. We never read a hole ourselves, so the sweep populates nothing.
+ * - What was found to be populated stays so (invariant 6): one answer holds for all pages that it names, however late we come to them.
  */
 #include <errno.h>
 #include <stdlib.h>
