@@ -54,7 +54,8 @@ void vm_quiesce_request(struct vm *vm)
 
 void vm_spin_until(const struct vm *vm, const _Atomic unsigned *value, unsigned to)
 {
-	uint64_t until = clock_now_ns() + (vm->spins ? SPIN_NS : 0);
+	/* Before it has run first it stands for no pause, and other VMs may be starting too. */
+	uint64_t until = clock_now_ns() + (vm->spins && atomic_load(&vm->resume_count) > 0 ? SPIN_NS : 0);
 	while (atomic_load(value) != to && clock_now_ns() < until)
 		__builtin_ia32_pause();
 }

@@ -127,38 +127,68 @@ static void list_other_msrs(struct vm *vm)
 		add_index(vm->arch, MSR_MC0 + i);
 }
 
+/* Those that KVM refuses are no more in the list: it stops at each. */
+static int access_msrs(const struct vcpu *vcpu, unsigned long request, struct kvm_msrs *list, struct err *err)
+{
+	for (;;) {
+		int done = ioctl(vcpu->fd, request, list);
+		if (done < 0)
+			return err_sys(err, errno, "vCPU %u: MSRs", vcpu->index);
+		if ((uint32_t)done >= list->nmsrs)
+			return 0;
+		list->nmsrs--;
+		memmove(&list->entries[done], &list->entries[done + 1], (list->nmsrs - (uint32_t)done) * sizeof(list->entries[0]));
+	}
+}
+
 /* What firmware leaves behind: MTRRs on, all memory write-back. Without it Linux does without PAT. A KVM without MTRRs
  * refuses, and its guests see none. */
-static void set_firmware_mtrrs(struct vcpu *vcpu)
+static int set_firmware_mtrrs(struct vcpu *vcpu, struct err *err)
 {
-	for (size_t i = 0; i < ARRAY_LENGTH(fixed_mtrrs); i++) {
-		uint64_t data = fixed_mtrrs[i] == MSR_MTRR_DEFAULT ? MTRR_ON_WRITE_BACK : MTRR_FIXED_WRITE_BACK;
-		access_msr(vcpu->fd, KVM_SET_MSRS, fixed_mtrrs[i], &data);
+	struct kvm_msrs *list = vcpu->msr_buffer;
+
+	list->nmsrs = ARRAY_LENGTH(fixed_mtrrs);
+	for (size_t i = 0; i < ARRAY_LENGTH(fixed_mtrrs); i++)
+		list->entries[i] = (struct kvm_msr_entry){
+			.index = fixed_mtrrs[i], .data = fixed_mtrrs[i] == MSR_MTRR_DEFAULT ? MTRR_ON_WRITE_BACK : MTRR_FIXED_WRITE_BACK};
+	return access_msrs(vcpu, KVM_SET_MSRS, list, err);
+}
+
+/* Of the list, those that can be read, and written with what was read. Some at a time, as KVM takes fewer than there may be before this. */
+static int keep_good(struct vcpu *vcpu, struct err *err)
+{
+	struct vm_arch *arch = vcpu->vm->arch;
+	struct kvm_msrs *some = vcpu->msr_buffer;
+	uint32_t good = 0, count = arch->msr_count;
+
+	for (uint32_t i = 0; i < count;) {
+		for (some->nmsrs = 0; i < count && some->nmsrs < STATE_MAX_MSRS / 2; i++)
+			some->entries[some->nmsrs++] = (struct kvm_msr_entry){.index = arch->msr_index[i]};
+		int r = access_msrs(vcpu, KVM_GET_MSRS, some, err);
+		if (r == 0)
+			r = access_msrs(vcpu, KVM_SET_MSRS, some, err);
+		if (r < 0)
+			return r;
+		for (uint32_t k = 0; k < some->nmsrs; k++)
+			arch->msr_index[good++] = some->entries[k].index;
 	}
+	arch->msr_count = good;
+	return 0;
 }
 
 int msr_choose(struct vm *vm, struct err *err)
 {
-	struct vm_arch *arch = vm->arch;
 	int r = list_kvm_msrs(vm, err);
 	if (r < 0)
 		return r;
 	list_other_msrs(vm);
-	uint32_t good = 0;
-	for (uint32_t i = 0; i < arch->msr_count; i++) {
-		uint64_t data = 0;
-		uint32_t index = arch->msr_index[i];
-		if (access_msr(vm->vcpu[0].fd, KVM_GET_MSRS, index, &data) &&
-		    access_msr(vm->vcpu[0].fd, KVM_SET_MSRS, index, &data))
-			arch->msr_index[good++] = index;
-	}
-	arch->msr_count = good;
-	for (unsigned i = 0; i < vm->cpus; i++) {
+	for (unsigned i = 0; i < vm->cpus; i++)
 		vm->vcpu[i].msr_buffer =
 			xcalloc(1, sizeof(struct kvm_msrs) + STATE_MAX_MSRS * sizeof(struct kvm_msr_entry));
-		set_firmware_mtrrs(&vm->vcpu[i]);
-	}
-	return 0;
+	r = keep_good(&vm->vcpu[0], err);
+	for (unsigned i = 0; i < vm->cpus && r == 0; i++)
+		r = set_firmware_mtrrs(&vm->vcpu[i], err);
+	return r;
 }
 
 int msr_save(struct vcpu *vcpu, struct err *err)
