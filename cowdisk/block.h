@@ -110,6 +110,7 @@ struct cow_create {
 	uint32_t cluster_bytes;	    /* 0: 65536 */
 	const char *backing;	    /* name to be written into the header, NULL if none */
 	enum cow_format backing_format;
+	bool temporary; /* it gets another name, by whom the folder is then synced */
 };
 /* Makes a new, empty qcow2 v3 file at `path` (must not exist), durable on return (file and folder synced). Any thread. */
 int cow_create(const char *path, const struct cow_create *create, struct err *err);

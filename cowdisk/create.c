@@ -110,14 +110,14 @@ static int write_counts(int fd, const struct layout *l, struct err *err)
 	return rc;
 }
 
-static int sync_new_file(int fd, const char *path, struct err *err)
+static int sync_new_file(int fd, const char *path, bool with_folder, struct err *err)
 {
 	int rc = fault_check(FAULT_COW_CREATE_WRITTEN, err);
 	if (rc == 0 && fsync(fd) < 0)
 		rc = err_sys(err, errno, "fsync");
 	if (rc == 0)
 		rc = fault_check(FAULT_COW_CREATE_SYNCED, err);
-	if (rc < 0)
+	if (rc < 0 || !with_folder)
 		return rc;
 	const char *slash = strrchr(path, '/');
 	CLEANUP_FREE char *folder = slash ? xasprintf("%.*s", (int)(slash - path + 1), path) : xstrdup(".");
@@ -141,7 +141,7 @@ static int write_image(int fd, const char *path, const struct layout *l, const s
 	if (rc == 0) /* last: before it the file is no image */
 		rc = file_pwrite_full(fd, header, (size_t)1 << l->cluster_bits, 0, err);
 	if (rc == 0)
-		rc = sync_new_file(fd, path, err);
+		rc = sync_new_file(fd, path, !create->temporary, err);
 	return rc;
 }
 
@@ -209,7 +209,7 @@ int cow_create_raw(const char *path, uint64_t size_bytes, struct err *err)
 	if (ftruncate(fd, (off_t)size_bytes) < 0)
 		rc = err_sys(err, errno, "size of the new file");
 	if (rc == 0)
-		rc = sync_new_file(fd, path, err);
+		rc = sync_new_file(fd, path, true, err);
 	if (rc < 0) {
 		unlink(path);
 		return err_prefix(err, "%s", path);
