@@ -308,8 +308,11 @@ int clones_start(const struct clone_options *options, struct clone **out, struct
 	for (unsigned i = 0; !rc && i < options->count; i++)
 		rc = reserve(&origin, options, i, &number, &clones[i], err);
 	snprintf(id, sizeof(id), "%s", origin.checkpoint.id);
+	if (!rc)
+		machine_preload(&origin.config);
 	/* A database handle must not be in two processes; the pin may. */
-	store_close(origin.store);
+	if (origin.store)
+		store_hand_over(origin.store);
 	origin.store = NULL;
 	for (unsigned i = 0; !rc && i < options->count; i++)
 		rc = start(options, id, &clones[i], err);

@@ -55,7 +55,7 @@ static int start_the_rest(struct comeback *c, struct err *err)
 {
 	int rc = 0;
 
-	store_close(c->party.store);
+	store_hand_over(c->party.store);
 	c->party.store = NULL;
 	for (unsigned i = 0; !rc && i < c->started_count; i++) {
 		struct started *one = &c->started[i];

@@ -39,6 +39,9 @@ int machine_create(const struct machine_options *options, struct machine **out, 
 /* Stops the VM, cancels a checkpoint under way, writes back and closes the disks. The error, if any, is of the disks: the machine is gone in any case. */
 int machine_destroy(struct machine *machine, struct err *err);
 
+/* Does once, for many processes that are to be forked, what each would do again: loads the libraries that such a machine needs. What is not there its start tells. */
+void machine_preload(const struct machine_config *config);
+
 /* Gives each card without an address one: the same at every start of the VM with this uuid, another one in each VM. */
 void machine_choose_macs(struct machine_config *config, const char *uuid);
 

@@ -49,6 +49,12 @@ void machine_choose_macs(struct machine_config *config, const char *uuid)
 	}
 }
 
+void machine_preload(const struct machine_config *config)
+{
+	for (unsigned i = 0; i < config->net_count; i++)
+		net_load(config->nets[i].mode, NULL);
+}
+
 static int open_backend(struct machine_net *net, const struct machine_net_place *place, struct err *err)
 {
 	const struct config_net *config = net->config;

@@ -5,6 +5,8 @@
 
 #include "base/bytes.h"
 
+int net_load(enum net_mode mode, struct err *err) { return mode == NET_USER ? net_user_load(err) : 0; }
+
 int net_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err)
 {
 	int ret = config->mode == NET_USER    ? net_user_open(config, loop, out, err)

@@ -88,6 +88,8 @@ struct net_connections {
 
 struct net;
 
+/* Loads the libraries that cards of this mode need, so that processes forked from here on have them. ERR_HOST if one is not there. */
+int net_load(enum net_mode mode, struct err *err);
 /* Takes hold of the host's resources. An address or interface in use: -EADDRINUSE or -EBUSY, ERR_STATE; what the host lacks or does not allow:
  * ERR_HOST; no such interface: ERR_NOT_FOUND; each with a hint. mode: neither NET_NONE nor NET_LIBVIRT. */
 int net_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);

@@ -28,6 +28,7 @@ struct net {
 	bool wanted;
 };
 
+int net_user_load(struct err *err);
 int net_user_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
 int net_group_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);
 int net_tap_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);

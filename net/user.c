@@ -323,6 +323,17 @@ static int add_forwards(struct user *user, struct err *err)
 	return 0;
 }
 
+int net_user_load(struct err *err)
+{
+	const char *why = library_load(&libslirp, &lib);
+
+	if (!why)
+		return 0;
+	err_set(err, ERR_HOST, ENOSYS, "libslirp: %s", why);
+	err_hint(err, "`mode = user` needs it: `apt-get install libslirp0`");
+	return -ENOSYS;
+}
+
 static int start(struct user *user, struct err *err)
 {
 	const SlirpConfig config = {
@@ -335,13 +346,10 @@ static int start(struct user *user, struct err *err)
 		.vdhcp_start.s_addr = htonl(FIRST_GUEST),
 	};
 
-	const char *why = library_load(&libslirp, &lib);
+	int rc = net_user_load(err);
 
-	if (why) {
-		err_set(err, ERR_HOST, ENOSYS, "libslirp: %s", why);
-		err_hint(err, "`mode = user` needs it: `apt-get install libslirp0`");
-		return -ENOSYS;
-	}
+	if (rc)
+		return rc;
 	user->slirp = lib.slirp_new(&config, &callbacks, user);
 	if (user->slirp == NULL)
 		return err_set(err, ERR_FAILED, ENOMEM, "libslirp %s does not start", lib.slirp_version_string());

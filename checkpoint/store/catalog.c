@@ -225,6 +225,8 @@ void catalog_close(struct store *store)
 	store->db = NULL;
 }
 
+void catalog_leave_log(struct store *store) { sqlite3_db_config(store->db, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, NULL); }
+
 /* --- checkpoints --- */
 
 static int enter_row(struct store *store, const struct store_checkpoint *c, struct err *err)

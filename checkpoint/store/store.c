@@ -269,6 +269,12 @@ void store_close(struct store *store)
 	free(store);
 }
 
+void store_hand_over(struct store *store)
+{
+	catalog_leave_log(store);
+	store_close(store);
+}
+
 const char *store_path(const struct store *store) { return store->path; }
 
 /* --- reading checkpoints --- */

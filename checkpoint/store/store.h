@@ -52,6 +52,8 @@ bool store_is_encrypted(const struct store *store);
 /* 0: what it keeps can be read and written. -ENOKEY, ERR_USAGE with a hint: it is encrypted, and was opened without its key. */
 int store_check_key(const struct store *store, struct err *err);
 void store_close(struct store *store);
+/* The same for who then starts processes that open it: the catalogue's log stays as it is for them, instead of being written back and made anew. */
+void store_hand_over(struct store *store);
 const char *store_path(const struct store *store); /* absolute */
 
 void store_new_id(char id[STORE_ID_BYTES]); /* 128 random bits */

@@ -48,6 +48,7 @@ int catalog_open(struct store *store, struct err *err);
 /* Makes a new database of that name in the store, filled from the manifests, and opens it. */
 int catalog_make(struct store *store, const char *name, struct err *err);
 void catalog_close(struct store *store);
+void catalog_leave_log(struct store *store); /* at its end, to the next who opens it */
 /* Runs statements without results. */
 int catalog_run_locked(struct store *store, const char *sql, struct err *err);
 /* A transaction that is on the disk when it has ended; where it does not begin there is none. The end commits it if rc, what its statements came to, is 0,

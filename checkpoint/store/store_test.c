@@ -29,6 +29,24 @@ Test(store, opens_again_and_is_private)
 	cr_assert_eq(store_open(store_test_folder, false, &store_test_store, NULL), 0);
 }
 
+Test(store, what_is_handed_over_is_in_the_log_and_complete)
+{
+	struct store_vm vm = {.name = "later", .state = "running", .pid = 1, .config_text = ""}, back;
+	char log[128];
+
+	snprintf(log, sizeof(log), "%s/catalog.db-wal", store_test_folder);
+	for (int handed = 0; handed < 2; handed++) {
+		vm.memory_bytes = 1000u + (unsigned)handed;
+		cr_assert_eq(store_vm_put(store_test_store, &vm, NULL), 0);
+		(handed ? store_hand_over : store_close)(store_test_store);
+		cr_expect_eq(access(log, F_OK), handed ? 0 : -1);
+		cr_assert_eq(store_open(store_test_folder, false, &store_test_store, NULL), 0);
+		cr_assert_eq(store_vm_get(store_test_store, "later", &back, NULL), 0);
+		cr_expect_eq(back.memory_bytes, vm.memory_bytes);
+		store_vm_free(&back);
+	}
+}
+
 Test(store, a_missing_or_empty_folder_is_no_store_unless_asked_for)
 {
 	struct err err = ERR_INIT;
