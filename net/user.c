@@ -29,7 +29,10 @@
 #include "net/net_internal.h"
 
 #define READY_AT_ONCE 64
+#define FRAMES_IN_A_TURN 64u
 #define RING_BYTES    (512u << 10)
+/* Where so much waits for the guest nothing is read for it from sockets, until half of that has gone. */
+#define RING_ENOUGH   (RING_BYTES / 4)
 #define RETRY_MS      1000u
 #define NO_TIMEOUT    UINT32_MAX
 
@@ -62,6 +65,7 @@ struct user {
 	int watch_count;
 	uint64_t timer_at_ms; /* 0: not set */
 	bool bound[NET_MAX_FORWARDS];
+	bool full; /* enough waits for the guest: `source` is not heard */
 	bool deaf; /* a forwarded port could not be bound again */
 	bool arp_came;		  /* from the guest: packets may have waited for it */
 	uint64_t emitted;	  /* frames that libslirp gave */
@@ -109,6 +113,18 @@ static void queue_frame(struct user *user, const void *frame, size_t bytes)
 
 static bool waiting(const struct net *net) { return ((const struct user *)net)->ring_used > 0; }
 
+/* What comes meanwhile stays in the kernel's buffers, and what these do not hold is lost there: reading it only to lose it takes time that the guest needs. */
+static void set_full(struct user *user, bool full)
+{
+	struct err err = ERR_INIT;
+
+	if (full == user->full)
+		return;
+	user->full = full;
+	if (loop_modify(user->net.loop, user->source, full ? 0 : EPOLLIN, &err) < 0)
+		log_error("net %s: %s", user->net.config.name, err.message);
+}
+
 static size_t receive(struct net *net, uint8_t *buffer)
 {
 	struct user *user = (struct user *)net;
@@ -118,6 +134,8 @@ static size_t receive(struct net *net, uint8_t *buffer)
 		return 0;
 	ring_copy_out(user, &length, sizeof(length));
 	ring_copy_out(user, buffer + NET_HEADER_BYTES, length);
+	if (user->ring_used < RING_ENOUGH / 2)
+		set_full(user, false);
 	memset(buffer, 0, NET_HEADER_BYTES);
 	/* It never left this process. */
 	buffer[NET_H_FLAGS] = user->offloads & NET_OFFLOAD_CSUM ? NET_F_DATA_VALID : 0;
@@ -259,10 +277,10 @@ static void hand_over(struct user *user)
 		user->net.events.readable(user->net.opaque);
 }
 
-static void poll_slirp(struct user *user)
+static void poll_once(struct user *user)
 {
 	struct epoll_event events[READY_AT_ONCE];
-	int count = epoll_wait(user->epoll_fd, events, READY_AT_ONCE, 0);
+	int count = user->full ? 0 : epoll_wait(user->epoll_fd, events, READY_AT_ONCE, 0);
 
 	for (int i = 0; i < count; i++)
 		watch_of(user, events[i].data.fd)->ready = events[i].events;
@@ -271,7 +289,20 @@ static void poll_slirp(struct user *user)
 	for (int i = 0; i < count; i++)
 		watch_of(user, events[i].data.fd)->ready = 0;
 	refresh(user);
+}
+
+/* libslirp takes one datagram of each socket at a time: asked for more, the card and its guest are told once of all. */
+static void poll_slirp(struct user *user)
+{
+	uint64_t first = user->emitted, before;
+
+	do {
+		before = user->emitted;
+		poll_once(user);
+	} while (user->emitted != before && user->emitted - first < FRAMES_IN_A_TURN && user->ring_used < RING_ENOUGH);
 	hand_over(user);
+	if (user->ring_used >= RING_ENOUGH)
+		set_full(user, true);
 }
 
 static void ready(void *opaque, uint32_t events)
@@ -399,6 +430,7 @@ static void restart(struct net *net, const uint8_t guest_mac[6], const struct ne
 	struct err err = ERR_INIT;
 
 	user->ring_head = user->ring_used = 0;
+	set_full(user, false);
 	fragments_clear(&user->fragments);
 	stop(user, false);
 	/* The ports were ours a moment ago; where somebody was faster it is tried again. */

@@ -288,6 +288,49 @@ Test(user, datagrams_that_waited)
 	card_destroy(card);
 }
 
+static void want_nothing(void *opaque) { net_want(((struct card *)opaque)->net, false); }
+
+/* While the guest takes nothing, no more is read for it than it will soon take; when it does, the rest follows, and what comes then. */
+Test(user, what_is_not_taken_waits_in_the_socket)
+{
+	struct net_config config = config_user();
+	uint16_t port = free_port(SOCK_DGRAM), own;
+	uint8_t mac[6], data[1400];
+	unsigned sent = 0, waited = 0;
+	size_t bytes;
+	add_forward(&config, true, port, 7);
+	struct card *card = start(&config);
+	int fd = host_socket(SOCK_DGRAM, &own);
+	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	cr_assert_eq(connect(fd, (struct sockaddr *)&to, sizeof(to)), 0);
+	say_hello(card, mac);
+	loop_call(card->loop, want_nothing, card);
+	for (; sent < 240; usleep(sent % 40 ? 0 : 20000)) {
+		memset(data, (int)sent++, sizeof(data));
+		cr_assert_eq(write(fd, data, sizeof(data)), sizeof(data));
+	}
+	loop_park_request(card->loop);
+	loop_park_wait(card->loop);
+	for (; (bytes = net_receive(card->net, card->buffer)) > 0; waited++) {
+		cr_assert_eq(bytes, NET_HEADER_BYTES + 42 + sizeof(data));
+		cr_assert_eq(card->buffer[bytes - 1], waited, "in order, and none is missing");
+	}
+	cr_expect(waited > 0 && waited < 120, "%u were read", waited);
+	loop_unpark(card->loop);
+	loop_call(card->loop, card_begin, card);
+	const uint8_t *next = card_wait(card, is_udp, &bytes);
+	cr_assert_not_null(next);
+	cr_expect_eq(next[bytes - 1], waited, "the first of those that waited in the socket");
+	memset(data, 0xff, sizeof(data));
+	cr_assert_eq(write(fd, data, sizeof(data)), sizeof(data));
+	do
+		next = card_wait(card, is_udp, &bytes);
+	while (next && next[bytes - 1] != 0xff);
+	cr_expect_not_null(next, "the last");
+	close(fd);
+	card_destroy(card);
+}
+
 Test(user, forwarded_ports)
 {
 	struct net_config config = config_user();
