@@ -44,6 +44,12 @@ static inline void priority_short_slice(void)
 	priority_set(SCHED_OTHER, priority_nice(), PRIORITY_SHORT_SLICE_NS);
 }
 
+/* For a thread that a vCPU waits for, some microseconds each time: it does not wait in turn for the slice of that vCPU, should it find itself on its CPU. */
+static inline void priority_awaited(void)
+{
+	priority_set(SCHED_OTHER, priority_nice(), PRIORITY_SHORT_SLICE_NS / 2);
+}
+
 /*
  * Ahead of other threads, for a stretch of microseconds, or with sleep between such: a guest waits for this thread, and a
  * preempted one would make it wait for others' time slices, milliseconds. Returns the niceness of before, for

@@ -16,6 +16,7 @@
 
 #include "base/buf.h"
 #include "base/clock.h"
+#include "base/priority.h"
 #include "cowdisk/io_internal.h"
 
 enum { FILE_LANES = 64, OTHER_LANES = 4, LANES = FILE_LANES + OTHER_LANES };
@@ -41,7 +42,9 @@ struct io_threads {
 	_Atomic bool armed; /* written by the I/O thread */
 	_Atomic bool any_ended;
 	pthread_mutex_t lock;
-	pthread_cond_t work;
+	/* A byte for each lane that was made ready by the I/O thread. A pipe, as its reader is woken in the knowledge that its writer will sleep soon: on
+	 * that processor, where no other is idle. Immutable. */
+	int tokens[2];
 	/* under lock */
 	struct lane lanes[LANES];
 	struct lane *ready, **ready_tail;
@@ -144,17 +147,30 @@ static void run_list(struct io_threads *t, struct io_op *op)
 	}
 }
 
+static void await_token(struct io_threads *t)
+{
+	char token;
+	while (read(t->tokens[0], &token, 1) < 0) /* EINTR */
+		;
+}
+
+static void give_token(struct io_threads *t)
+{
+	while (write(t->tokens[1], "", 1) < 0) /* EINTR */
+		;
+}
+
 static void *worker(void *opaque)
 {
 	struct io_threads *t = opaque;
-	pthread_mutex_lock(&t->lock);
-	for (;;) {
-		t->idle++;
-		while (!t->ready && !t->stop)
-			pthread_cond_wait(&t->work, &t->lock);
-		t->idle--;
-		if (!t->ready)
+	priority_awaited();
+	for (bool more = false;;) {
+		if (!more)
+			await_token(t);
+		pthread_mutex_lock(&t->lock);
+		if (t->stop)
 			break;
+		t->idle--;
 		struct lane *lane = take_lane(t);
 		struct io_op *ops = lane->ops.head;
 		lane->ops = (struct op_list){0};
@@ -164,8 +180,11 @@ static void *worker(void *opaque)
 
 		pthread_mutex_lock(&t->lock);
 		lane->taken = false;
-		if (lane->ops.head)
+		more = lane->ops.head != NULL; /* then it is ready, and this thread takes it, or another one's that was ready before */
+		if (more)
 			lane_ready(t, lane);
+		t->idle++;
+		pthread_mutex_unlock(&t->lock);
 	}
 	pthread_mutex_unlock(&t->lock);
 	return NULL;
@@ -176,6 +195,7 @@ static int add_worker(struct io_threads *t)
 {
 	int rc = pthread_create(&t->workers[t->count], NULL, worker, t);
 	t->count += rc == 0;
+	t->idle += rc == 0; /* from the start, or one would be made for each look at it until it runs */
 	return rc;
 }
 
@@ -185,10 +205,13 @@ int io_threads_create(int event_fd, struct io_threads **out, struct err *err)
 	t->event_fd = event_fd;
 	t->ready_tail = &t->ready;
 	pthread_mutex_init(&t->lock, NULL);
-	pthread_cond_init(&t->work, NULL);
-	pthread_mutex_lock(&t->lock);
-	int rc = add_worker(t);
-	pthread_mutex_unlock(&t->lock);
+	t->tokens[0] = t->tokens[1] = -1;
+	int rc = pipe2(t->tokens, O_CLOEXEC) < 0 ? errno : 0;
+	if (rc == 0) {
+		pthread_mutex_lock(&t->lock);
+		rc = add_worker(t);
+		pthread_mutex_unlock(&t->lock);
+	}
 	if (rc) {
 		io_threads_destroy(t);
 		return err_sys(err, rc, "disk I/O threads");
@@ -203,11 +226,13 @@ void io_threads_destroy(struct io_threads *t)
 		return;
 	pthread_mutex_lock(&t->lock);
 	t->stop = true;
-	pthread_cond_broadcast(&t->work);
 	pthread_mutex_unlock(&t->lock);
 	for (unsigned i = 0; i < t->count; i++)
+		give_token(t);
+	for (unsigned i = 0; i < t->count; i++)
 		pthread_join(t->workers[i], NULL);
-	pthread_cond_destroy(&t->work);
+	for (unsigned i = 0; i < 2 && t->tokens[i] >= 0; i++)
+		close(t->tokens[i]);
 	pthread_mutex_destroy(&t->lock);
 	free(t);
 }
@@ -248,12 +273,13 @@ void io_threads_go(struct io_threads *t)
 		lane_ready(t, lane);
 	}
 	t->added = (struct op_list){0};
-	for (unsigned i = before; i < t->ready_count; i++)
-		pthread_cond_signal(&t->work);
+	unsigned wake = t->ready_count - before;
 	/* Who is idle may have been woken for another lane, and not have taken it yet. If no thread can be made, the lane waits for one that is done. */
 	while (t->ready_count > t->idle && t->count < LANES && add_worker(t) == 0)
 		;
 	pthread_mutex_unlock(&t->lock);
+	for (; wake > 0; wake--) /* without the lock, which is the first that who wakes up asks for */
+		give_token(t);
 }
 
 struct io_op *io_threads_reap(struct io_threads *t)
