@@ -127,7 +127,7 @@ struct image {
 	_Atomic unsigned inflight;     /* requests that belong to this layer; written by the I/O thread */
 	_Atomic bool touched;	       /* a request that may change it was submitted since it was made; written by the I/O thread */
 	uint64_t writes;	       /* writes that ended: counted up */
-	uint64_t synced;	       /* value of `writes` when the last good sync began */
+	uint64_t synced;	       /* so many of `writes` are on stable storage */
 	struct round *round;	       /* metadata on its way to the file, NULL if none */
 	struct flush_wait *flush_next; /* for the next round */
 	int lost_error;		       /* of a round that the guest was not told of: its next flush reports it */
@@ -145,6 +145,8 @@ struct cow_disk {
 	struct cow_request *first, *last; /* in flight, in order of submission */
 	unsigned inflight;
 	uint64_t sequence;	      /* of the last request */
+	bool unflushed;		      /* the last request that is no read was no flush either */
+	unsigned flushed_alone;	      /* so many writes in a row, FLUSHED_ALONE at most, were each followed by a flush */
 	struct cow_overlay *overlays; /* switched to, not yet sealed */
 	struct resolved *resolved;    /* NULL until needed */
 	struct retired *retired;      /* layers that a merge has put out of the chain */

@@ -26,6 +26,7 @@ struct fixture {
 	int fail;	       /* errno for writes, 0: none */
 	int fail_sync;	       /* errno for the next sync of the layer */
 	unsigned layer_syncs;
+	unsigned stable_writes; /* that are made so by themselves */
 };
 
 struct pending {
@@ -56,6 +57,7 @@ static int hook(void *opaque, const struct io_op *op)
 		if (fail)
 			return -fail;
 	}
+	f->stable_writes += op->kind == IO_WRITE && op->stable;
 	if (f->fail && op->kind == IO_WRITE)
 		return -f->fail;
 	if (!(f->hold & KIND(op->kind)) || (f->hold_name && !names_file(op, f->hold_name)))
@@ -247,6 +249,70 @@ Test(inflight, overlay_holds_nothing_of_pending_writes)
 	CLEANUP_FREE char *path = path_of(&f, "top.qcow2");
 	cr_assert_eq(cow_open(f.io, path, 0, &f.disk, NULL), 0);
 	cr_expect(disk_holds(&f, 0, 3 * CLUSTER, 0x21));
+	teardown(&f);
+}
+
+static int run_one(struct fixture *f, enum cow_op op, uint64_t offset, uint64_t length, int value)
+{
+	struct pending p;
+	start(f, &p, op, offset, length, value);
+	return finish(f, &p);
+}
+
+static void write_and_flush(struct fixture *f, unsigned times)
+{
+	for (unsigned i = 0; i < times; i++) {
+		cr_assert_eq(run_one(f, COW_WRITE, 4096, 4096, 0x30), 0);
+		cr_assert_eq(run_one(f, COW_FLUSH, 0, 0, 0), 0);
+	}
+}
+
+/* `stable` and `syncs` have come since the last time. */
+static void expect_new(struct fixture *f, unsigned stable, unsigned syncs, const char *when)
+{
+	cr_expect_eq(f->stable_writes, stable, "%s: %u writes stable by themselves, not %u", when, f->stable_writes, stable);
+	cr_expect_eq(f->layer_syncs, syncs, "%s: %u syncs, not %u", when, f->layer_syncs, syncs);
+	f->stable_writes = f->layer_syncs = 0;
+}
+
+Test(inflight, what_is_flushed_each_time_is_made_stable_by_the_write)
+{
+	struct fixture f;
+	struct pending first, second;
+	setup(&f);
+	cr_assert_eq(run_one(&f, COW_WRITE, 0, CLUSTER, 0x20), 0);
+	cr_assert_eq(run_one(&f, COW_FLUSH, 0, 0, 0), 0);
+	f.layer_syncs = 0;
+	write_and_flush(&f, 3);
+	expect_new(&f, 0, 3, "until it is seen");
+	write_and_flush(&f, 5);
+	expect_new(&f, 5, 0, "then");
+
+	cr_assert_eq(run_one(&f, COW_READ, 0, 4096, 0), 0);
+	cr_assert_eq(run_one(&f, COW_FLUSH, 0, 0, 0), 0);
+	write_and_flush(&f, 1);
+	expect_new(&f, 1, 0, "after a read and a flush of nothing");
+
+	/* Both are under way at once, and end in this order: the flush owes the second. */
+	f.hold = KIND(IO_WRITE);
+	start(&f, &first, COW_WRITE, 0, 4096, 0x41);
+	start(&f, &second, COW_WRITE, 8192, 4096, 0x42);
+	f.hold = 0;
+	cow_io_release_held(f.io);
+	cr_expect_eq(finish(&f, &first), 0);
+	cr_expect_eq(finish(&f, &second), 0);
+	cr_assert_eq(run_one(&f, COW_FLUSH, 0, 0, 0), 0);
+	expect_new(&f, 1, 1, "two writes and a flush");
+	write_and_flush(&f, 3);
+	expect_new(&f, 0, 3, "until it is seen again");
+	write_and_flush(&f, 1);
+	expect_new(&f, 1, 0, "and then");
+
+	f.fail = EIO;
+	cr_expect_eq(run_one(&f, COW_WRITE, 4096, 4096, 0x50), -EIO);
+	f.fail = 0;
+	cr_assert_eq(run_one(&f, COW_FLUSH, 0, 0, 0), 0);
+	expect_new(&f, 1, 1, "a write that failed");
 	teardown(&f);
 }
 

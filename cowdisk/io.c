@@ -126,7 +126,7 @@ static void prepare_sqe(struct io_uring_sqe *sqe, struct io_op *op)
 		io_uring_prep_readv(sqe, op->fd, iov, count, offset);
 		break;
 	case IO_WRITE:
-		io_uring_prep_writev(sqe, op->fd, iov, count, offset);
+		io_uring_prep_writev2(sqe, op->fd, iov, count, offset, op->stable ? RWF_DSYNC : 0);
 		break;
 	case IO_SYNC:
 		io_uring_prep_fsync(sqe, op->fd, IORING_FSYNC_DATASYNC);

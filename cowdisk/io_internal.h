@@ -42,6 +42,7 @@ struct io_op {
 	uint64_t length;
 	const struct iovec *iov; /* sum of lengths == length; stays valid and unchanged until done */
 	unsigned iov_count;
+	bool stable; /* IO_WRITE: when it ends well its data are on stable storage (RWF_DSYNC) */
 	void (*done)(struct io_op *op, int result); /* 0 or -errno; the op may be freed */
 	void *opaque;
 	/* private to io.c and io_threads.c */

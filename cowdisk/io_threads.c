@@ -77,7 +77,7 @@ static int run_op(const struct io_op *op)
 		n = preadv(op->fd, iov, (int)count, offset);
 		break;
 	case IO_WRITE:
-		n = pwritev(op->fd, iov, (int)count, offset);
+		n = pwritev2(op->fd, iov, (int)count, offset, op->stable ? RWF_DSYNC : 0);
 		break;
 	case IO_SYNC:
 		n = fdatasync(op->fd);

@@ -238,6 +238,17 @@ static int check_request(const struct cow_disk *disk, const struct cow_request *
 	return sum == r->length ? 0 : -EINVAL;
 }
 
+static void watch_flushes(struct cow_disk *disk, enum cow_op op)
+{
+	if (op == COW_READ)
+		return;
+	if (op == COW_FLUSH && disk->unflushed && disk->flushed_alone < FLUSHED_ALONE)
+		disk->flushed_alone++;
+	if (op != COW_FLUSH && disk->unflushed)
+		disk->flushed_alone = 0;
+	disk->unflushed = op != COW_FLUSH;
+}
+
 void cow_submit(struct cow_disk *disk, struct cow_request *request)
 {
 	struct work *work = xcalloc(1, sizeof(*work));
@@ -255,6 +266,7 @@ void cow_submit(struct cow_disk *disk, struct cow_request *request)
 	work->result = check_request(disk, request);
 	if (request->op == COW_FLUSH)
 		work->flushing = deepest_unsealed(disk->top);
+	watch_flushes(disk, request->op);
 	cow_io_plug(disk->io);
 	run(work);
 	cow_io_unplug(disk->io);

@@ -16,6 +16,8 @@
 #include "cowdisk/image_internal.h"
 #include "cowdisk/io_internal.h"
 
+enum { FLUSHED_ALONE = 4 }; /* then the next write is taken for one that is flushed as well */
+
 /* Reads a range of a chain. Private state of request_read.c but for the first group. */
 struct chain_read {
 	struct image *image; /* top of the chain */

@@ -1,7 +1,7 @@
 /*
  * A disk that loses power, simulated: whether what was flushed is there, and the image whole, after any crash.
  *
- *     crash_sim IMAGE FOLDER SEED RUNS CRASHES [key=value...]      depth=16 switch=0
+ *     crash_sim IMAGE FOLDER SEED RUNS CRASHES [key=value...]      depth=16 switch=0 pairs=0 (1: mostly writes with a flush after each)
  *
  * Each run copies IMAGE into FOLDER, and works on it at random, with the file operations of the engine carried out here, one at a time in
  * random order. What was written to a file since it was last synced is known, so that at any moment a state can be made that a crash might
@@ -73,10 +73,11 @@ static struct sim {
 	uint64_t sectors, version;
 	uint64_t *durable, *issued, *zeroed, *complete;
 	struct slot slots[SLOTS];
-	unsigned busy, depth, switch_every, layers;
+	unsigned busy, depth, switch_every, layers, pairs;
+	enum cow_op last; /* issued */
 	struct cow_overlay *sealing;
 	char top[64];
-	uint64_t crashes, failures, seed;
+	uint64_t crashes, failures, seed, stable;
 } sim;
 
 static uint64_t pick(uint64_t below) { return next_random(&sim.random) % below; }
@@ -242,6 +243,18 @@ static uint8_t *gather(const struct io_op *op)
 	return data;
 }
 
+/* Of a write that is stable by itself: nothing that was written there before may still come after it. */
+static void make_stable(struct sim_file *f, const struct io_op *op, uint8_t *data)
+{
+	struct pending p = {op->offset, op->length, data};
+	for (size_t i = 0; i < f->count; i++)
+		if (ranges_overlap(f->pending[i].offset, f->pending[i].length, op->offset, op->length))
+			fail("stable write", "over one that is not synced");
+	apply(f, &p);
+	free(data);
+	sim.stable++;
+}
+
 static int carry_out(const struct taken *t)
 {
 	const struct io_op *op = t->op;
@@ -254,7 +267,10 @@ static int carry_out(const struct taken *t)
 		data = gather(op);
 		if (__real_pwrite(op->fd, data, op->length, (off_t)op->offset) != (ssize_t)op->length)
 			abort();
-		note(f, op->offset, op->length, data);
+		if (op->stable)
+			make_stable(f, op, data);
+		else
+			note(f, op->offset, op->length, data);
 		return (int)op->length;
 	case IO_SYNC:
 		settle(f, t->covers);
@@ -472,6 +488,8 @@ static void issue(void)
 	for (unsigned i = 0; i < SLOTS && !slot; i++)
 		slot = sim.slots[i].busy ? NULL : &sim.slots[i];
 	enum cow_op op = ops[pick(sizeof(ops) / sizeof(ops[0]))];
+	if (sim.pairs && pick(16))
+		op = sim.last == COW_WRITE ? COW_FLUSH : COW_WRITE;
 	slot->count = op == COW_FLUSH ? 0 : 1 + pick(pick(4) ? 16 : MAX_SECTORS);
 	slot->sector = op == COW_FLUSH ? 0 : pick(sim.sectors - slot->count + 1);
 	uint64_t cluster = cow_cluster_bytes(sim.disk) / SECTOR;
@@ -479,6 +497,7 @@ static void issue(void)
 		slot->sector = round_down(slot->sector, cluster);
 	if (op != COW_FLUSH && overlaps(slot->sector, slot->count))
 		return;
+	sim.last = op;
 	slot->version = sim.version += 2;
 	slot->grain = cluster;
 	slot->request = (struct cow_request){.op = op, .done = on_done, .opaque = slot, .may_unmap = pick(2)};
@@ -627,6 +646,8 @@ int main(int argc, char **argv)
 			sim.depth = (unsigned)atoi(argv[i] + 6);
 		if (strncmp(argv[i], "switch=", 7) == 0)
 			sim.switch_every = (unsigned)atoi(argv[i] + 7);
+		if (strncmp(argv[i], "pairs=", 6) == 0)
+			sim.pairs = (unsigned)atoi(argv[i] + 6);
 	}
 	log_set_level(LOG_LEVEL_ERROR);
 	if (!image || chdir(argv[2]) < 0 || (mkdir("crash", 0755) < 0 && errno != EEXIST) || sim.depth > SLOTS) {
@@ -637,7 +658,7 @@ int main(int argc, char **argv)
 		sim.random = sim.seed;
 		run(image, (unsigned)atoi(argv[5]));
 	}
-	printf("crashes %" PRIu64 " failures %" PRIu64 "\n", sim.crashes, sim.failures);
+	printf("crashes %" PRIu64 " failures %" PRIu64 " stable %" PRIu64 "\n", sim.crashes, sim.failures, sim.stable);
 	free(image);
 	return sim.failures != 0;
 }

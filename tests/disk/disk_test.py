@@ -747,21 +747,23 @@ def test_kill_random():
 
 def test_crash_sim():
     """Power cuts, simulated: unsynced writes dropped, torn, turned around. See crash_sim.c."""
-    crashes = 0
+    crashes = stable = 0
     images = ["compat=1.1", "compat=0.10,cluster_size=4k", "compat=1.1,cluster_size=512", "compat=1.1,cluster_size=512,refcount_bits=64",
               "compat=1.1,cluster_size=4k,refcount_bits=1", "compat=1.1,cluster_size=4k,preallocation=metadata"]
-    shapes = [["depth=16"], ["depth=32", "switch=50"], ["depth=2"], ["depth=8", "switch=200"]]
+    shapes = [["depth=16"], ["depth=32", "switch=50"], ["depth=2"], ["depth=8", "switch=200"], ["depth=2", "pairs=1", "switch=100"]]
     for index, options in enumerate(images):
-        for number, shape in sampled(list(enumerate(shapes)), index):
+        for number, shape in sampled(list(enumerate(shapes)), index) + [(len(shapes), ["depth=1", "pairs=1"])]:
             fresh()
             os.mkdir("sim")
             create("a.qcow2", 4 * MIB if "refcount_bits=64" in options else MIB, options)
             seed = SEED * 1000000 + index * 10000 + number * 1000
             process = run(os.path.join(os.path.dirname(TOOL), "disk_crash_sim"), "a.qcow2", "sim", seed, max(1, int(2 * SCALE)), 50, *shape)
-            crashes += int(process.stdout.split()[1])
+            words = process.stdout.split()
+            crashes, stable = crashes + int(words[1]), stable + int(words[5])
             for image in os.listdir("sim/crash"):
                 qemu_check(f"sim/crash/{image}", leaks=True)
-    print(f"crashes: {crashes}")
+    check(stable > 0, "no write was made stable by itself")
+    print(f"crashes: {crashes}, writes that were stable by themselves: {stable}")
 
 
 def test_errors():
