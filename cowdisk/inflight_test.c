@@ -27,6 +27,7 @@ struct fixture {
 	int fail_sync;	       /* errno for the next sync of the layer */
 	unsigned layer_syncs;
 	unsigned stable_writes; /* that are made so by themselves */
+	unsigned reads;
 };
 
 struct pending {
@@ -57,6 +58,7 @@ static int hook(void *opaque, const struct io_op *op)
 		if (fail)
 			return -fail;
 	}
+	f->reads += op->kind == IO_READ;
 	f->stable_writes += op->kind == IO_WRITE && op->stable;
 	if (f->fail && op->kind == IO_WRITE)
 		return -f->fail;
@@ -313,6 +315,23 @@ Test(inflight, what_is_flushed_each_time_is_made_stable_by_the_write)
 	f.fail = 0;
 	cr_assert_eq(run_one(&f, COW_FLUSH, 0, 0, 0), 0);
 	expect_new(&f, 1, 1, "a write that failed");
+	teardown(&f);
+}
+
+Test(inflight, a_small_write_copies_up_with_one_read)
+{
+	struct fixture f;
+	setup(&f);
+	cr_assert_eq(run_one(&f, COW_WRITE, 0, CLUSTER, 0x11), 0);
+	struct cow_overlay *o = prepare(&f, "top.qcow2", "layer.qcow2");
+	cow_overlay_switch(o);
+	seal(o);
+	f.reads = 0;
+	cr_assert_eq(run_one(&f, COW_WRITE, 5 * 512, 512, 0x22), 0);
+	cr_expect_eq(f.reads, 1);
+	cr_expect(disk_holds(&f, 0, 5 * 512, 0x11));
+	cr_expect(disk_holds(&f, 5 * 512, 512, 0x22));
+	cr_expect(disk_holds(&f, 6 * 512, CLUSTER - 6 * 512, 0x11));
 	teardown(&f);
 }
 

@@ -70,7 +70,7 @@ struct alloc {
 	bool claimed;		       /* the clusters are new, else they were there as zero clusters */
 	uint64_t data_start, data_end; /* what the request writes */
 	uint8_t *head, *tail;	       /* what surrounds it: NULL if it need not be written */
-	struct iovec head_iov, tail_iov;
+	struct iovec side_iov[2]; /* where head and tail are read to */
 	struct chain_read head_read, tail_read;
 	unsigned reading;
 	int result;

@@ -235,6 +235,27 @@ static int plan_side(struct alloc *a, uint64_t start, uint64_t end, bool fresh, 
 	return 0;
 }
 
+/*
+ * Both sides by one read, the little between them included (which follows the head in its buffer). Less than a page: whatever of it cannot be read spoils a
+ * side as well.
+ */
+static int join_sides(struct alloc *a)
+{
+	struct chain_read *head = &a->head_read, *tail = &a->tail_read;
+	size_t bytes = (size_t)(a->data_end - a->start);
+	if (!head->length || !tail->length || a->data_end - a->data_start >= PAGE_BYTES)
+		return 0;
+	uint8_t *buffer = realloc(a->head, bytes);
+	if (!buffer)
+		return -ENOMEM;
+	a->head = buffer;
+	a->side_iov[0] = (struct iovec){buffer, bytes};
+	head->iov_count = 2;
+	head->length = bytes + tail->length;
+	tail->length = 0;
+	return 0;
+}
+
 static void start_alloc(struct alloc *a)
 {
 	struct chain_read *reads[2] = {&a->head_read, &a->tail_read};
@@ -254,9 +275,11 @@ static int plan_alloc(struct alloc *a, uint64_t host, bool claimed, bool fresh)
 {
 	a->host = host;
 	a->claimed = claimed;
-	int rc = plan_side(a, a->start, a->data_start, fresh, &a->head, &a->head_iov, &a->head_read);
+	int rc = plan_side(a, a->start, a->data_start, fresh, &a->head, &a->side_iov[0], &a->head_read);
 	if (rc == 0)
-		rc = plan_side(a, a->data_end, a->end, fresh, &a->tail, &a->tail_iov, &a->tail_read);
+		rc = plan_side(a, a->data_end, a->end, fresh, &a->tail, &a->side_iov[1], &a->tail_read);
+	if (rc == 0)
+		rc = join_sides(a);
 	if (rc < 0) {
 		free(a->head);
 		free(a->tail);
