@@ -306,6 +306,8 @@ int qcow2_damaged(struct image *image, const char *format, ...) __attribute__((f
 
 /* qcow2_flush.c: rounds, for raw files too. */
 void cow_image_flush(struct image *image, struct flush_wait *wait);
+/* A write that was to be stable has failed. The kernel tells an error once, and it may be that of what the round under way has written: that fails too. */
+void cow_image_sync_failed(struct image *image, int result);
 /* Starts a round if much is dirty. */
 void cow_image_writeback(struct image *image);
 bool cow_image_throttled(const struct image *image);

@@ -318,6 +318,31 @@ Test(inflight, what_is_flushed_each_time_is_made_stable_by_the_write)
 	teardown(&f);
 }
 
+Test(inflight, a_stable_write_that_fails_spoils_the_round_under_way)
+{
+	struct fixture f;
+	struct pending flush;
+	setup(&f);
+	cr_assert_eq(run_one(&f, COW_WRITE, 0, 2 * CLUSTER, 0x20), 0);
+	cr_assert_eq(run_one(&f, COW_FLUSH, 0, 0, 0), 0);
+	write_and_flush(&f, 3);
+	f.hold = KIND(IO_WRITE);
+	cr_assert_eq(run_one(&f, COW_DISCARD, CLUSTER, CLUSTER, 0), 0);
+	start(&f, &flush, COW_FLUSH, 0, 0, 0);
+	settle(&f);
+	cr_assert_gt(cow_io_held(f.io), 0, "no metadata on its way");
+	f.hold = 0;
+	f.fail = EIO;
+	cr_expect_eq(run_one(&f, COW_WRITE, 4096, 4096, 0x21), -EIO);
+	cr_expect_eq(f.stable_writes, 1);
+	f.fail = 0;
+	cow_io_release_held(f.io);
+	cr_expect_eq(finish(&f, &flush), -EIO);
+	cr_expect_eq(run_one(&f, COW_FLUSH, 0, 0, 0), 0);
+	cr_expect(disk_holds(&f, CLUSTER, CLUSTER, 0));
+	teardown(&f);
+}
+
 Test(inflight, a_small_write_copies_up_with_one_read)
 {
 	struct fixture f;

@@ -287,6 +287,12 @@ static void start_round(struct image *image)
 	cow_io_later(image->io, &late->task);
 }
 
+void cow_image_sync_failed(struct image *image, int result)
+{
+	if (image->round && image->round->result == 0)
+		image->round->result = result;
+}
+
 void cow_image_flush(struct image *image, struct flush_wait *wait)
 {
 	wait->next = image->flush_next;

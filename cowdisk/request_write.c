@@ -65,6 +65,8 @@ static void write_done(struct io_op *op, int result)
 	struct image *image = work->image;
 	if (result == 0 && op->stable && image->synced == image->writes)
 		image->synced++;
+	if (result < 0 && op->stable)
+		cow_image_sync_failed(image, result);
 	image->writes++;
 	free(part);
 	cow_req_part_done(work, result);
