@@ -29,10 +29,7 @@
 #include "checkpoint/memcow_internal.h"
 #include "checkpoint/uffd.h"
 
-/* Blocks released with one call, once so many that follow each other were claimed. More keep a guest that writes there meanwhile from it for longer:
- * docs/memory-cow.md has the measurements. */
-#define RELEASE_BLOCKS 4u
-/* Unpopulated ones. */
+/* Unpopulated pages released with one call. */
 #define HOLE_RELEASE_BLOCKS 16u
 
 struct sweep {
@@ -40,29 +37,15 @@ struct sweep {
 	struct segment *segment; /* empty, at hand */
 	struct populated at;
 	struct priority_room room;
-	uint64_t due, due_end; /* blocks that are claimed and to be released */
 };
 
-/* Of what is due. */
-static int release_due(struct sweep *s)
-{
-	struct memcow *cow = s->cow;
-	uint64_t first = s->due * 64, end = min_u64(s->due_end * 64, cow->pages);
-	s->due = s->due_end;
-	return first < end ? uffd_release(cow->uffd, cow->base + first * PAGE_BYTES, (end - first) * PAGE_BYTES) : 0;
-}
-
-/* Now, or together with those that follow: each call has KVM look through its mappings and flush TLBs. Until then who writes there is let in by the
- * fault path, as the pages are claimed. */
 static int release_blocks(struct sweep *s, uint64_t block, uint64_t count)
 {
-	if (!s->cow->protecting)
+	struct memcow *cow = s->cow;
+	if (!cow->protecting)
 		return 0;
-	int r = block == s->due_end ? 0 : release_due(s);
-	if (block != s->due_end)
-		s->due = block;
-	s->due_end = block + count;
-	return r == 0 && s->due_end - s->due >= RELEASE_BLOCKS ? release_due(s) : r;
+	uint64_t first = block * 64, end = min_u64((block + count) * 64, cow->pages);
+	return uffd_release(cow->uffd, cow->base + first * PAGE_BYTES, (end - first) * PAGE_BYTES);
 }
 
 /* Claims `mask` of the block; returns the bits that were ours to claim, of which those in `zero` are noted as zero pages. */
@@ -183,8 +166,7 @@ static int sweep_all(struct sweep *s, struct err *err)
 		hold_touch(&cow->hold, HOLD_READY_PAGES);
 		priority_give_way_each(cow->room_each_ns, &s->room); /* a tick is milliseconds */
 	}
-	int r = release_due(s);
-	return r == 0 ? 0 : err_sys(err, -r, "saving memory page %llu", (unsigned long long)cow->pages);
+	return 0;
 }
 
 /* Adds the entries that are the newest copies of their pages, and not zero, to `kept`. Later segments were gone through before. */
