@@ -277,11 +277,14 @@ static void hand_over(struct user *user)
 		user->net.events.readable(user->net.opaque);
 }
 
-static void poll_once(struct user *user)
+/* False: again, and no socket has anything. */
+static bool poll_once(struct user *user, bool again)
 {
 	struct epoll_event events[READY_AT_ONCE];
 	int count = user->full ? 0 : epoll_wait(user->epoll_fd, events, READY_AT_ONCE, 0);
 
+	if (again && count == 0)
+		return false;
 	for (int i = 0; i < count; i++)
 		watch_of(user, events[i].data.fd)->ready = events[i].events;
 	if (user->slirp != NULL)
@@ -289,17 +292,19 @@ static void poll_once(struct user *user)
 	for (int i = 0; i < count; i++)
 		watch_of(user, events[i].data.fd)->ready = 0;
 	refresh(user);
+	return true;
 }
 
-/* libslirp takes one datagram of each socket at a time: asked for more, the card and its guest are told once of all. */
+/* libslirp takes one datagram of each socket at a time: asked for more while there are some, the card and its guest are told once of all. */
 static void poll_slirp(struct user *user)
 {
-	uint64_t first = user->emitted, before;
+	uint64_t first = user->emitted, before = first;
+	bool more = poll_once(user, false);
 
-	do {
+	while (more && user->emitted != before && user->emitted - first < FRAMES_IN_A_TURN && user->ring_used < RING_ENOUGH) {
 		before = user->emitted;
-		poll_once(user);
-	} while (user->emitted != before && user->emitted - first < FRAMES_IN_A_TURN && user->ring_used < RING_ENOUGH);
+		more = poll_once(user, true);
+	}
 	hand_over(user);
 	if (user->ring_used >= RING_ENOUGH)
 		set_full(user, true);
