@@ -1,5 +1,5 @@
-"""What the host does by itself: the longest time that a thread which never idles stands still, with an idle disk and beside a plain writer, and beside one
-with all processors busy.
+"""What the host does by itself: the longest time that a thread which never idles stands still, with an idle disk and beside a plain writer, with one
+processor busy and with all of them.
 
 The gaps that a guest sees during a checkpoint are judged beside these: a machine that stops as a whole does so to every guest.
 """
@@ -19,7 +19,7 @@ REST_SECONDS = 2
 
 
 def seconds(plan):
-    return (plan.args.rounds + 1) * (2 * BYTES / plan.disk_bytes_per_s + REST_SECONDS + 0.5)
+    return (plan.args.rounds + 1) * (2 * BYTES / plan.disk_bytes_per_s + 2 * REST_SECONDS + 0.5)
 
 
 def sample(path, threads, action):
@@ -35,7 +35,8 @@ def run(context):
     if not path:
         context.results.lacks(NAME, "bench/host_stalls was not built beside this vmcp")
         return
-    cases = (("idle disk", 1, lambda: time.sleep(REST_SECONDS)), ("plain writer", 1, lambda: host.plain_write(context.folder, BYTES)),
+    cases = (("idle disk", 1, lambda: time.sleep(REST_SECONDS)), ("idle disk, all processors busy", os.cpu_count(), lambda: time.sleep(REST_SECONDS)),
+             ("plain writer", 1, lambda: host.plain_write(context.folder, BYTES)),
              ("plain writer, all processors busy", os.cpu_count(), lambda: host.plain_write(context.folder, BYTES)))
     for number in range(context.rounds):
         context.quiet()
