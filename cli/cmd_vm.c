@@ -64,11 +64,17 @@ static int wait_suspended(struct cli *cli, const char *name, struct err *err)
 	const struct timespec moment = {.tv_nsec = 5000000};
 	uint64_t limit = clock_now_ns() + KILL_TIMEOUT_S * 1000000000ull;
 	struct store *store;
+	bool there = false;
 	int rc = cli_open_store(cli, &store, err);
 
-	for (bool there = false; !rc && !there && clock_now_ns() < limit;) {
+	while (!rc && !there) {
 		struct store_vm vm;
 
+		if (clock_now_ns() >= limit) {
+			err_set(err, ERR_FAILED, ETIMEDOUT, "%s: its process does not let its machine go", name);
+			rc = err_hint(err, "its checkpoint is there; see vms/%s/log in the store", name);
+			break;
+		}
 		rc = store_vm_get(store, name, &vm, err);
 		if (rc)
 			break;

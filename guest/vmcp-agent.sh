@@ -28,8 +28,9 @@ apply_seed() {
     [ -n "$seed" ] || return 0
     # RNDADDENTROPY and RNDRESEEDCRNG of linux/random.h.
     if [ -z "$root" ]; then
-        perl -e '$s = pack("H*", $ARGV[0]); open(F, ">", "/dev/urandom") or die; ioctl(F, 0x40085203, pack("ii", 8 * length $s, length $s) . $s) or die;
-            ioctl(F, 0x5207, 0) or die' "$seed" || fail "random seed"
+        # By a pipe: arguments are everybody's to read.
+        printf '%s' "$seed" | perl -e '$s = pack("H*", <STDIN>); open(F, ">", "/dev/urandom") or die; ioctl(F, 0x40085203, pack("ii", 8 * length $s, length $s) . $s) or die;
+            ioctl(F, 0x5207, 0) or die' || fail "random seed"
     fi
 }
 
