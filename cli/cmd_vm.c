@@ -58,33 +58,41 @@ static int run_pause(struct cli *cli, struct err *err) { return change_state(cli
 
 static int run_resume(struct cli *cli, struct err *err) { return change_state(cli, "vm.resume", "running", err); }
 
-/* Its machine ends behind the answer. */
-static int wait_suspended(struct cli *cli, const char *name, struct err *err)
+/* Waits until the VM's process is gone or, `asleep`, suspended. *there false: it is not, in that time. */
+static int wait_ended(struct cli *cli, const char *name, bool asleep, unsigned seconds, bool *there, struct err *err)
 {
 	const struct timespec moment = {.tv_nsec = 5000000};
-	uint64_t limit = clock_now_ns() + KILL_TIMEOUT_S * 1000000000ull;
+	uint64_t limit = clock_now_ns() + seconds * 1000000000ull;
 	struct store *store;
-	bool there = false;
 	int rc = cli_open_store(cli, &store, err);
 
-	while (!rc && !there) {
+	*there = false;
+	while (!rc && !*there) {
 		struct store_vm vm;
 
-		if (clock_now_ns() >= limit) {
-			err_set(err, ERR_FAILED, ETIMEDOUT, "%s: its process does not let its machine go", name);
-			rc = err_hint(err, "its checkpoint is there; see vms/%s/log in the store", name);
-			break;
-		}
 		rc = store_vm_get(store, name, &vm, err);
 		if (rc)
 			break;
-		there = !strcmp(vm.state, "suspended") || !vm.alive;
+		*there = !vm.alive || (asleep && !strcmp(vm.state, "suspended"));
 		store_vm_free(&vm);
-		if (!there)
-			nanosleep(&moment, NULL);
+		if (*there || clock_now_ns() >= limit)
+			break;
+		nanosleep(&moment, NULL);
 	}
 	store_close(store);
 	return rc;
+}
+
+/* Its machine ends behind the answer. */
+static int wait_suspended(struct cli *cli, const char *name, struct err *err)
+{
+	bool there;
+	int rc = wait_ended(cli, name, true, KILL_TIMEOUT_S, &there, err);
+
+	if (rc || there)
+		return rc;
+	err_set(err, ERR_FAILED, ETIMEDOUT, "%s: its process does not let its machine go", name);
+	return err_hint(err, "its checkpoint is there; see vms/%s/log in the store", name);
 }
 
 static int run_suspend(struct cli *cli, struct err *err)
@@ -100,31 +108,6 @@ static int run_suspend(struct cli *cli, struct err *err)
 	else if (!rc)
 		printf("%s\n", json_string_value(json_object_get(result, "id")));
 	json_decref(result);
-	return rc;
-}
-
-/* Waits until the VM's process is gone. False: it is still there. */
-static int wait_gone(struct cli *cli, const char *name, unsigned seconds, bool *gone, struct err *err)
-{
-	const struct timespec moment = {.tv_nsec = 20000000};
-	uint64_t limit = clock_now_ns() + seconds * 1000000000ull;
-	struct store *store;
-	int rc = cli_open_store(cli, &store, err);
-
-	*gone = false;
-	while (!rc && !*gone) {
-		struct store_vm vm;
-
-		rc = store_vm_get(store, name, &vm, err);
-		if (rc)
-			break;
-		*gone = !vm.alive;
-		store_vm_free(&vm);
-		if (*gone || clock_now_ns() >= limit)
-			break;
-		nanosleep(&moment, NULL);
-	}
-	store_close(store);
 	return rc;
 }
 
@@ -145,11 +128,11 @@ static int kill_vm(struct cli *cli, char name[STORE_NAME_BYTES], struct err *err
 	/* Its process may be gone before it answers. */
 	if (rc && rc != -ECONNRESET)
 		return rc;
-	rc = wait_gone(cli, name, KILL_NOTICE_S, &gone, err);
+	rc = wait_ended(cli, name, false, KILL_NOTICE_S, &gone, err);
 	if (!rc && !gone) {
 		if (!cli->quiet)
 			fprintf(stderr, "vmcp: %s: waiting for its disks and its checkpoint to be closed\n", name);
-		rc = wait_gone(cli, name, KILL_TIMEOUT_S - KILL_NOTICE_S, &gone, err);
+		rc = wait_ended(cli, name, false, KILL_TIMEOUT_S - KILL_NOTICE_S, &gone, err);
 	}
 	if (!rc && !gone) {
 		err_set(err, ERR_FAILED, ETIMEDOUT, "%s: its process does not end", name);
@@ -177,7 +160,7 @@ static int run_stop(struct cli *cli, struct err *err)
 	if (!rc)
 		rc = cli_call_vm(cli, "vm.power-button", NULL, name, NULL, err);
 	if (!rc)
-		rc = wait_gone(cli, name, timeout, &gone, err);
+		rc = wait_ended(cli, name, false, timeout, &gone, err);
 	if (rc)
 		return rc;
 	if (gone)
