@@ -118,7 +118,7 @@ int revert_make_overlay(const char *temp_path, const char *layer_path, const str
 	struct cow_create create = {
 		.size_bytes = layer->size_bytes,
 		.backing = layer_path,
-		.backing_format = strcmp(layer->format, "raw") == 0 ? COW_FORMAT_RAW : COW_FORMAT_QCOW2,
+		.backing_format = store_disk_layer_format(layer),
 		.temporary = true,
 	};
 	int r = check_length(layer_path, layer, err);

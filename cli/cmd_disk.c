@@ -99,7 +99,7 @@ static int disk_of_checkpoint(struct store *store, const char *reference, const 
 		if (!strcmp(checkpoint.disks[i].disk, disk)) {
 			rc = store_disk_layer_path(store, checkpoint.disks[i].layer, checkpoint.disks[i].format,
 						   &out->path, err);
-			out->raw = !strcmp(checkpoint.disks[i].format, "raw");
+			out->raw = store_disk_layer_format(&checkpoint.disks[i]) == COW_FORMAT_RAW;
 		}
 	if (rc == -ENOENT && !out->path)
 		rc = no_disk_of_checkpoint(reference, &checkpoint, disk, err);

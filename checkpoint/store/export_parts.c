@@ -336,12 +336,12 @@ static int put_disk(struct export *x, struct cow_io *io, uint32_t number, uint8_
 	int rc = disk->readonly ? 0 : check_layer(x, number, err);
 
 	if (!rc)
-		rc = cow_open_as(io, x->images[number], disk->readonly ? -1 : transfer_layer_format(&x->own.checkpoint.disks[number]), COW_OPEN_READONLY,
+		rc = cow_open_as(io, x->images[number], disk->readonly ? -1 : store_disk_layer_format(&x->own.checkpoint.disks[number]), COW_OPEN_READONLY,
 				 &c.disk, err);
 	if (rc)
 		return err_prefix(err, "disk %s", disk->name);
 	if (x->since_images[number])
-		rc = cow_open_as(io, x->since_images[number], transfer_layer_format(transfer_find_layer(&x->since.checkpoint, disk->name)),
+		rc = cow_open_as(io, x->since_images[number], store_disk_layer_format(transfer_find_layer(&x->since.checkpoint, disk->name)),
 				 COW_OPEN_READONLY, &c.since, err);
 	if (!rc)
 		rc = copy_disk(&c, offset, err);

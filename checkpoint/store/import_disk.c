@@ -23,7 +23,7 @@ static int open_before(struct import *im, const struct store_disk_layer *layer, 
 	int rc = store_disk_layer_path(im->store, layer->layer, layer->format, path, &why);
 
 	if (!rc)
-		rc = cow_open_as(im->io, *path, transfer_layer_format(layer), COW_OPEN_READONLY, &d->before, &why);
+		rc = cow_open_as(im->io, *path, store_disk_layer_format(layer), COW_OPEN_READONLY, &d->before, &why);
 	/* With a whole stream it is a saving. */
 	if (rc && !im->head.since[0]) {
 		log_warn("disk %s is not shared with what is here: %s", layer->disk, why.message);

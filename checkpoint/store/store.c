@@ -20,6 +20,7 @@
 #include "base/file.h"
 #include "checkpoint/store/crypt.h"
 #include "checkpoint/store/store_internal.h"
+#include "cowdisk/block.h"
 
 #define WAIT_SHARE_NS	30000000000ull
 #define STATE_MAX_BYTES (1ull << 30)
@@ -463,6 +464,8 @@ int store_memory_sums_open(struct store *store, const char *layer, struct err *e
 {
 	return open_layer(store, layer, ".sums", err);
 }
+
+int store_disk_layer_format(const struct store_disk_layer *layer) { return strcmp(layer->format, "raw") ? COW_FORMAT_QCOW2 : COW_FORMAT_RAW; }
 
 int store_disk_layer_path(struct store *store, const char *layer, const char *format, char **path, struct err *err)
 {

@@ -218,6 +218,8 @@ int store_checkpoint_read(struct store *store, const struct store_checkpoint *ch
 int store_memory_layer_open(struct store *store, const char *layer, struct err *err);
 /* The same for its page checksums, layers/<id>.sums. */
 int store_memory_sums_open(struct store *store, const char *layer, struct err *err);
+/* An enum cow_format, as cow_open_as takes it: what a layer is the manifest says, not its content, which may be a guest's. */
+int store_disk_layer_format(const struct store_disk_layer *layer);
 /* Full path of a disk layer (malloc). Missing file: ERR_DAMAGED. */
 int store_disk_layer_path(struct store *store, const char *layer, const char *format, char **path, struct err *err);
 

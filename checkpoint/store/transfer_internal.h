@@ -145,8 +145,6 @@ int transfer_side_open(struct store *store, const char *id, struct transfer_side
 void transfer_side_close(struct transfer_side *side);
 /* NULL: it has no such disk. */
 const struct store_disk_layer *transfer_find_layer(const struct store_checkpoint *c, const char *name);
-/* For cow_open_as: what a layer is the manifest says, not its content, which may be a guest's. */
-int transfer_layer_format(const struct store_disk_layer *layer);
 
 /* transfer_io.c: whole reads and writes on pipes and files that a cancel ends. */
 struct transfer_io {

@@ -3,7 +3,6 @@
 #include <string.h>
 
 #include "checkpoint/store/transfer_internal.h"
-#include "cowdisk/block.h"
 
 int transfer_side_open(struct store *store, const char *id, struct transfer_side *side, struct err *err)
 {
@@ -38,5 +37,3 @@ const struct store_disk_layer *transfer_find_layer(const struct store_checkpoint
 			return &c->disks[i];
 	return NULL;
 }
-
-int transfer_layer_format(const struct store_disk_layer *layer) { return strcmp(layer->format, "raw") ? COW_FORMAT_QCOW2 : COW_FORMAT_RAW; }
