@@ -110,7 +110,7 @@ static void offer(struct polled *p)
 
 static void wait_until_it_rests(struct polled *p)
 {
-	for (unsigned i = 0; i < 5000 && !atomic_load(&p->resting); i++)
+	for (unsigned i = 0; i < 60000 && !atomic_load(&p->resting); i++)
 		usleep(1000);
 	CHECK(atomic_load(&p->resting));
 }

@@ -195,7 +195,7 @@ static uint64_t real_wall_ns(void *opaque)
 
 static bool wait_for_line(struct fixture *f)
 {
-	for (int i = 0; i < 500 && !f->m.line[RTC_GSI]; i++)
+	for (int i = 0; i < 6000 && !f->m.line[RTC_GSI]; i++)
 		usleep(10000);
 	return f->m.line[RTC_GSI];
 }

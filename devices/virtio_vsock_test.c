@@ -69,12 +69,12 @@ static void start(struct setup *s)
 	rig_settle(&s->rig);
 }
 
-/* The next packet to the guest within five seconds; NULL. Its buffer is offered again. */
+/* The next packet to the guest within a minute; NULL. Its buffer is offered again. */
 static const uint8_t *next(struct setup *s)
 {
 	static uint8_t copy[4096];
 	uint32_t written;
-	for (uint64_t until = clock_now_ns() + 5000000000ull; rig_used_idx(&s->receive) == s->seen; usleep(200))
+	for (uint64_t until = clock_now_ns() + 60000000000ull; rig_used_idx(&s->receive) == s->seen; usleep(200))
 		if (clock_now_ns() > until)
 			return NULL;
 	uint32_t id = rig_used_id(&s->receive, s->seen++, &written);

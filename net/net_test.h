@@ -15,7 +15,7 @@
 #include "net/net_internal.h"
 
 #define CARD_FRAMES 256u
-#define WAIT_NS	    5000000000ull
+#define WAIT_NS	    60000000000ull
 
 static const uint8_t guest_mac[6] = {0x52, 0x56, 1, 2, 3, 4};
 static const uint8_t everybody[6] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff};

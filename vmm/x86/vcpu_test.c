@@ -158,9 +158,13 @@ Test(vcpu, runs_io_mmio_and_halts, .timeout = 60)
 	uint64_t before = clock_now_ns();
 	vm_resume(m.vm, true);
 	WAIT_FOR(m.mmio_writes == 1);
-	usleep(20000);
-	quiesce(&m);
-	capture(&m);
+	/* Some instructions later. */
+	do {
+		vm_resume(m.vm, true);
+		usleep(20000);
+		quiesce(&m);
+		capture(&m);
+	} while (vcpu_state(&m, 0)->mp_state != KVM_MP_STATE_HALTED && clock_now_ns() < before + 30000000000ull);
 	cr_expect_eq(m.last_out, 0x41);
 	cr_expect_eq(m.last_mmio, 0x1234);
 	cr_expect_eq(data(&m, 0, 0), 1);
