@@ -280,6 +280,7 @@ static void test_an_idle_loop_sleeps_through_a_park(void)
 	pid_t tid = 0;
 	unsigned note = 0;
 
+	wait_until_up(loop);
 	loop_call(loop, take_tid, &tid);
 	usleep(50000);
 	unsigned long before = count_sleeps(tid);
@@ -524,7 +525,7 @@ static void test_park_latency(void)
 int main(void)
 {
 	/* A lost wakeup is a hang: end it with a signal that the runner reports. */
-	alarm(60);
+	alarm(300);
 	test_remove_within_a_batch();
 	test_posts_keep_their_order_and_calls_wait();
 	test_a_call_within_a_call();
