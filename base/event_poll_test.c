@@ -184,7 +184,7 @@ static void test_a_polling_loop_parks(void)
 
 int main(void)
 {
-	alarm(60); /* a lost wakeup is a hang */
+	alarm(300); /* a lost wakeup is a hang */
 	test_polling_loses_nothing_and_ends();
 	test_polling_in_vain_becomes_seldom();
 	test_a_polling_loop_parks();

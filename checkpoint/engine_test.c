@@ -978,7 +978,7 @@ static void run_child(unsigned number, const char *name, const char *action)
 	pid_t pid = fork();
 	if (pid == 0) {
 		setenv("VMCP_FAULT", fault, 1);
-		alarm(120); /* a machine that hangs is a failure */
+		alarm(300); /* a machine that hangs is a failure */
 		execl("/proc/self/exe", "engine_test", full, (char *)NULL);
 		_exit(127);
 	}
