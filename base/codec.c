@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/bytes.h"
+
 enum { MAX_DEPTH = 16, MAX_FIELDS = 256 };
 
 /* --- where we are, for errors --- */
@@ -251,17 +253,30 @@ static int encode_field(struct place *place, const struct codec_field *field, co
 	}
 }
 
+/* What is read as zero where it is missing is not written as zero. */
+static bool is_missing(const struct codec_field *field, const uint8_t *object)
+{
+	const uint8_t *from = object + (is_counted(field) ? field->count_offset : field->offset);
+	size_t bytes = is_counted(field) ? sizeof(uint32_t) : field->size * elements_of(field);
+
+	return (field->flags & CODEC_OPTIONAL) && bytes_are_zero(from, bytes);
+}
+
 static int encode_struct(const struct place *place, const struct codec_table *table, const uint8_t *object,
 			 unsigned depth, struct buf *out, struct err *err)
 {
 	size_t fields;
 	int ret = check_table(place, table, depth, &fields, err);
 
+	for (const struct codec_field *field = table->fields; ret == 0 && field->name != NULL; field++)
+		fields -= is_missing(field, object);
 	if (ret == 0)
 		ret = put_head(out, cbor_encode_map_start, fields, err);
 	for (const struct codec_field *field = table->fields; ret == 0 && field->name != NULL; field++) {
 		size_t name_length = strlen(field->name);
 		struct place here = {place, table, field->name, name_length, false, 0};
+		if (is_missing(field, object))
+			continue;
 		ret = put_head(out, cbor_encode_string_start, name_length, err);
 		if (ret == 0)
 			ret = buf_append(out, field->name, name_length, err);

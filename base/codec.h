@@ -3,9 +3,8 @@
  *
  * A device declares a POD struct of what its hardware shows and one table of its fields; the same table saves and
  * loads. On disk a struct is a CBOR map from field name to value (RFC 8949, definite lengths), so that fields may be
- * added: a field marked CODEC_OPTIONAL may be missing (it is then zero); any other missing, unknown or repeated
- * field, a value that does not fit its C type, or an array of another length is an error that names component and
- * field.
+ * added: a field marked CODEC_OPTIONAL is missing where it is zero; any other missing, unknown or repeated field, a
+ * value that does not fit its C type, or an array of another length is an error that names component and field.
  */
 #ifndef VMCP_BASE_CODEC_H
 #define VMCP_BASE_CODEC_H
@@ -60,6 +59,11 @@ struct codec_table {
 	{                                                                                                              \
 		.name = #f, .type = CODEC_INT_TYPE(((s *)0)->f, t), .offset = offsetof(s, f),                          \
 		.size = sizeof(((s *)0)->f)                                                                            \
+	}
+#define CODEC_OPTIONAL_INT(s, f, t)                                                                                    \
+	{                                                                                                              \
+		.name = #f, .type = CODEC_INT_TYPE(((s *)0)->f, t), .offset = offsetof(s, f),                          \
+		.size = sizeof(((s *)0)->f), .flags = CODEC_OPTIONAL                                                   \
 	}
 #define CODEC_RAW(s, f) {.name = #f, .type = CODEC_BYTES, .offset = offsetof(s, f), .size = sizeof(((s *)0)->f)}
 #define CODEC_VRAW(s, f, n)                                                                                            \

@@ -42,11 +42,7 @@ struct device {
 	uint32_t late;
 };
 
-#define LATE                                                                                                           \
-	{                                                                                                              \
-		.name = "late", .type = CODEC_U32, .offset = offsetof(struct device, late), .size = 4,                 \
-		.flags = CODEC_OPTIONAL                                                                                \
-	}
+#define LATE CODEC_OPTIONAL_INT(struct device, late, CODEC_U32)
 
 static const struct codec_table device_table = {
 	.name = "device",
@@ -370,6 +366,19 @@ Test(codec, optional_fields_may_be_missing_and_are_zero)
 	cr_assert_eq(d.late, 0);
 	cr_assert_eq(codec_decode(&optional_table, "\xa1\x64late\x05", 7, &d, NULL), 0);
 	cr_assert_eq(d.late, 5);
+}
+
+Test(codec, optional_fields_that_are_zero_are_not_written)
+{
+	struct device d = {.late = 5};
+	CLEANUP_BUF struct buf out = BUF_INIT;
+
+	cr_assert_eq(codec_encode(&optional_table, &d, &out, NULL), 0);
+	cr_expect(out.length == 7 && memcmp(out.data, "\xa1\x64late\x05", 7) == 0);
+	out.length = 0;
+	d.late = 0;
+	cr_assert_eq(codec_encode(&optional_table, &d, &out, NULL), 0);
+	cr_expect(out.length == 1 && out.data[0] == 0xa0);
 }
 
 /* --- our own mistakes: an error, no wild access --- */
