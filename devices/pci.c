@@ -356,7 +356,7 @@ static const struct codec_table vector_table = {"msix-vector", sizeof(struct pci
 static const struct codec_field state_fields[] = {
 	CODEC_RAW(struct pci_state, config),
 	CODEC_VSUBS(struct pci_state, vectors, vector_count, &vector_table),
-	CODEC_INT(struct pci_state, pending, CODEC_U32),
+	CODEC_INT(struct pci_state, pending, CODEC_U64),
 	CODEC_INT(struct pci_state, intx_wish, CODEC_U8),
 	CODEC_END,
 };
@@ -381,9 +381,9 @@ int pci_validate(struct pci_device *dev, const struct pci_state *state, struct e
 	if (state->vector_count != dev->vector_count)
 		return err_set(err, ERR_DAMAGED, EINVAL, "%s: %u interrupt vectors, the device has %u", dev->about.name,
 			       state->vector_count, dev->vector_count);
-	if (dev->vector_count < 32 && state->pending >> dev->vector_count != 0)
-		return err_set(err, ERR_DAMAGED, EINVAL, "%s: pending bits 0x%x of vectors that are not there",
-			       dev->about.name, state->pending);
+	if (dev->vector_count < PCI_MAX_VECTORS && state->pending >> dev->vector_count != 0)
+		return err_set(err, ERR_DAMAGED, EINVAL, "%s: pending bits 0x%llx of vectors that are not there",
+			       dev->about.name, (unsigned long long)state->pending);
 	return 0;
 }
 

@@ -29,7 +29,7 @@
 
 #define PCI_CONFIG_BYTES     256u
 #define PCI_BARS	     6u
-#define PCI_MAX_VECTORS	     32u
+#define PCI_MAX_VECTORS	     64u
 #define PCI_DEVICES	     32u
 #define PCI_INTX_GSI(device) (16u + (device) % 4u) /* INTA of a device, as the _PRT of vmm/acpi.h says */
 
@@ -118,7 +118,7 @@ struct pci_state {
 	uint8_t config[PCI_CONFIG_BYTES]; /* BAR placement, command, MSI-X control included */
 	uint32_t vector_count;
 	struct pci_vector_state vectors[PCI_MAX_VECTORS];
-	uint32_t pending;  /* one bit a vector */
+	uint64_t pending;  /* one bit a vector */
 	uint8_t intx_wish; /* level that the device wants */
 };
 extern const struct codec_table pci_state_table;

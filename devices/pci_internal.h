@@ -67,7 +67,7 @@ struct pci_device {
 	pthread_mutex_t irq_lock;
 	/* under irq_lock */
 	struct pci_vector_state vectors[PCI_MAX_VECTORS];
-	uint32_t pending;
+	uint64_t pending;
 	bool msix_enabled, function_masked, intx_disabled; /* copies of bits in config */
 	bool intx_wish;
 	bool warned_msi;

@@ -41,7 +41,7 @@ static void send_pending(struct pci_device *dev)
 		return;
 	for (unsigned i = 0; i < dev->vector_count; i++) {
 		if ((dev->pending >> i & 1) && !is_masked(dev, i)) {
-			dev->pending &= ~(1u << i);
+			dev->pending &= ~(1ull << i);
 			send(dev, i);
 		}
 	}
@@ -62,7 +62,7 @@ void pci_msix_trigger(struct pci_device *dev, unsigned vector)
 	pthread_mutex_lock(&dev->irq_lock);
 	if (dev->msix_enabled) {
 		if (is_masked(dev, vector))
-			dev->pending |= 1u << vector;
+			dev->pending |= 1ull << vector;
 		else
 			send(dev, vector);
 	}
@@ -81,7 +81,7 @@ static void table_read(void *opaque, uint64_t offset, uint8_t *data, unsigned si
 		put_le32(entry + 8, dev->vectors[vector].data);
 		put_le32(entry + 12, dev->vectors[vector].control);
 	} else if (offset >= PENDING_BASE && offset < PENDING_BASE + PENDING_BYTES) {
-		put_le32(entry, dev->pending);
+		put_le64(entry, dev->pending);
 	}
 	pthread_mutex_unlock(&dev->irq_lock);
 	memset(data, 0, size);

@@ -28,7 +28,7 @@
 #include "devices/virtqueue.h"
 #include "vmm/memory.h"
 
-#define VIRTIO_MAX_QUEUES 8u
+#define VIRTIO_MAX_QUEUES 33u /* of a network card with 16 pairs */
 
 enum { VIRTIO_ID_NET = 1, VIRTIO_ID_BLK = 2, VIRTIO_ID_CONSOLE = 3, VIRTIO_ID_RNG = 4, VIRTIO_ID_BALLOON = 5, VIRTIO_ID_VSOCK = 19 };
 

@@ -545,6 +545,10 @@ int virtio_blk_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop
 		.opaque = blk,
 	};
 
+	if (about.queues > VIRTIO_BLK_MAX_QUEUES) {
+		free(blk);
+		return err_set(err, ERR_USAGE, EINVAL, "disk %s: %u queues: 1 to %u are possible", config->name, about.queues, VIRTIO_BLK_MAX_QUEUES);
+	}
 	snprintf(name, sizeof(name), "disk %s", config->name);
 	blk->disk = disk;
 	blk->turn.fn = turn_ends;
@@ -573,7 +577,7 @@ void virtio_blk_destroy(struct virtio_blk *blk)
 		return;
 	cow_io_cancel_turn(cow_disk_io(blk->disk), &blk->turn);
 	virtio_destroy(blk->vdev);
-	for (unsigned i = 0; i < VIRTIO_MAX_QUEUES; i++)
+	for (unsigned i = 0; i < VIRTIO_BLK_MAX_QUEUES; i++)
 		free(blk->queues[i].requests);
 	buf_free(&blk->log);
 	free(blk->restored);

@@ -21,6 +21,8 @@
 #include "devices/virtio.h"
 #include "vmm/memory.h"
 
+#define VIRTIO_BLK_MAX_QUEUES 8u
+
 struct virtio_blk;
 
 struct virtio_blk_config {
@@ -28,7 +30,7 @@ struct virtio_blk_config {
 	const char *serial; /* at most 20 bytes reach the guest; NULL: none */
 	bool readonly;
 	bool detect_zeroes; /* a write of nothing but zeroes is carried out as one of zeroes that need no space */
-	unsigned queues; /* 1..VIRTIO_MAX_QUEUES; 0: 1 */
+	unsigned queues; /* 1..VIRTIO_BLK_MAX_QUEUES; 0: 1 */
 };
 
 /* The disk stays the machine's and the same object for the device's life (also across cow_replace). io_loop is the

@@ -68,7 +68,7 @@ struct virtio_blk {
 	uint8_t config[BLK_CONFIG_BYTES];
 
 	/* under the device lock */
-	struct blk_queue queues[VIRTIO_MAX_QUEUES];
+	struct blk_queue queues[VIRTIO_BLK_MAX_QUEUES];
 	struct blk_request *first, *last; /* in flight, in order of submission */
 	unsigned errors;		  /* for the log */
 	struct virtio_blk_stats stats;

@@ -15,7 +15,7 @@
 #include "base/bytes.h"
 #include "devices/virtio_blk_internal.h"
 
-#define MAX_INFLIGHT	 (VIRTIO_MAX_QUEUES * VIRTQ_MAX_SIZE)
+#define MAX_INFLIGHT	 (VIRTIO_BLK_MAX_QUEUES * VIRTQ_MAX_SIZE)
 #define LOG_MAX_BYTES	 (64ull << 20)
 #define LOG_LENGTH_BYTES 4u
 
@@ -214,7 +214,7 @@ static int validate(void *opaque, const void *in, struct err *err)
 {
 	struct virtio_blk *blk = opaque;
 	const struct blk_state *state = in;
-	unsigned used[VIRTIO_MAX_QUEUES] = {0};
+	unsigned used[VIRTIO_BLK_MAX_QUEUES] = {0};
 
 	int ret = virtio_validate(blk->vdev, &state->virtio, err);
 	if (ret < 0)
