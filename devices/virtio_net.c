@@ -13,11 +13,12 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "devices/virtio_net_internal.h"
+#include "net/flow_hash.h"
 
 #define CLASS_ETHERNET	 0x020000u
 #define QUEUE_SIZE	 256u
-#define CONFIG_BYTES	 8u /* mac, status (5.1.4) */
-#define CONFIG_STATUS	 6u
+/* 5.1.4; of a card with one pair no more than up to the status. */
+enum { CONFIG_MAC = 0, CONFIG_STATUS = 6, CONFIG_MAX_PAIRS = 8, CONFIG_BYTES = 10 };
 #define FRAMES_IN_A_TURN 64u
 #define ETHER_ARP	 0x0806u
 #define ETHER_RARP	 0x8035u
@@ -30,6 +31,51 @@ void net_look_later(struct virtio_net *n, uint64_t wait_ns)
 
 	if (timerfd_settime(n->timer_fd, 0, &at, NULL) < 0)
 		log_error("%s: timer: %s", n->name, strerror(errno));
+}
+
+/* --- pairs of queues --- */
+
+/* Where the backend has one lane all pairs have it; what is left in the queues of a pair that is no more active goes out by the first. */
+static unsigned lane_of(const struct virtio_net *n, unsigned pair) { return pair < n->lanes ? pair : 0; }
+
+static unsigned pair_for(const struct virtio_net *n, unsigned lane)
+{
+	const struct net_lane *l = &n->lane[lane];
+
+	if (n->lanes > 1 || n->active == 1)
+		return lane;
+	return net_flow_hash(l->frame + NET_HEADER_BYTES, l->frame_bytes - NET_HEADER_BYTES) % n->active;
+}
+
+/* Its place depends on the number of pairs (5.1.2). */
+static unsigned control_queue(const struct virtio_net *n)
+{
+	return NET_QUEUES(virtio_has_feature(n->vdev, NET_F_MQ) ? n->pairs : 1) - 1;
+}
+
+void net_drop_waiting(struct virtio_net *n)
+{
+	for (unsigned i = 0; i < net_lanes(n->net); i++)
+		n->lane[i].frame_bytes = 0;
+}
+
+static void use_lanes(struct virtio_net *n)
+{
+	n->lanes = net_use_lanes(n->net, n->active < net_lanes(n->net) ? n->active : net_lanes(n->net));
+	for (unsigned i = n->lanes; i < net_lanes(n->net); i++) {
+		n->lane[i].frame_bytes = 0;
+		if (n->blocked >> i & 1)
+			virtio_kick(n->vdev, NET_QUEUE_SEND(i)); /* its lane will not tell any more */
+		n->blocked &= ~(1u << i);
+	}
+}
+
+void net_activate_pairs(struct virtio_net *n, unsigned pairs)
+{
+	n->active = pairs;
+	use_lanes(n);
+	for (unsigned i = 0; i < pairs; i++)
+		virtio_kick(n->vdev, NET_QUEUE_RECEIVE(i));
 }
 
 /* --- after a driver's or a machine's start --- */
@@ -45,6 +91,7 @@ static void configure_backend(struct virtio_net *n)
 		offloads |= virtio_has_feature(n->vdev, NET_F_GUEST_ECN) ? NET_OFFLOAD_ECN : 0;
 	}
 	net_set_offloads(n->net, offloads);
+	use_lanes(n);
 	n->configured = true;
 }
 
@@ -77,10 +124,10 @@ static void announce(struct virtio_net *n)
 	const struct iovec iov = {.iov_base = frame, .iov_len = sizeof(frame)};
 
 	make_announcement(n, ETHER_RARP, frame);
-	net_send(n->net, &iov, 1, sizeof(frame));
+	net_send(n->net, 0, &iov, 1, sizeof(frame));
 	if (memcmp(n->ipv4, none, sizeof(none)) != 0) {
 		make_announcement(n, ETHER_ARP, frame);
-		net_send(n->net, &iov, 1, sizeof(frame));
+		net_send(n->net, 0, &iov, 1, sizeof(frame));
 	}
 	net_flush(n->net);
 	if (virtio_has_feature(n->vdev, NET_F_GUEST_ANNOUNCE | NET_F_STATUS | NET_F_CTRL_VQ)) {
@@ -114,17 +161,17 @@ static int tell_number(struct virtio_net *n, struct virtqueue *q, uint16_t first
 	return 0;
 }
 
-/* Takes buffers until `frame` fits: how many; 0 if there are too few, then *never says whether it is no use to wait for more; or -EPROTO. */
-static int fill_buffers(struct virtio_net *n, struct virtqueue *q, bool *never, struct err *err)
+/* Takes buffers until the lane's frame fits: how many; 0 if there are too few, then *never says whether it is no use to wait for more; or -EPROTO. */
+static int fill_buffers(struct virtio_net *n, const struct net_lane *lane, struct virtqueue *q, bool *never, struct err *err)
 {
 	bool merge = virtio_has_feature(n->vdev, NET_F_MRG_RXBUF);
 	uint16_t count = 0, first = 0;
 
-	for (size_t done = 0; done < n->frame_bytes; count++) {
+	for (size_t done = 0; done < lane->frame_bytes; count++) {
 		int ret = virtq_pop(q, &n->chain, err);
 		if (ret < 0)
 			return ret;
-		*never = ret == 0 ? count == q->s.size : !merge && n->chain.in_bytes < n->frame_bytes;
+		*never = ret == 0 ? count == q->s.size : !merge && n->chain.in_bytes < lane->frame_bytes;
 		if (ret == 1 && (n->chain.out_count > 0 || n->chain.in_bytes < (count == 0 ? NET_HEADER_BYTES : 1)))
 			return err_set(err, ERR_FAILED, EPROTO, "receive chain %u has %u readable segments and %llu writable bytes", n->chain.head,
 				       n->chain.out_count, (unsigned long long)n->chain.in_bytes);
@@ -132,7 +179,7 @@ static int fill_buffers(struct virtio_net *n, struct virtqueue *q, bool *never, 
 			virtq_unpop(q, (uint16_t)(count + ret));
 			return 0;
 		}
-		uint64_t bytes = virtq_copy_to(&n->chain, 0, n->frame + done, n->frame_bytes - done);
+		uint64_t bytes = virtq_copy_to(&n->chain, 0, lane->frame + done, lane->frame_bytes - done);
 		ret = virtq_fill(q, count, n->chain.head, (uint32_t)bytes, err);
 		if (ret < 0)
 			return ret;
@@ -144,13 +191,13 @@ static int fill_buffers(struct virtio_net *n, struct virtqueue *q, bool *never, 
 }
 
 /* 1: delivered or dropped; 0: the guest has no buffers; -EPROTO. */
-static int deliver(struct virtio_net *n, struct virtqueue *q, struct err *err)
+static int deliver(struct virtio_net *n, struct net_lane *lane, struct virtqueue *q, struct err *err)
 {
 	bool never = false;
-	int count = fill_buffers(n, q, &never, err);
+	int count = fill_buffers(n, lane, q, &never, err);
 
 	if (count == 0 && !never && virtq_rearm(q))
-		count = fill_buffers(n, q, &never, err);
+		count = fill_buffers(n, lane, q, &never, err);
 	if (count < 0 || (count == 0 && !never))
 		return count;
 	int ret = count > 0 ? virtq_publish(q, (uint16_t)count, err) : 0;
@@ -158,53 +205,68 @@ static int deliver(struct virtio_net *n, struct virtqueue *q, struct err *err)
 		return ret;
 	n->stats.receive_drops += count == 0;
 	n->stats.received_frames += count > 0;
-	n->stats.received_bytes += count > 0 ? n->frame_bytes - NET_HEADER_BYTES : 0;
-	n->frame_bytes = 0;
+	n->stats.received_bytes += count > 0 ? lane->frame_bytes - NET_HEADER_BYTES : 0;
+	lane->frame_bytes = 0;
 	return 1;
 }
 
 /* The next frame that is for the guest: false if there is none. */
-static bool fetch(struct virtio_net *n)
+static bool fetch(struct virtio_net *n, unsigned index)
 {
-	while (n->frame_bytes == 0) {
-		n->frame_bytes = net_receive(n->net, n->frame);
-		if (n->frame_bytes == 0)
+	struct net_lane *lane = &n->lane[index];
+
+	while (lane->frame_bytes == 0) {
+		lane->frame_bytes = net_receive(n->net, index, lane->frame);
+		if (lane->frame_bytes == 0)
 			return false;
-		if (!net_passes_filter(n, n->frame + NET_HEADER_BYTES)) {
+		if (!net_passes_filter(n, lane->frame + NET_HEADER_BYTES)) {
 			n->stats.filtered++;
-			n->frame_bytes = 0;
+			lane->frame_bytes = 0;
 			continue;
 		}
 		if (!virtio_has_feature(n->vdev, NET_F_GUEST_CSUM))
-			n->frame[NET_H_FLAGS] = 0;
-		put_le16(n->frame + NET_H_NUM_BUFFERS, 1);
+			lane->frame[NET_H_FLAGS] = 0;
+		put_le16(lane->frame + NET_H_NUM_BUFFERS, 1);
 	}
 	return true;
 }
 
-/* Frames are wanted unless the guest has no buffers, or has had enough for now. */
-static int serve_receive(struct virtio_net *n, struct virtqueue *q, struct err *err)
+/* The pair's receive queue has its turn; *pairs has a bit for each that had. `deliver` asks to be told of buffers where they are missing. */
+static struct virtqueue *begin_receive(struct virtio_net *n, unsigned pair, unsigned *pairs)
+{
+	struct virtqueue *q = virtio_queue(n->vdev, NET_QUEUE_RECEIVE(pair));
+
+	if (!(*pairs >> pair & 1))
+		virtq_disarm(q);
+	*pairs |= 1u << pair;
+	return q;
+}
+
+/* What the pair's lane has. Frames are wanted unless the guest has no buffers, or has had enough for now. */
+static int serve_receive(struct virtio_net *n, unsigned pair, struct err *err)
 {
 	uint64_t wait_ns = 0, now = n->receive_limit.bytes_per_s ? clock_now_ns() : 0;
-	unsigned turn = 0;
+	unsigned lane = lane_of(n, pair), turn = 0, pairs = 0;
 	int ret = 1;
 
-	virtq_disarm(q); /* `deliver` asks to be told of buffers where they are missing */
+	begin_receive(n, pair, &pairs);
 	for (; turn < FRAMES_IN_A_TURN && ret == 1; turn++) {
 		wait_ns = rate_limit_wait_ns(&n->receive_limit, now);
-		if (wait_ns > 0 || !fetch(n))
+		if (wait_ns > 0 || !fetch(n, lane))
 			break;
-		size_t bytes = n->frame_bytes;
-		ret = deliver(n, q, err);
+		size_t bytes = n->lane[lane].frame_bytes;
+		ret = deliver(n, &n->lane[lane], begin_receive(n, pair_for(n, lane), &pairs), err);
 		if (ret == 1)
 			rate_limit_take(&n->receive_limit, now, bytes);
 	}
-	net_want(n->net, ret == 1 && wait_ns == 0);
-	virtio_signal(n->vdev, NET_QUEUE_RECEIVE);
+	net_want(n->net, lane, ret == 1 && wait_ns == 0);
+	for (unsigned i = 0; i < n->pairs; i++)
+		if (pairs >> i & 1)
+			virtio_signal(n->vdev, NET_QUEUE_RECEIVE(i));
 	if (wait_ns > 0)
 		net_look_later(n, wait_ns);
 	else if (turn == FRAMES_IN_A_TURN && ret == 1)
-		virtio_kick(n->vdev, NET_QUEUE_RECEIVE);
+		virtio_kick(n->vdev, NET_QUEUE_RECEIVE(pair));
 	return ret < 0 ? ret : 0;
 }
 
@@ -221,7 +283,7 @@ static void learn_address(struct virtio_net *n)
 }
 
 /* 1, 0 if there is none, -EAGAIN if it must wait, -EPROTO. */
-static int send_one(struct virtio_net *n, struct virtqueue *q, struct err *err)
+static int send_one(struct virtio_net *n, unsigned lane, struct virtqueue *q, struct err *err)
 {
 	int ret = virtq_pop(q, &n->chain, err);
 
@@ -231,7 +293,7 @@ static int send_one(struct virtio_net *n, struct virtqueue *q, struct err *err)
 		return err_set(err, ERR_FAILED, EPROTO, "send chain %u has %u writable segments and %llu bytes", n->chain.head, n->chain.in_count,
 			       (unsigned long long)n->chain.out_bytes);
 	size_t bytes = n->chain.out_bytes;
-	ret = net_send(n->net, n->chain.iov, n->chain.out_count, bytes);
+	ret = net_send(n->net, lane, n->chain.iov, n->chain.out_count, bytes);
 	if (ret == -EAGAIN) {
 		virtq_unpop(q, 1);
 		return ret;
@@ -248,8 +310,9 @@ static int send_one(struct virtio_net *n, struct virtqueue *q, struct err *err)
 	return ret < 0 ? ret : 1;
 }
 
-static int serve_send(struct virtio_net *n, struct virtqueue *q, struct err *err)
+static int serve_send(struct virtio_net *n, unsigned pair, struct err *err)
 {
+	struct virtqueue *q = virtio_queue(n->vdev, NET_QUEUE_SEND(pair));
 	uint64_t wait_ns = 0;
 	int ret = 1;
 
@@ -258,65 +321,83 @@ static int serve_send(struct virtio_net *n, struct virtqueue *q, struct err *err
 		wait_ns = n->send_limit.bytes_per_s ? rate_limit_wait_ns(&n->send_limit, clock_now_ns()) : 0;
 		if (wait_ns > 0)
 			break;
-		ret = send_one(n, q, err);
+		ret = send_one(n, lane_of(n, pair), q, err);
 		if (ret == 0 && virtq_rearm(q))
 			ret = 1;
 	}
 	net_flush(n->net);
-	virtio_signal(n->vdev, NET_QUEUE_SEND);
+	virtio_signal(n->vdev, NET_QUEUE_SEND(pair));
 	if (wait_ns > 0)
 		net_look_later(n, wait_ns);
 	else if (ret == 1)
-		virtio_kick(n->vdev, NET_QUEUE_SEND);
+		virtio_kick(n->vdev, NET_QUEUE_SEND(pair));
+	else if (ret == -EAGAIN)
+		n->blocked |= 1u << pair;
 	return ret == -EPROTO ? ret : 0;
 }
 
 /* --- events --- */
 
-static int serve_control(struct virtio_net *n, struct virtqueue *q, struct err *err)
+static int serve_control(struct virtio_net *n, unsigned queue, struct err *err)
 {
+	struct virtqueue *q = virtio_queue(n->vdev, queue);
 	int ret;
 
 	do {
 		ret = net_control(n, q, err);
 	} while (ret == 1 || (ret == 0 && virtq_rearm(q)));
-	virtio_signal(n->vdev, NET_QUEUE_CONTROL);
+	virtio_signal(n->vdev, queue);
 	return ret;
 }
 
 /* With the lock held. */
 static void serve(struct virtio_net *n, unsigned queue)
 {
-	struct virtqueue *q = virtio_queue(n->vdev, queue);
+	unsigned pair = queue / 2, control = control_queue(n);
+	bool receive = queue < control && queue == NET_QUEUE_RECEIVE(pair), send = queue < control && !receive;
 	struct err err = ERR_INIT;
 	int ret = 0;
 
 	prepare(n);
-	if (queue == NET_QUEUE_CONTROL && virtio_has_feature(n->vdev, NET_F_CTRL_VQ))
-		ret = serve_control(n, q, &err);
-	else if (queue == NET_QUEUE_SEND)
-		ret = serve_send(n, q, &err);
+	if (queue == control && virtio_has_feature(n->vdev, NET_F_CTRL_VQ))
+		ret = serve_control(n, queue, &err);
+	else if (send)
+		ret = serve_send(n, pair, &err);
 	/* What was sent may have been answered at once. */
-	if (ret == 0 && (queue == NET_QUEUE_RECEIVE || net_waiting(n->net)))
-		ret = serve_receive(n, virtio_queue(n->vdev, NET_QUEUE_RECEIVE), &err);
+	if (ret == 0 && (receive || net_waiting(n->net)))
+		ret = serve_receive(n, receive ? pair : 0, &err);
 	if (ret < 0)
 		virtio_break(n->vdev, &err);
 }
 
 static void notify(void *opaque, unsigned queue) { serve(opaque, queue); }
 
-static void serve_if_live(struct virtio_net *n, unsigned queue)
+static void readable(void *opaque, unsigned lane)
 {
+	struct virtio_net *n = opaque;
+
 	virtio_lock(n->vdev);
 	if (virtio_is_live(n->vdev))
-		serve(n, queue);
+		serve(n, NET_QUEUE_RECEIVE(lane));
 	else
-		net_want(n->net, false); /* a kick comes when the device lives */
+		net_want(n->net, lane, false); /* a kick comes when the device lives */
 	virtio_unlock(n->vdev);
 }
 
-static void readable(void *opaque) { serve_if_live(opaque, NET_QUEUE_RECEIVE); }
-static void writable(void *opaque) { serve_if_live(opaque, NET_QUEUE_SEND); }
+static void writable(void *opaque, unsigned lane)
+{
+	struct virtio_net *n = opaque;
+
+	virtio_lock(n->vdev);
+	for (unsigned i = 0; i < n->pairs; i++) {
+		if (!(n->blocked >> i & 1) || lane_of(n, i) != lane)
+			continue;
+		n->blocked &= ~(1u << i);
+		if (virtio_is_live(n->vdev))
+			serve(n, NET_QUEUE_SEND(i));
+	}
+	virtio_unlock(n->vdev);
+}
 
 static void link_changed(void *opaque, bool up)
 {
@@ -336,15 +417,22 @@ static void timer_ready(void *opaque, uint32_t events)
 
 	if (read(n->timer_fd, &count, sizeof(count)) < 0)
 		return;
-	virtio_kick(n->vdev, NET_QUEUE_RECEIVE);
-	virtio_kick(n->vdev, NET_QUEUE_SEND);
+	/* What a limit allows may be little: each pair is the first to have it once. */
+	for (unsigned i = 0; i < n->pairs; i++) {
+		unsigned pair = (n->first + i) % n->pairs;
+
+		virtio_kick(n->vdev, NET_QUEUE_RECEIVE(pair));
+		virtio_kick(n->vdev, NET_QUEUE_SEND(pair));
+	}
+	n->first++;
 }
 
 static void cancel(void *opaque)
 {
 	struct virtio_net *n = opaque;
 
-	n->frame_bytes = 0;
+	net_drop_waiting(n);
+	n->blocked = 0;
 	n->configured = n->moved = false;
 	if (virtio_is_resetting(n->vdev))
 		net_reset_settings(n);
@@ -355,8 +443,9 @@ static void config_read(void *opaque, uint64_t offset, uint8_t *data, unsigned s
 	struct virtio_net *n = opaque;
 	uint8_t config[CONFIG_BYTES];
 
-	memcpy(config, n->mac, sizeof(n->mac));
+	memcpy(config + CONFIG_MAC, n->mac, sizeof(n->mac));
 	put_le16(config + CONFIG_STATUS, n->status);
+	put_le16(config + CONFIG_MAX_PAIRS, (uint16_t)n->pairs);
 	memcpy(data, config + offset, size);
 }
 
@@ -376,17 +465,18 @@ static int create_timer(struct virtio_net *n, struct err *err)
 int virtio_net_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop, struct net *net, const struct virtio_net_config *config,
 		      struct virtio_net **out, struct err *err)
 {
-	struct virtio_net *n = xcalloc(1, sizeof(*n));
+	struct virtio_net *n = xcalloc(1, sizeof(*n) + net_lanes(net) * sizeof(n->lane[0]));
+	unsigned pairs = config->pairs == 0 ? 1 : config->pairs;
 	const struct virtio_config about = {
 		.name = n->name,
 		.device_id = VIRTIO_ID_NET,
 		.class_code = CLASS_ETHERNET,
 		.features = NET_F_CSUM | NET_F_GUEST_CSUM | NET_F_MAC | NET_F_GUEST_TSO4 | NET_F_GUEST_TSO6 | NET_F_GUEST_ECN | NET_F_HOST_TSO4 |
 			    NET_F_HOST_TSO6 | NET_F_HOST_ECN | NET_F_MRG_RXBUF | NET_F_STATUS | NET_F_CTRL_VQ | NET_F_CTRL_RX |
-			    NET_F_CTRL_RX_EXTRA | NET_F_GUEST_ANNOUNCE | NET_F_CTRL_MAC_ADDR,
-		.queues = NET_QUEUES,
+			    NET_F_CTRL_RX_EXTRA | NET_F_GUEST_ANNOUNCE | NET_F_CTRL_MAC_ADDR | (pairs > 1 ? NET_F_MQ : 0),
+		.queues = NET_QUEUES(pairs),
 		.queue_size = QUEUE_SIZE,
-		.config_bytes = CONFIG_BYTES,
+		.config_bytes = pairs > 1 ? CONFIG_BYTES : CONFIG_MAX_PAIRS,
 		.ops = &ops,
 		.opaque = n,
 	};
@@ -395,6 +485,8 @@ int virtio_net_create(struct pci_bus *bus, struct mem *mem, struct loop *io_loop
 	n->net = net;
 	n->loop = io_loop;
 	memcpy(n->own_mac, config->mac, sizeof(n->own_mac));
+	n->pairs = pairs;
+	n->lanes = 1;
 	n->status = NET_S_LINK_UP;
 	n->send_limit.bytes_per_s = config->send_rate;
 	n->receive_limit.bytes_per_s = config->receive_rate;

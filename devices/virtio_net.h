@@ -1,6 +1,9 @@
 /*
- * Virtio network card (virtio 1.2, 5.1) on a backend of net/: one pair of queues and a control queue, mergeable receive buffers, checksum and
+ * Virtio network card (virtio 1.2, 5.1) on a backend of net/: pairs of queues and a control queue, mergeable receive buffers, checksum and
  * segmentation offloads, filters, announcement.
+ *
+ * Pairs (5.1.6.5.5): what the guest sends by one of them goes to the backend's lane of that number, and what comes by the lane to the pair, where the backend has
+ * lanes for all; where it has one, frames come to the active pairs by their flows' hash. All pairs are served by the one I/O thread, under one lock.
  *
  * Over a checkpoint: nothing of the card is ever in flight, as frames are moved within one turn of the loop. A card that is put back drops what was
  * on its way (net_restart) and announces itself where the guest was live: by frames that it sends in the guest's name (RARP, and ARP where
@@ -25,7 +28,8 @@ struct virtio_net;
 struct virtio_net_config {
 	const char *name; /* of the card, for messages: "lan" */
 	uint8_t mac[6];
-	uint64_t send_rate, receive_rate; /* bytes a second, as the guest sees it; 0: no limit */
+	unsigned pairs; /* of queues, as the backend was told; 0: 1 */
+	uint64_t send_rate, receive_rate; /* bytes a second of all pairs, as the guest sees it; 0: no limit */
 };
 
 struct virtio_net_stats {

@@ -9,14 +9,16 @@
 #define COMMAND_BYTES	  2u
 #define COMMAND_MAX_BYTES (64u << 10)
 
-enum { CLASS_RX = 0, CLASS_MAC = 1, CLASS_ANNOUNCE = 3 };
+enum { CLASS_RX = 0, CLASS_MAC = 1, CLASS_ANNOUNCE = 3, CLASS_MQ = 4 };
 enum { RX_PROMISC, RX_ALLMULTI, RX_ALLUNI, RX_NOMULTI, RX_NOUNI, RX_NOBCAST };
 enum { MAC_TABLE_SET, MAC_ADDR_SET };
 enum { ANNOUNCE_ACK };
+enum { MQ_VQ_PAIRS_SET };
 
 void net_reset_settings(struct virtio_net *n)
 {
 	memcpy(n->mac, n->own_mac, sizeof(n->mac));
+	n->active = 1;
 	n->filter = (struct net_filter){.promiscuous = true};
 	n->status &= (uint16_t)~NET_S_ANNOUNCE;
 }
@@ -113,6 +115,28 @@ static bool acknowledge_announcement(struct virtio_net *n)
 	return true;
 }
 
+/* A driver sets its queues up before it asks for them (5.1.6.5.5). */
+static bool are_enabled(const struct virtio_net *n, unsigned pairs)
+{
+	for (unsigned i = 0; i < NET_QUEUE_RECEIVE(pairs); i++)
+		if (!virtio_queue(n->vdev, i)->s.enabled)
+			return false;
+	return true;
+}
+
+static bool set_pairs(struct virtio_net *n)
+{
+	uint8_t raw[2];
+
+	if (!virtio_has_feature(n->vdev, NET_F_MQ) || virtq_copy_from(&n->chain, COMMAND_BYTES, raw, sizeof(raw)) != sizeof(raw))
+		return false;
+	unsigned pairs = get_le16(raw);
+	if (pairs < 1 || pairs > n->pairs || !are_enabled(n, pairs))
+		return false;
+	net_activate_pairs(n, pairs);
+	return true;
+}
+
 static bool obey(struct virtio_net *n, uint8_t class, uint8_t command)
 {
 	if (class == CLASS_RX)
@@ -121,6 +145,8 @@ static bool obey(struct virtio_net *n, uint8_t class, uint8_t command)
 		return set_table(n);
 	if (class == CLASS_MAC && command == MAC_ADDR_SET)
 		return set_address(n);
+	if (class == CLASS_MQ && command == MQ_VQ_PAIRS_SET)
+		return set_pairs(n);
 	return class == CLASS_ANNOUNCE && command == ANNOUNCE_ACK && acknowledge_announcement(n);
 }
 

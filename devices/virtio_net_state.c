@@ -32,6 +32,7 @@ static const struct codec_field state_fields[] = {
 	CODEC_RAW(struct net_state, ipv4),
 	CODEC_SUB(struct net_state, filter, &filter_table),
 	CODEC_SUB(struct net_state, connections, &connections_table),
+	CODEC_OPTIONAL_INT(struct net_state, more_pairs, CODEC_U8),
 	CODEC_END,
 };
 const struct codec_table net_state_table = {"virtio-net", sizeof(struct net_state), state_fields};
@@ -48,9 +49,18 @@ static int capture(void *opaque, void *state, struct err *err)
 	memcpy(s->ipv4, n->ipv4, sizeof(s->ipv4));
 	s->status = n->status;
 	s->filter = n->filter;
+	s->more_pairs = (uint8_t)(n->active - 1);
 	net_save_connections(n->net, &s->connections);
 	virtio_unlock(n->vdev);
 	return 0;
+}
+
+/* The guest has counted its pairs. */
+static int other_queues(const struct virtio_net *n, uint32_t queues, struct err *err)
+{
+	err_set(err, ERR_STATE, EINVAL, "%s: the checkpoint's card has %u pairs of queues, this one has %u", n->name, queues / 2, n->pairs);
+	err_hint(err, "give the card `queues = %u`, or start the checkpoint with a configuration of its own", queues / 2);
+	return -EINVAL;
 }
 
 static int validate(void *opaque, const void *state, struct err *err)
@@ -58,6 +68,10 @@ static int validate(void *opaque, const void *state, struct err *err)
 	struct virtio_net *n = opaque;
 	const struct net_state *s = state;
 
+	if (s->virtio.queue_count != NET_QUEUES(n->pairs) && s->virtio.queue_count % 2 == 1)
+		return other_queues(n, s->virtio.queue_count, err);
+	if (s->more_pairs >= n->pairs || (s->more_pairs > 0 && !(s->virtio.driver_features & NET_F_MQ)))
+		return err_set(err, ERR_DAMAGED, EINVAL, "%s: %u pairs of queues are active", n->name, s->more_pairs + 1u);
 	if ((s->mac[0] & 1) || (s->status & ~(NET_S_LINK_UP | NET_S_ANNOUNCE)) || s->filter.unicast_bytes % 6 != 0 ||
 	    s->filter.multicast_bytes % 6 != 0 || s->connections.bytes % NET_CONNECTION_BYTES != 0)
 		return err_set(err, ERR_DAMAGED, EINVAL, "%s: MAC, status, filters or connections make no sense", n->name);
@@ -79,8 +93,9 @@ static int apply(void *opaque, const void *state, struct err *err)
 	bool link_differs = (s->status ^ n->status) & NET_S_LINK_UP;
 	n->status = (uint16_t)((n->status & NET_S_LINK_UP) | (s->status & NET_S_ANNOUNCE));
 	n->filter = s->filter;
+	n->active = s->more_pairs + 1u;
 	n->configured = false;
-	n->frame_bytes = 0;
+	net_drop_waiting(n);
 	/* Here and not in the loop, which may be late: whoever connects once it is told that the machine runs would be cut off. */
 	net_restart(n->net, n->mac, &s->connections);
 	virtio_activate(n->vdev);

@@ -47,6 +47,7 @@ struct learned {
 	uint8_t mac[6];
 	char name[NET_PORT_BYTES]; /* of the peer; "": nothing */
 	bool stands;		   /* its queue was full for too long */
+	uint64_t waits_since_ns;   /* a frame waits for room there, 0: none does */
 };
 
 struct group {
@@ -54,7 +55,6 @@ struct group {
 	char *folder, *network, *port;
 	int dir, fd, timer_fd;
 	struct loop_source *source, *timer;
-	uint64_t waits_since_ns; /* for room, 0: does not */
 	bool deaf; /* what comes is dropped */
 	unsigned offloads;
 	struct peer peers[MAX_PEERS];
@@ -144,14 +144,14 @@ static int send_to(struct group *g, const struct sockaddr_un *to, const struct i
 }
 
 /* Whether it is tried again soon. */
-static bool wait_for_room(struct group *g)
+static bool wait_for_room(struct group *g, struct learned *place)
 {
 	const struct itimerspec soon = {.it_value.tv_nsec = RETRY_NS};
 	uint64_t now = clock_now_ns();
 
-	if (!g->waits_since_ns)
-		g->waits_since_ns = now;
-	return now - g->waits_since_ns < PATIENCE_NS && timerfd_settime(g->timer_fd, 0, &soon, NULL) == 0;
+	if (!place->waits_since_ns)
+		place->waits_since_ns = now;
+	return now - place->waits_since_ns < PATIENCE_NS && timerfd_settime(g->timer_fd, 0, &soon, NULL) == 0;
 }
 
 /* 0: sent, or lost; -EAGAIN: it waits for room; -ENOENT: nobody is known to have this address. */
@@ -164,10 +164,10 @@ static int send_to_learned(struct group *g, const uint8_t mac[6], const struct i
 		return -ENOENT;
 	set_address(g->dir, place->name, &address);
 	int rc = send_to(g, &address, iov, count);
-	if (rc == -EAGAIN && !place->stands && wait_for_room(g))
+	if (rc == -EAGAIN && !place->stands && wait_for_room(g, place))
 		return rc;
 	place->stands = rc == -EAGAIN;
-	g->waits_since_ns = 0;
+	place->waits_since_ns = 0;
 	if (rc != -ECONNREFUSED && rc != -ENOENT)
 		return 0;
 	place->name[0] = '\0';
@@ -181,7 +181,7 @@ static void timer_ready(void *opaque, uint32_t events)
 	(void)events;
 
 	if (read(g->timer_fd, &count, sizeof(count)) > 0 && g->net.events.writable != NULL)
-		g->net.events.writable(g->net.opaque);
+		g->net.events.writable(g->net.opaque, 0);
 }
 
 /* The guest's own words. */
@@ -198,10 +198,11 @@ static bool is_sane(const uint8_t *header, size_t bytes)
 					get_le16(header + NET_H_GSO_SIZE) > 0);
 }
 
-static int send_frame(struct net *net, const struct iovec *iov, unsigned count, size_t bytes)
+static int send_frame(struct net *net, unsigned lane, const struct iovec *iov, unsigned count, size_t bytes)
 {
 	struct group *g = (struct group *)net;
 	uint8_t head[NET_HEADER_BYTES + NET_ETHERNET_BYTES];
+	(void)lane;
 
 	if (net_gather(iov, count, head, sizeof(head)) < sizeof(head) || !is_sane(head, bytes))
 		return -EINVAL;
@@ -245,12 +246,13 @@ static ssize_t take(struct group *g, uint8_t *buffer, size_t size, struct sockad
 	return got;
 }
 
-static size_t receive(struct net *net, uint8_t *buffer)
+static size_t receive(struct net *net, unsigned lane, uint8_t *buffer)
 {
 	struct group *g = (struct group *)net;
 	size_t bytes = segmenter_next(&g->segments, buffer);
 	struct sockaddr_un from;
 	ssize_t got;
+	(void)lane;
 
 	while (bytes == 0 && (got = take(g, buffer, NET_BUFFER_BYTES, &from)) >= 0) {
 		if (g->deaf || got < (ssize_t)(NET_HEADER_BYTES + NET_ETHERNET_BYTES) || got > (ssize_t)NET_BUFFER_BYTES)
@@ -281,21 +283,21 @@ static void ready(void *opaque, uint32_t events)
 		return;
 	if (g->deaf)
 		forget_what_waits(g);
-	else if (g->net.wanted && g->net.events.readable != NULL)
-		g->net.events.readable(g->net.opaque);
+	else if (net_wants(&g->net, 0) && g->net.events.readable != NULL)
+		g->net.events.readable(g->net.opaque, 0);
 }
 
 static void watch(struct group *g)
 {
 	struct err err = ERR_INIT;
 
-	if (loop_modify(g->net.loop, g->source, g->net.wanted || g->deaf ? (uint32_t)EPOLLIN : 0, &err) < 0)
+	if (loop_modify(g->net.loop, g->source, net_wants(&g->net, 0) || g->deaf ? (uint32_t)EPOLLIN : 0, &err) < 0)
 		log_error("net %s: %s", g->net.config.name, err.message);
 }
 
-static void want(struct net *net, bool wanted)
+static void want(struct net *net, unsigned lane)
 {
-	(void)wanted;
+	(void)lane;
 	watch((struct group *)net);
 }
 
@@ -312,11 +314,14 @@ static void set_offloads(struct net *net, unsigned offloads) { ((struct group *)
 
 static void restart(struct net *net, const uint8_t guest_mac[6], const struct net_connections *guest)
 {
+	struct group *g = (struct group *)net;
 	(void)guest_mac;
 	(void)guest;
-	((struct group *)net)->waits_since_ns = 0;
-	forget_what_waits((struct group *)net);
-	watch((struct group *)net);
+
+	for (unsigned i = 0; i < MAX_LEARNED; i++)
+		g->learned[i].waits_since_ns = 0;
+	forget_what_waits(g);
+	watch(g);
 }
 
 /* --- life --- */

@@ -30,23 +30,26 @@ void net_listen(struct net *net, const struct net_events *events, void *opaque)
 
 const char *net_interface(const struct net *net) { return net->interface; }
 
-void net_want(struct net *net, bool wanted)
+unsigned net_lanes(const struct net *net) { return net->ops->use_lanes != NULL && net->config.pairs > 1 ? net->config.pairs : 1; }
+unsigned net_use_lanes(struct net *net, unsigned lanes) { return net->ops->use_lanes != NULL ? net->ops->use_lanes(net, lanes) : 1; }
+
+void net_want(struct net *net, unsigned lane, bool wanted)
 {
-	if (wanted == net->wanted)
+	if (wanted == net_wants(net, lane))
 		return;
-	net->wanted = wanted;
+	net->wanted ^= 1u << lane;
 	if (net->ops->want != NULL)
-		net->ops->want(net, wanted);
+		net->ops->want(net, lane);
 }
 
 bool net_waiting(const struct net *net) { return net->ops->waiting(net); }
-size_t net_receive(struct net *net, uint8_t *buffer) { return net->ops->receive(net, buffer); }
+size_t net_receive(struct net *net, unsigned lane, uint8_t *buffer) { return net->ops->receive(net, lane, buffer); }
 
-int net_send(struct net *net, const struct iovec *iov, unsigned count, size_t bytes)
+int net_send(struct net *net, unsigned lane, const struct iovec *iov, unsigned count, size_t bytes)
 {
 	if (bytes < NET_HEADER_BYTES + NET_ETHERNET_BYTES || bytes > NET_BUFFER_BYTES)
 		return -EINVAL;
-	return net->ops->send(net, iov, count, bytes);
+	return net->ops->send(net, lane, iov, count, bytes);
 }
 
 void net_hear(struct net *net)

@@ -11,6 +11,9 @@
  * frames whose checksum is still to be filled in and TCP segments of up to 64 KiB, and gives such only where net_set_offloads allows it. So
  * what a card offers to its guest does not depend on the backend.
  *
+ * A tap device has as many lanes as the card has pairs of queues: the kernel gives what comes for a flow to the lane that the flow was last sent by. The other
+ * backends have one.
+ *
  * Nothing of the host is in what a checkpoint saves: a card that goes back to a checkpoint calls net_restart.
  *
  * Threads: net_open and net_close before and after the loop runs; all else in the loop's thread, but for net_save_connections and net_restart (loop
@@ -35,6 +38,7 @@
 #define NET_NETWORK_BYTES 64u
 #define NET_PORT_BYTES 68u /* of a port's name in a network, with its end */
 #define NET_INTERFACE_BYTES 16u /* of an interface's name, with its end */
+#define NET_MAX_PAIRS	   16u
 
 /* Fields of the header (little endian) and their values. */
 enum {
@@ -63,6 +67,7 @@ struct net_forward {
 struct net_config {
 	const char *name; /* of the card, for messages; must outlive the backend */
 	enum net_mode mode;
+	unsigned pairs; /* of queues that the card has, 1..NET_MAX_PAIRS; 0: 1 */
 	unsigned forward_count; /* user */
 	struct net_forward forwards[NET_MAX_FORWARDS];
 	char interface[NET_INTERFACE_BYTES]; /* tap: the device; bridge: the bridge */
@@ -73,8 +78,8 @@ struct net_config {
 };
 
 struct net_events {
-	void (*readable)(void *opaque); /* frames wait, and are wanted */
-	void (*writable)(void *opaque); /* after net_send had no room */
+	void (*readable)(void *opaque, unsigned lane); /* frames wait, and are wanted */
+	void (*writable)(void *opaque, unsigned lane); /* after net_send had no room */
 	void (*link)(void *opaque, bool up);
 };
 
@@ -101,14 +106,21 @@ const char *net_interface(const struct net *net);
 /* A card that was deaf hears from here on. In the loop's thread. */
 void net_hear(struct net *net);
 
+/* How many there may be in use. */
+unsigned net_lanes(const struct net *net);
+/* So many of them are in use from here on, at first one, and frames come by no other. How many are: fewer where the host fails, which the log tells. */
+unsigned net_use_lanes(struct net *net, unsigned lanes);
+
+/* All of lanes that are in use. */
+
 /* `readable` comes while frames are wanted; not, at first. */
-void net_want(struct net *net, bool wanted);
-bool net_waiting(const struct net *net); /* frames wait that came during net_send */
+void net_want(struct net *net, unsigned lane, bool wanted);
+bool net_waiting(const struct net *net); /* frames wait on lane 0 that came during net_send */
 /* The next frame with its header into NET_BUFFER_BYTES at `buffer`: its length, 0 if there is none. */
-size_t net_receive(struct net *net, uint8_t *buffer);
+size_t net_receive(struct net *net, unsigned lane, uint8_t *buffer);
 /* A frame with its header, `bytes` in all, at most NET_BUFFER_BYTES. 0: taken, or lost as a network may; -EAGAIN: no room, `writable` will
  * tell; -EINVAL: the frame or its header is none, and was dropped. Untrusted. */
-int net_send(struct net *net, const struct iovec *iov, unsigned count, size_t bytes);
+int net_send(struct net *net, unsigned lane, const struct iovec *iov, unsigned count, size_t bytes);
 /* After a few net_send. */
 void net_flush(struct net *net);
 /* What frames to the guest may leave to it: NET_OFFLOAD_*. None at first. */

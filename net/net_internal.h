@@ -6,10 +6,11 @@
 
 struct net_ops {
 	void (*close)(struct net *net);
-	void (*want)(struct net *net, bool wanted); /* NULL: all the same to it */
+	unsigned (*use_lanes)(struct net *net, unsigned lanes); /* NULL: there is one */
+	void (*want)(struct net *net, unsigned lane); /* what net_wants says has changed. NULL: all the same to it */
 	bool (*waiting)(const struct net *net);
-	size_t (*receive)(struct net *net, uint8_t *buffer);
-	int (*send)(struct net *net, const struct iovec *iov, unsigned count, size_t bytes);
+	size_t (*receive)(struct net *net, unsigned lane, uint8_t *buffer);
+	int (*send)(struct net *net, unsigned lane, const struct iovec *iov, unsigned count, size_t bytes);
 	void (*flush)(struct net *net); /* NULL: it keeps nothing back */
 	void (*set_offloads)(struct net *net, unsigned offloads);
 	void (*save_connections)(const struct net *net, struct net_connections *out); /* NULL: it knows of none */
@@ -25,8 +26,10 @@ struct net {
 	char interface[NET_INTERFACE_BYTES];
 	struct net_events events;
 	void *opaque;
-	bool wanted;
+	unsigned wanted; /* lanes, by bit */
 };
+
+static inline bool net_wants(const struct net *net, unsigned lane) { return net->wanted >> lane & 1; }
 
 int net_user_load(struct err *err);
 int net_user_open(const struct net_config *config, struct loop *loop, struct net **out, struct err *err);

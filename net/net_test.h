@@ -23,6 +23,7 @@ static const uint8_t everybody[6] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
 struct frame {
 	size_t bytes; /* header included */
 	uint8_t *data;
+	unsigned lane;
 };
 
 struct card {
@@ -33,26 +34,32 @@ struct card {
 	struct frame frames[CARD_FRAMES];
 	unsigned count, taken;
 	_Atomic unsigned link_changes, writable;
+	unsigned lanes, send_lane; /* in use; that frames are sent by */
 	uint8_t buffer[NET_BUFFER_BYTES];
 };
 
-static void card_take(struct card *card)
+static void card_take(struct card *card, unsigned lane)
 {
 	size_t bytes;
 
-	while ((bytes = net_receive(card->net, card->buffer)) > 0) {
+	while ((bytes = net_receive(card->net, lane, card->buffer)) > 0) {
 		pthread_mutex_lock(&card->lock);
 		if (card->count < CARD_FRAMES) {
 			struct frame *frame = &card->frames[card->count++];
 			frame->bytes = bytes;
+			frame->lane = lane;
 			frame->data = xcalloc(1, bytes);
 			memcpy(frame->data, card->buffer, bytes);
 		}
 		pthread_mutex_unlock(&card->lock);
 	}
 }
-static void card_readable(void *opaque) { card_take(opaque); }
-static void card_writable(void *opaque) { atomic_fetch_add(&((struct card *)opaque)->writable, 1); }
+static void card_readable(void *opaque, unsigned lane) { card_take(opaque, lane); }
+static void card_writable(void *opaque, unsigned lane)
+{
+	(void)lane;
+	atomic_fetch_add(&((struct card *)opaque)->writable, 1);
+}
 static void card_link(void *opaque, bool up)
 {
 	(void)up;
@@ -63,7 +70,13 @@ static void *card_loop(void *opaque)
 	loop_run(((struct card *)opaque)->loop, NULL);
 	return NULL;
 }
-static void card_begin(void *opaque) { net_want(((struct card *)opaque)->net, true); }
+static void card_begin(void *opaque)
+{
+	struct card *card = opaque;
+	card->lanes = net_use_lanes(card->net, card->lanes);
+	for (unsigned i = 0; i < card->lanes; i++)
+		net_want(card->net, i, true);
+}
 
 static inline struct card *card_create(const struct net_config *config, struct err *err)
 {
@@ -78,6 +91,7 @@ static inline struct card *card_create(const struct net_config *config, struct e
 		return NULL;
 	}
 	net_listen(card->net, &events, card);
+	card->lanes = 1;
 	pthread_create(&card->thread, NULL, card_loop, card);
 	loop_call(card->loop, card_begin, card);
 	return card;
@@ -106,9 +120,9 @@ static void card_do_send(void *opaque)
 	/* In two pieces, as a guest does. */
 	struct iovec iov[2] = {{(void *)(uintptr_t)call->data, NET_HEADER_BYTES},
 			       {(void *)(uintptr_t)(call->data + NET_HEADER_BYTES), call->bytes - NET_HEADER_BYTES}};
-	call->result = net_send(call->card->net, iov, 2, call->bytes);
+	call->result = net_send(call->card->net, call->card->send_lane, iov, 2, call->bytes);
 	net_flush(call->card->net);
-	card_take(call->card);
+	card_take(call->card, 0);
 }
 /* With the header in front. */
 static inline int card_send_raw(struct card *card, const uint8_t *data, size_t bytes)
@@ -127,7 +141,7 @@ static void card_do_restart(void *opaque)
 {
 	struct card_call *call = opaque;
 	net_restart(call->card->net, guest_mac, call->connections);
-	card_take(call->card);
+	card_take(call->card, 0);
 }
 static inline void card_restart(struct card *card, const struct net_connections *connections)
 {

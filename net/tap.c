@@ -1,6 +1,10 @@
-/* Backends tap and bridge: a tap device with virtio's header, so that checksums and segmentation are the kernel's affair. */
+/*
+ * Backends tap and bridge: a tap device with virtio's header, so that checksums and segmentation are the kernel's affair. A lane is a queue of the device, with
+ * a descriptor of its own.
+ */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/ethtool.h>
 #include <linux/if_tun.h>
 #include <linux/sockios.h>
 #include <net/if.h>
@@ -18,33 +22,51 @@
 #define TUN_DEVICE "/dev/net/tun"
 #define DROP_MOST  4096u /* frames; the kernel's queue holds 1000 by default */
 
-struct tap {
-	struct net net;
+struct tap;
+struct tap_lane {
+	struct tap *tap;
+	unsigned index;
 	int fd;
-	struct loop_source *source;
-	bool blocked; /* net_send found no room */
-	bool gone;    /* the device is not there any more */
+	struct loop_source *source; /* of one that is in use */
+	bool blocked;		    /* net_send found no room */
 };
 
-static uint32_t wanted_events(const struct tap *tap)
+struct tap {
+	struct net net;
+	bool multi_queue; /* the device is one of several queues, though only one of them may be ours */
+	bool gone;	  /* the device is not there any more */
+	unsigned in_use;  /* the first so many lanes; the kernel gives nothing to the others */
+	unsigned count;
+	struct tap_lane lanes[NET_MAX_PAIRS];
+};
+
+static uint32_t wanted_events(const struct tap_lane *lane)
 {
-	return (tap->net.wanted ? (uint32_t)EPOLLIN : 0) | (tap->blocked ? (uint32_t)EPOLLOUT : 0);
+	return (net_wants(&lane->tap->net, lane->index) ? (uint32_t)EPOLLIN : 0) | (lane->blocked ? (uint32_t)EPOLLOUT : 0);
 }
 
-static void watch(struct tap *tap)
+static void watch(struct tap_lane *lane)
 {
+	struct tap *tap = lane->tap;
 	struct err err = ERR_INIT;
 
-	if (!tap->gone && loop_modify(tap->net.loop, tap->source, wanted_events(tap), &err) < 0)
+	if (!tap->gone && loop_modify(tap->net.loop, lane->source, wanted_events(lane), &err) < 0)
 		log_error("net %s: %s", tap->net.config.name, err.message);
 }
 
-/* Somebody removed the interface: the descriptor will never work again. */
+static void forget_sources(struct tap *tap)
+{
+	for (unsigned i = 0; i < tap->count; i++) {
+		loop_remove(tap->net.loop, tap->lanes[i].source);
+		tap->lanes[i].source = NULL;
+	}
+}
+
+/* Somebody removed the interface: the descriptors will never work again. */
 static void lose(struct tap *tap)
 {
 	log_error("net %s: interface %s is gone; the card has no link until the VM starts anew", tap->net.config.name, tap->net.interface);
-	loop_remove(tap->net.loop, tap->source);
-	tap->source = NULL;
+	forget_sources(tap);
 	tap->gone = true;
 	if (tap->net.events.link != NULL)
 		tap->net.events.link(tap->net.opaque, false);
@@ -52,31 +74,28 @@ static void lose(struct tap *tap)
 
 static void ready(void *opaque, uint32_t events)
 {
-	struct tap *tap = opaque;
+	struct tap_lane *lane = opaque;
+	struct net *net = &lane->tap->net;
 
 	/* A device that was removed answers so; one that is only down does not. */
 	if (events & EPOLLERR) {
 		struct ifreq request = {0};
-		if (ioctl(tap->fd, TUNGETIFF, &request) < 0) {
-			lose(tap);
+		if (ioctl(lane->fd, TUNGETIFF, &request) < 0) {
+			lose(lane->tap);
 			return;
 		}
 	}
-	if ((events & EPOLLOUT) && tap->blocked) {
-		tap->blocked = false;
-		watch(tap);
-		if (tap->net.events.writable != NULL)
-			tap->net.events.writable(tap->net.opaque);
+	if ((events & EPOLLOUT) && lane->blocked) {
+		lane->blocked = false;
+		watch(lane);
+		if (net->events.writable != NULL)
+			net->events.writable(net->opaque, lane->index);
 	}
-	if ((events & EPOLLIN) && tap->net.wanted && tap->net.events.readable != NULL)
-		tap->net.events.readable(tap->net.opaque);
+	if ((events & EPOLLIN) && net_wants(net, lane->index) && net->events.readable != NULL)
+		net->events.readable(net->opaque, lane->index);
 }
 
-static void want(struct net *net, bool wanted)
-{
-	(void)wanted;
-	watch((struct tap *)net);
-}
+static void want(struct net *net, unsigned lane) { watch(&((struct tap *)net)->lanes[lane]); }
 
 static bool waiting(const struct net *net)
 {
@@ -84,24 +103,24 @@ static bool waiting(const struct net *net)
 	return false; /* epoll tells */
 }
 
-static size_t receive(struct net *net, uint8_t *buffer)
+static size_t receive(struct net *net, unsigned lane, uint8_t *buffer)
 {
 	ssize_t got;
 
 	do {
-		got = read(((struct tap *)net)->fd, buffer, NET_BUFFER_BYTES);
+		got = read(((struct tap *)net)->lanes[lane].fd, buffer, NET_BUFFER_BYTES);
 	} while (got < 0 && errno == EINTR);
 	return got > (ssize_t)(NET_HEADER_BYTES + NET_ETHERNET_BYTES) ? (size_t)got : 0;
 }
 
-static int send_frame(struct net *net, const struct iovec *iov, unsigned count, size_t bytes)
+static int send_frame(struct net *net, unsigned index, const struct iovec *iov, unsigned count, size_t bytes)
 {
-	struct tap *tap = (struct tap *)net;
+	struct tap_lane *lane = &((struct tap *)net)->lanes[index];
 	ssize_t sent;
 	(void)bytes;
 
 	do {
-		sent = writev(tap->fd, iov, (int)count);
+		sent = writev(lane->fd, iov, (int)count);
 	} while (sent < 0 && errno == EINTR);
 	if (sent >= 0)
 		return 0;
@@ -109,8 +128,8 @@ static int send_frame(struct net *net, const struct iovec *iov, unsigned count, 
 		return -EINVAL;
 	if (errno != EAGAIN)
 		return 0; /* an interface that is down, or gone: a cable without an end */
-	tap->blocked = true;
-	watch(tap);
+	lane->blocked = true;
+	watch(lane);
 	return -EAGAIN;
 }
 
@@ -125,7 +144,8 @@ static void set_offloads(struct net *net, unsigned offloads)
 		bits |= offloads & NET_OFFLOAD_TSO6 ? TUN_F_TSO6 : 0;
 		bits |= (offloads & NET_OFFLOAD_ECN) && (bits & (TUN_F_TSO4 | TUN_F_TSO6)) ? TUN_F_TSO_ECN : 0;
 	}
-	if (!tap->gone && ioctl(tap->fd, TUNSETOFFLOAD, (unsigned long)bits) < 0)
+	/* Of the device, by any of its descriptors. */
+	if (!tap->gone && ioctl(tap->lanes[0].fd, TUNSETOFFLOAD, (unsigned long)bits) < 0)
 		log_warn("net %s: offloads 0x%x of %s: %s", net->config.name, bits, net->interface, strerror(errno));
 }
 
@@ -136,25 +156,81 @@ static void restart(struct net *net, const uint8_t guest_mac[6], const struct ne
 	(void)guest_mac;
 	(void)guest;
 
-	/* A read takes a frame, however short, if only the header fits. */
-	for (unsigned i = 0; i < DROP_MOST && !tap->gone && read(tap->fd, some, sizeof(some)) >= 0; i++)
-		;
-	tap->blocked = false;
-	watch(tap);
+	for (struct tap_lane *lane = tap->lanes; lane < tap->lanes + tap->in_use; lane++) {
+		/* A read takes a frame, however short, if only the header fits. */
+		for (unsigned i = 0; i < DROP_MOST && !tap->gone && read(lane->fd, some, sizeof(some)) >= 0; i++)
+			;
+		lane->blocked = false;
+		watch(lane);
+	}
+}
+
+/* --- lanes --- */
+
+static int set_queue(const struct tap_lane *lane, short what)
+{
+	struct ifreq request = {.ifr_flags = what};
+
+	return ioctl(lane->fd, TUNSETQUEUE, &request) < 0 ? -errno : 0;
+}
+
+static bool take_into_use(struct tap_lane *lane)
+{
+	struct tap *tap = lane->tap;
+	struct err err = ERR_INIT;
+	int ret = set_queue(lane, IFF_ATTACH_QUEUE);
+
+	if (ret < 0)
+		err_sys(&err, -ret, "queue %u of %s", lane->index, tap->net.interface);
+	else if (loop_add(tap->net.loop, lane->fd, 0, ready, lane, &lane->source, &err) < 0)
+		set_queue(lane, IFF_DETACH_QUEUE);
+	else
+		return true;
+	log_error("net %s: %s", tap->net.config.name, err.message);
+	return false;
+}
+
+/* What waits in it is lost. The loop must not watch it: to epoll a queue that is detached is one with an error. */
+static void put_out_of_use(struct tap_lane *lane)
+{
+	struct tap *tap = lane->tap;
+
+	loop_remove(tap->net.loop, lane->source);
+	lane->source = NULL;
+	lane->blocked = false;
+	tap->net.wanted &= ~(1u << lane->index);
+	int ret = set_queue(lane, IFF_DETACH_QUEUE);
+	if (ret < 0)
+		log_error("net %s: queue %u of %s: %s", tap->net.config.name, lane->index, tap->net.interface, strerror(-ret));
+}
+
+static unsigned use_lanes(struct net *net, unsigned lanes)
+{
+	struct tap *tap = (struct tap *)net;
+
+	if (tap->gone)
+		return tap->in_use;
+	while (tap->in_use > lanes)
+		put_out_of_use(&tap->lanes[--tap->in_use]);
+	while (tap->in_use < lanes && take_into_use(&tap->lanes[tap->in_use]))
+		tap->in_use++;
+	return tap->in_use;
 }
 
 static void close_tap(struct net *net)
 {
 	struct tap *tap = (struct tap *)net;
 
-	loop_remove(net->loop, tap->source);
-	if (tap->fd >= 0)
-		close(tap->fd); /* a device made for this card goes with it */
+	forget_sources(tap);
+	for (unsigned i = 0; i < tap->count; i++)
+		if (tap->lanes[i].fd >= 0)
+			close(tap->lanes[i].fd); /* a device made for this card goes with the last */
 	free(tap);
 }
 
 static const struct net_ops ops = {
 	.close = close_tap,
+	.use_lanes = use_lanes,
 	.want = want,
 	.waiting = waiting,
 	.receive = receive,
@@ -165,10 +241,10 @@ static const struct net_ops ops = {
 
 /* --- opening --- */
 
-static int open_tun(struct tap *tap, struct err *err)
+static int open_tun(struct tap_lane *lane, struct err *err)
 {
-	tap->fd = open(TUN_DEVICE, O_RDWR | O_CLOEXEC | O_NONBLOCK);
-	if (tap->fd >= 0)
+	lane->fd = open(TUN_DEVICE, O_RDWR | O_CLOEXEC | O_NONBLOCK);
+	if (lane->fd >= 0)
 		return 0;
 	int number = errno;
 	err_set(err, ERR_HOST, number, "%s: %s", TUN_DEVICE, strerror(number));
@@ -176,7 +252,7 @@ static int open_tun(struct tap *tap, struct err *err)
 								  : "let this user open it, or choose mode = user");
 }
 
-static int attach_fails(struct tap *tap, const char *name, bool own, int number, struct err *err)
+static int attach_fails(const struct tap *tap, const char *name, bool own, int number, struct err *err)
 {
 	switch (number) {
 	case EBUSY:
@@ -190,27 +266,82 @@ static int attach_fails(struct tap *tap, const char *name, bool own, int number,
 		err_prefix(err, "tap device %s", name);
 		return err_hint(err, "run as root or with CAP_NET_ADMIN, or give it to this user: `ip tuntap add %s mode tap user NAME`", name);
 	case EINVAL:
-		err_set(err, ERR_STATE, EINVAL, "interface %s is no tap device of one queue", name);
-		return err_hint(err, "make one with `ip tuntap add NAME mode tap`");
+		err_set(err, ERR_STATE, EINVAL, "interface %s is no tap device%s", name, tap->count > 1 ? " of several queues" : "");
+		return err_hint(err, tap->count > 1 ? "make one with `ip tuntap add NAME mode tap multi_queue`, or leave out `queues`"
+						    : "make one with `ip tuntap add NAME mode tap`");
 	default:
-		(void)tap;
 		return err_sys(err, number, "tap device %s", name);
 	}
 }
 
-/* `name`: of a device that is there, or a pattern for a new one. */
-static int attach(struct tap *tap, const char *name, bool own, struct err *err)
+/* `name`: of a device that is there, or a pattern for a new one. 0 or -errno. */
+static int attach(struct tap *tap, const struct tap_lane *lane, const char *name)
 {
-	struct ifreq request = {.ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR};
-	int header = NET_HEADER_BYTES, little = 1;
+	struct ifreq request = {.ifr_flags = (short)(IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (tap->multi_queue ? IFF_MULTI_QUEUE : 0))};
 
 	snprintf(request.ifr_name, sizeof(request.ifr_name), "%s", name);
-	if (ioctl(tap->fd, TUNSETIFF, &request) < 0)
-		return attach_fails(tap, name, own, errno, err);
+	if (ioctl(lane->fd, TUNSETIFF, &request) < 0)
+		return -errno;
 	snprintf(tap->net.interface, sizeof(tap->net.interface), "%s", request.ifr_name);
-	if (ioctl(tap->fd, TUNSETVNETHDRSZ, &header) < 0 || ioctl(tap->fd, TUNSETVNETLE, &little) < 0 || ioctl(tap->fd, TUNSETOFFLOAD, 0ul) < 0)
+	return 0;
+}
+
+/* Of a device of several queues, which the kernel shares out to all who come: as long as anybody has one there is a carrier. */
+static bool has_carrier(int control, const char *name)
+{
+	struct ethtool_value link = {.cmd = ETHTOOL_GLINK};
+	struct ifreq request = {.ifr_data = (char *)&link};
+
+	snprintf(request.ifr_name, sizeof(request.ifr_name), "%s", name);
+	return ioctl(control, SIOCETHTOOL, &request) == 0 && link.data;
+}
+
+static int attach_first(struct tap *tap, int control, const char *name, bool own, struct err *err)
+{
+	bool taken = !own && has_carrier(control, name);
+	int header = NET_HEADER_BYTES, little = 1;
+	int ret = open_tun(&tap->lanes[0], err);
+
+	if (ret < 0)
+		return ret;
+	tap->multi_queue = tap->count > 1;
+	ret = attach(tap, &tap->lanes[0], name);
+	if (ret == -EINVAL && !tap->multi_queue) {
+		tap->multi_queue = true;
+		ret = attach(tap, &tap->lanes[0], name);
+	}
+	if (ret == 0 && tap->multi_queue && taken)
+		ret = -EBUSY;
+	if (ret < 0)
+		return attach_fails(tap, name, own, -ret, err);
+	int fd = tap->lanes[0].fd;
+	if (ioctl(fd, TUNSETVNETHDRSZ, &header) < 0 || ioctl(fd, TUNSETVNETLE, &little) < 0 || ioctl(fd, TUNSETOFFLOAD, 0ul) < 0)
 		return err_sys(err, errno, "tap device %s", tap->net.interface);
 	return 0;
+}
+
+/* The others, out of use until the guest asks for more than one. */
+static int attach_rest(struct tap *tap, bool own, struct err *err)
+{
+	for (struct tap_lane *lane = tap->lanes + 1; lane < tap->lanes + tap->count; lane++) {
+		int ret = open_tun(lane, err);
+
+		if (ret < 0)
+			return ret;
+		ret = attach(tap, lane, tap->net.interface);
+		if (ret == 0)
+			ret = set_queue(lane, IFF_DETACH_QUEUE);
+		if (ret < 0)
+			return attach_fails(tap, tap->net.interface, own, -ret, err);
+	}
+	return 0;
+}
+
+static int attach_all(struct tap *tap, int control, const char *name, bool own, struct err *err)
+{
+	int ret = attach_first(tap, control, name, own, err);
+
+	return ret < 0 ? ret : attach_rest(tap, own, err);
 }
 
 static int get_flags(int control, const char *name, short *flags)
@@ -246,9 +377,7 @@ static int open_existing(struct tap *tap, int control, struct err *err)
 	/* Else the kernel would make one. */
 	if (get_flags(control, name, &flags) < 0)
 		return no_interface("tap device", name, "ip tuntap add NAME mode tap", err);
-	int ret = open_tun(tap, err);
-	if (ret == 0)
-		ret = attach(tap, name, false, err);
+	int ret = attach_all(tap, control, name, false, err);
 	if (ret == 0 && !(flags & IFF_UP) && set_up(control, name, flags) < 0)
 		log_warn("net %s: %s is down, nothing gets through until it is up: `ip link set %s up`", tap->net.config.name, name, name);
 	return ret;
@@ -291,9 +420,7 @@ static int open_in_bridge(struct tap *tap, int control, struct err *err)
 
 	if (get_flags(control, tap->net.config.interface, &flags) < 0)
 		return no_interface("bridge", tap->net.config.interface, "ip link add NAME type bridge", err);
-	int ret = open_tun(tap, err);
-	if (ret == 0)
-		ret = attach(tap, "vmcp%d", true, err);
+	int ret = attach_all(tap, control, "vmcp%d", true, err);
 	return ret < 0 ? ret : enter_bridge(tap, control, err);
 }
 
@@ -303,12 +430,15 @@ int net_tap_open(const struct net_config *config, struct loop *loop, struct net 
 	struct tap *tap = xcalloc(1, sizeof(*tap));
 
 	tap->net = (struct net){.ops = &ops, .loop = loop, .config = *config};
-	tap->fd = -1;
+	tap->in_use = 1;
+	tap->count = net_lanes(&tap->net);
+	for (unsigned i = 0; i < NET_MAX_PAIRS; i++)
+		tap->lanes[i] = (struct tap_lane){.tap = tap, .index = i, .fd = -1};
 	int ret = control < 0 ? err_sys(err, errno, "socket") : 0;
 	if (ret == 0)
 		ret = config->mode == NET_TAP ? open_existing(tap, control, err) : open_in_bridge(tap, control, err);
 	if (ret == 0)
-		ret = loop_add(loop, tap->fd, 0, ready, tap, &tap->source, err);
+		ret = loop_add(loop, tap->lanes[0].fd, 0, ready, &tap->lanes[0], &tap->lanes[0].source, err);
 	if (ret < 0) {
 		close_tap(&tap->net);
 		return ret;

@@ -8,55 +8,43 @@
 #include <net/if_arp.h>
 #include <linux/if_packet.h>
 #include <poll.h>
-#include <sched.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 
 #include "net/net_test.h"
+#include "net/tap_test.h"
 
 #define HOST_ADDRESS  0x0a630001u /* 10.99.0.1 */
 #define GUEST_ADDRESS 0x0a630002u
 
-static bool run(const char *command) { return system(command) == 0; }
-
-/* False, and the reason on stderr, where there can be none. */
-static bool own_namespace(void)
-{
-	if (unshare(CLONE_NEWNET) < 0) {
-		fprintf(stderr, "SKIP: no network namespace of its own: %s\n", strerror(errno));
-		return false;
-	}
-	if (access("/dev/net/tun", R_OK | W_OK) < 0 || !run("ip link set lo up && ip tuntap add probe mode tap 2>/dev/null && ip link del probe")) {
-		fprintf(stderr, "SKIP: no tap devices: /dev/net/tun or `ip` is missing\n");
-		return false;
-	}
-	return true;
-}
 static struct net_config config_of(enum net_mode mode, const char *interface)
 {
 	struct net_config config = {.name = "lan", .mode = mode};
 	snprintf(config.interface, sizeof(config.interface), "%s", interface);
 	return config;
 }
-static struct card *start(enum net_mode mode, const char *interface)
+static struct card *start_with(enum net_mode mode, const char *interface, unsigned pairs)
 {
 	struct net_config config = config_of(mode, interface);
 	struct err err = ERR_INIT;
+	config.pairs = pairs;
 	struct card *card = card_create(&config, &err);
 	cr_assert_not_null(card, "%s", err.message);
 	return card;
 }
-static void fails(enum net_mode mode, const char *interface, enum err_class class, const char *text)
+static struct card *start(enum net_mode mode, const char *interface) { return start_with(mode, interface, 0); }
+static void fails_with(enum net_mode mode, const char *interface, unsigned pairs, enum err_class class, const char *text)
 {
 	struct net_config config = config_of(mode, interface);
 	struct err err = ERR_INIT;
+	config.pairs = pairs;
 	cr_assert_null(card_create(&config, &err), "%s", interface);
 	cr_expect_eq(err.class, class, "%s: class %d", err.message, err.class);
 	cr_expect(strstr(err.message, text) && strstr(err.message, interface), "%s", err.message);
 	cr_expect(err.hint[0], "%s", err.message);
 }
+static void fails(enum net_mode mode, const char *interface, enum err_class class, const char *text) { fails_with(mode, interface, 0, class, text); }
 
 static bool is_arp_answer(const uint8_t *f, size_t n) { return n >= 42 && get_be16(f + 12) == 0x0806 && get_be16(f + 20) == 2; }
 static bool is_udp(const uint8_t *f, size_t n) { return n >= 42 && get_be16(f + 12) == 0x0800 && f[23] == 17 && get_be16(f + 36) == 7777; }
@@ -81,23 +69,21 @@ static int host_udp(void)
 	cr_assert_eq(bind(fd, (struct sockaddr *)&at, sizeof(at)), 0);
 	return fd;
 }
-static void host_sends(int fd, const char *text)
+static void host_sends_to(int fd, uint16_t port, const char *text)
 {
-	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(7777), .sin_addr.s_addr = htonl(GUEST_ADDRESS)};
+	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(GUEST_ADDRESS)};
 	cr_assert_eq(sendto(fd, text, strlen(text), 0, (struct sockaddr *)&to, sizeof(to)), (ssize_t)strlen(text));
 }
+static void host_sends(int fd, const char *text) { host_sends_to(fd, 7777, text); }
 static void set_offloads(void *opaque) { net_set_offloads(((struct card *)opaque)->net, NET_OFFLOAD_CSUM | NET_OFFLOAD_TSO4); }
 
-/* Both ways, with a checksum that the kernel fills in, and one that it leaves open. */
-static void exchange(struct card *card)
+static void say_hello(struct card *card, const uint8_t mac[6], int fd, uint16_t port)
 {
-	uint8_t mac[6], raw[NET_HEADER_BYTES + 47] = {NET_F_NEEDS_CSUM}, *frame = raw + NET_HEADER_BYTES;
+	uint8_t raw[NET_HEADER_BYTES + 47] = {NET_F_NEEDS_CSUM}, *frame = raw + NET_HEADER_BYTES;
 	char text[16] = {0};
-	int fd = host_udp();
-	find_host(card, mac);
 	make_ethernet(frame, mac, 0x0800);
 	make_ip(frame, 17, GUEST_ADDRESS, HOST_ADDRESS, 13);
-	put_be16(frame + 34, 7777);
+	put_be16(frame + 34, port);
 	put_be16(frame + 36, 7778);
 	put_be16(frame + 38, 13);
 	memcpy(frame + 42, "hello", 5);
@@ -109,6 +95,14 @@ static void exchange(struct card *card)
 	cr_assert_eq(poll(&p, 1, 5000), 1, "the host did not get it");
 	cr_expect_eq(recv(fd, text, sizeof(text), 0), 5);
 	cr_expect_str_eq(text, "hello");
+}
+/* Both ways, with a checksum that the kernel fills in, and one that it leaves open. */
+static void exchange(struct card *card)
+{
+	uint8_t mac[6];
+	int fd = host_udp();
+	find_host(card, mac);
+	say_hello(card, mac, fd, 7777);
 	for (int open = 0; open < 2; open++) {
 		if (open)
 			loop_call(card->loop, set_offloads, card);
@@ -216,6 +210,114 @@ Test(bridge, port_comes_and_goes)
 	struct card *second = start(NET_BRIDGE, "br0");
 	cr_expect_str_neq(net_interface(second->net), net_interface(card->net));
 	card_destroy(second);
+	card_destroy(card);
+	cr_expect(!run("ip -o link show master br0 | grep -q ."), "a port was left");
+}
+
+/* --- several queues --- */
+
+static bool is_any_udp(const uint8_t *f, size_t n) { return n >= 42 && get_be16(f + 12) == 0x0800 && f[23] == 17 && get_be16(f + 34) == 7778; }
+
+static void use_lanes(struct card *card, unsigned lanes)
+{
+	card->lanes = lanes;
+	loop_call(card->loop, card_begin, card);
+	cr_assert_eq(card->lanes, lanes);
+}
+/* A flow of the guest's by each lane in use: what comes for it comes by the same. */
+static void expect_steered(struct card *card, const uint8_t mac[6], int fd)
+{
+	for (unsigned i = 0; i < card->lanes; i++) {
+		card->send_lane = i;
+		say_hello(card, mac, fd, (uint16_t)(9000 + i));
+		host_sends_to(fd, (uint16_t)(9000 + i), "back!");
+		const uint8_t *got = card_wait(card, is_any_udp, NULL);
+		cr_assert_not_null(got, "lane %u", i);
+		cr_expect_eq(get_be16(got + 36), 9000 + i);
+		cr_expect_eq(card->frames[card->taken - 1].lane, i);
+	}
+	card->send_lane = 0;
+}
+static void several_lanes(struct card *card)
+{
+	struct net_connections none = {0};
+	uint8_t mac[6];
+	int fd = host_udp();
+	cr_expect_eq(net_lanes(card->net), 4);
+	find_host(card, mac);
+	/* Two are in use, all, one, and all again. */
+	static const unsigned in_use[] = {2, 4, 1, 4};
+	for (unsigned i = 0; i < 4; i++) {
+		use_lanes(card, in_use[i]);
+		expect_steered(card, mac, fd);
+	}
+	/* What comes for a flow of a lane that is no more in use comes by another. */
+	use_lanes(card, 2);
+	for (unsigned i = 0; i < 4; i++) {
+		host_sends_to(fd, (uint16_t)(9000 + i), "again");
+		cr_assert_not_null(card_wait(card, is_any_udp, NULL), "flow of lane %u", i);
+		cr_expect_lt(card->frames[card->taken - 1].lane, 2);
+	}
+	card_restart(card, &none);
+	expect_steered(card, mac, fd);
+	close(fd);
+}
+
+Test(tap, several_queues)
+{
+	if (!own_namespace())
+		return;
+	cr_assert(run("ip tuntap add vmtap0 mode tap multi_queue && ip addr add 10.99.0.1/24 dev vmtap0"));
+	struct card *card = start_with(NET_TAP, "vmtap0", 4);
+	several_lanes(card);
+	fails_with(NET_TAP, "vmtap0", 4, ERR_STATE, "in use");
+	fails_with(NET_TAP, "vmtap0", 1, ERR_STATE, "in use");
+	use_lanes(card, 1); /* whoever tried is gone without a trace */
+	card_destroy(card);
+	card = start_with(NET_TAP, "vmtap0", 1); /* one of its queues will do */
+	cr_expect_eq(net_lanes(card->net), 1);
+	exchange(card);
+	card_destroy(card);
+	cr_expect(run("ip link show vmtap0 >/dev/null"));
+}
+
+Test(tap, devices_of_one_queue)
+{
+	if (!own_namespace())
+		return;
+	cr_assert(run("ip tuntap add vmtap0 mode tap"));
+	fails_with(NET_TAP, "vmtap0", 2, ERR_STATE, "no tap device of several queues");
+	fails_with(NET_TAP, "lo", 2, ERR_STATE, "no tap device of several queues");
+}
+
+Test(tap, a_device_of_several_queues_that_goes_away)
+{
+	if (!own_namespace())
+		return;
+	cr_assert(run("ip tuntap add vmtap0 mode tap multi_queue && ip link set vmtap0 up"));
+	struct card *card = start_with(NET_TAP, "vmtap0", 4);
+	use_lanes(card, 3);
+	cr_assert(run("ip link del vmtap0"));
+	for (uint64_t until = clock_now_ns() + WAIT_NS; card->link_changes == 0 && clock_now_ns() < until; usleep(1000))
+		;
+	usleep(20000);
+	cr_expect_eq(card->link_changes, 1);
+	card->lanes = 4;
+	loop_call(card->loop, card_begin, card);
+	cr_expect_eq(card->lanes, 3, "no more than there were");
+	card_destroy(card);
+}
+
+Test(bridge, several_queues)
+{
+	if (!own_namespace())
+		return;
+	if (!run("ip link add br0 type bridge && ip addr add 10.99.0.1/24 dev br0 && ip link set br0 up")) {
+		fprintf(stderr, "SKIP: this kernel has no bridges\n");
+		return;
+	}
+	struct card *card = start_with(NET_BRIDGE, "br0", 4);
+	several_lanes(card);
 	card_destroy(card);
 	cr_expect(!run("ip -o link show master br0 | grep -q ."), "a port was left");
 }

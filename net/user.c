@@ -125,10 +125,11 @@ static void set_full(struct user *user, bool full)
 		log_error("net %s: %s", user->net.config.name, err.message);
 }
 
-static size_t receive(struct net *net, uint8_t *buffer)
+static size_t receive(struct net *net, unsigned lane, uint8_t *buffer)
 {
 	struct user *user = (struct user *)net;
 	uint32_t length;
+	(void)lane;
 
 	if (user->ring_used == 0)
 		return 0;
@@ -273,8 +274,8 @@ static void refresh(struct user *user)
 
 static void hand_over(struct user *user)
 {
-	if (user->net.wanted && user->ring_used > 0 && user->net.events.readable != NULL)
-		user->net.events.readable(user->net.opaque);
+	if (net_wants(&user->net, 0) && user->ring_used > 0 && user->net.events.readable != NULL)
+		user->net.events.readable(user->net.opaque, 0);
 }
 
 /* False: again, and no socket has anything. */
@@ -472,9 +473,10 @@ static void timer_ready(void *opaque, uint32_t events)
 
 /* --- frames from the guest --- */
 
-static int send_frame(struct net *net, const struct iovec *iov, unsigned count, size_t bytes)
+static int send_frame(struct net *net, unsigned lane, const struct iovec *iov, unsigned count, size_t bytes)
 {
 	struct user *user = (struct user *)net;
+	(void)lane;
 	size_t done = net_gather(iov, count, user->frame, bytes);
 	const uint8_t *packet = user->frame + NET_HEADER_BYTES;
 	if (done != bytes || net_fill_checksum(user->frame, bytes) < 0)

@@ -288,7 +288,7 @@ Test(user, datagrams_that_waited)
 	card_destroy(card);
 }
 
-static void want_nothing(void *opaque) { net_want(((struct card *)opaque)->net, false); }
+static void want_nothing(void *opaque) { net_want(((struct card *)opaque)->net, 0, false); }
 
 /* While the guest takes nothing, no more is read for it than it will soon take; when it does, the rest follows, and what comes then. */
 Test(user, what_is_not_taken_waits_in_the_socket)
@@ -311,7 +311,7 @@ Test(user, what_is_not_taken_waits_in_the_socket)
 	}
 	loop_park_request(card->loop);
 	loop_park_wait(card->loop);
-	for (; (bytes = net_receive(card->net, card->buffer)) > 0; waited++) {
+	for (; (bytes = net_receive(card->net, 0, card->buffer)) > 0; waited++) {
 		cr_assert_eq(bytes, NET_HEADER_BYTES + 42 + sizeof(data));
 		cr_assert_eq(card->buffer[bytes - 1], waited, "in order, and none is missing");
 	}
@@ -448,7 +448,7 @@ Test(user, restart_drops_what_waits)
 	struct iovec iov = {raw, sizeof(raw)};
 	loop_park_request(card->loop);
 	loop_park_wait(card->loop);
-	cr_expect_eq(net_send(card->net, &iov, 1, sizeof(raw)), 0);
+	cr_expect_eq(net_send(card->net, 0, &iov, 1, sizeof(raw)), 0);
 	cr_expect(net_waiting(card->net));
 	net_restart(card->net, guest_mac, &none);
 	cr_expect(!net_waiting(card->net));
