@@ -41,6 +41,7 @@ static const char nets[] =
 	"# forward = tcp:2222:22     # a port of the host's 127.0.0.1 that leads to one of the guest; may be repeated\n"
 	"# multiplex = tcp:80:22     # a port of the host that several VMs share; 'vmcp mux' shows how; may be repeated\n"
 	"# mac = 52:54:00:12:34:56   # chosen if it is not given\n"
+	"# queues = 2                # pairs of queues, as many as the guest has CPUs\n"
 	"# send_rate = 10M           # bytes a second; 0: no limit\n"
 	"# receive_rate = 10M\n"
 	"# [net wan]\n"

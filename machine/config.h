@@ -53,6 +53,7 @@ struct config_net {
 	uint8_t mac[6];
 	uint8_t ip[4];	   /* what the agent in the guest is to give the card */
 	unsigned ip_length; /* of its prefix; 0: the card's address is the guest's own affair */
+	unsigned queues;   /* pairs of them; 0 is 1 */
 	uint64_t send_rate, receive_rate; /* bytes a second, 0: no limit */
 	char tap[NET_INTERFACE_BYTES], bridge[NET_INTERFACE_BYTES];
 	char network[CONFIG_NAME_BYTES]; /* of libvirt */

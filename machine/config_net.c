@@ -208,6 +208,19 @@ static int set_network(struct config_reading *r, void *object, const char *key, 
 	return err_hint(r->err, "`virsh net-list --all` lists them");
 }
 
+static int set_queues(struct config_reading *r, void *object, const char *key, const char *value)
+{
+	char *end;
+	unsigned long queues = strtoul(value, &end, 10);
+
+	if (isdigit((unsigned char)value[0]) && !*end && queues >= 1 && queues <= NET_MAX_PAIRS) {
+		((struct config_net *)object)->queues = (unsigned)queues;
+		return 0;
+	}
+	config_fail(r, key, "'%s' is no number of queues", value);
+	return err_hint(r->err, "from 1 to %u; as many as the guest has CPUs are of use", NET_MAX_PAIRS);
+}
+
 static int parse_rate(struct config_reading *r, const char *key, const char *value, uint64_t *out)
 {
 	int rc = config_parse_size(r, key, value, out);
@@ -238,6 +251,7 @@ const struct config_key config_net_keys[] = {
 	{.name = "tap", .set = set_tap},
 	{.name = "bridge", .set = set_bridge},
 	{.name = "network", .set = set_network},
+	{.name = "queues", .set = set_queues},
 	{.name = "send_rate", .set = set_send_rate},
 	{.name = "receive_rate", .set = set_receive_rate},
 };
@@ -501,6 +515,8 @@ int config_nets_to_text(const struct machine_config *config, struct buf *out, st
 			rc = config_append(out, err, "bridge = %s\n", net->bridge);
 		if (!rc && net->network[0])
 			rc = config_append(out, err, "network = %s\n", net->network);
+		if (!rc && net->queues > 1)
+			rc = config_append(out, err, "queues = %u\n", net->queues);
 		if (!rc && net->send_rate)
 			rc = config_append(out, err, "send_rate = %llu\n", (unsigned long long)net->send_rate);
 		if (!rc && net->receive_rate)

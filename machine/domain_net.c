@@ -38,6 +38,24 @@ static const struct domain_rule bandwidth_rules[] = {{"inbound", read_inbound}, 
 
 static int read_bandwidth(struct domain_reading *r, const struct xml_node *node) { return domain_walk(r, node, DOMAIN_RULES(bandwidth_rules)); }
 
+/* Which of QEMU's threads moves frames (`name`) is nothing that the guest sees. */
+static int read_driver(struct domain_reading *r, const struct xml_node *node)
+{
+	const char *queues = xml_attribute(node, "queues");
+	unsigned long number = queues ? strtoul(queues, NULL, 10) : 1;
+	char text[16];
+
+	domain_tell_attributes(r, node, "name queues");
+	if (number > NET_MAX_PAIRS) {
+		domain_tell(r, node, "queues='%s': the card has %u", queues, NET_MAX_PAIRS);
+		number = NET_MAX_PAIRS;
+	}
+	if (number < 2)
+		return 0;
+	snprintf(text, sizeof(text), "%lu", number);
+	return domain_put(r, &r->nets, "queues", text);
+}
+
 static int read_mac(struct domain_reading *r, const struct xml_node *node)
 {
 	const char *address = xml_attribute(node, "address");
@@ -69,7 +87,7 @@ static int read_forward(struct domain_reading *r, const struct xml_node *node)
 
 static const struct domain_rule interface_rules[] = {
 	{"source", NULL}, {"target", NULL}, {"alias", NULL}, {"address", NULL}, {"boot", NULL}, {"rom", NULL}, {"acpi", NULL}, {"backend", NULL},
-	{"mac", read_mac}, {"model", read_model}, {"bandwidth", read_bandwidth}, {"portForward", read_forward},
+	{"mac", read_mac}, {"model", read_model}, {"driver", read_driver}, {"bandwidth", read_bandwidth}, {"portForward", read_forward},
 };
 
 /* The mode and what belongs to it; false: a card that cannot be. */

@@ -165,20 +165,22 @@ Test(domain, disks)
 Test(domain, cards)
 {
 	domain_becomes("<devices>"
-		       "<interface type='network'><source network='default'/><mac address='52:54:00:00:00:01'/><model type='virtio'/><target dev='vnet0'/></interface>"
+		       "<interface type='network'><source network='default'/><mac address='52:54:00:00:00:01'/><model type='virtio'/><driver name='vhost' queues='4'/><target dev='vnet0'/></interface>"
 		       "<interface type='bridge'><source bridge='br0'/><model type='e1000'/><bandwidth><inbound average='1000' peak='2'/><outbound average='2'/></bandwidth></interface>"
 		       "<interface type='user'><model type='virtio'/><portForward proto='tcp' address='127.0.0.1'><range start='2022' to='22'/><range start='1' end='9'/></portForward></interface>"
-		       "<interface type='ethernet'><target dev='tap0' managed='no'/><model type='virtio'/></interface>"
+		       "<interface type='ethernet'><target dev='tap0' managed='no'/><model type='virtio'/><driver queues='32' txmode='iothread'/></interface>"
 		       "<interface type='direct'><source dev='eth0'/></interface>"
 		       "<interface type='hostdev'/>"
 		       "</devices>",
-		       "\n[net net0]\nmode = libvirt\nnetwork = default\nmac = 52:54:00:00:00:01\n"
+		       "\n[net net0]\nmode = libvirt\nnetwork = default\nmac = 52:54:00:00:00:01\nqueues = 4\n"
 		       "\n[net net1]\nmode = bridge\nbridge = br0\nreceive_rate = 1000000\nsend_rate = 2000\n"
 		       "\n[net net2]\nmode = user\nforward = tcp:127.0.0.1:2022:22\n"
-		       "\n[net net3]\nmode = tap\ntap = tap0\n");
+		       "\n[net net3]\nmode = tap\ntap = tap0\nqueues = 16\n");
 	says("e1000: the guest finds a virtio card");
 	says("peak='2': not honoured");
 	says("only single ports");
+	says("txmode='iothread': not honoured");
+	says("queues='32': the card has 16");
 	says("type='direct' is not supported: the card is left out");
 	says("type='hostdev'");
 	domain_refuses("<devices><interface type='bridge'><source bridge='br0'/><mac address='53:00:00:00:00:00'/></interface></devices>", "MAC");
@@ -384,7 +386,7 @@ Test(domain_files, written)
 	CLEANUP_FREE char *raw = put("a&b", "plain data"), *kernel = put("k", "k");
 	CLEANUP_FREE char *cfg = xasprintf("[vm]\nname = web\nmemory = 1073741824\ncpus = 2\nkernel = %s\ncmdline = a<b 'c'\ncpu_model = x86-64-v2\nmemory_backing = small\n"
 					   "console = stdio\nrng = yes\nballoon = yes\nvsock_cid = 7\n\n[disk vda]\npath = %s\nreadonly = yes\n\n"
-					   "[net net0]\nmode = libvirt\nmac = 52:54:00:00:00:01\nnetwork = default\nsend_rate = 2000\n\n[net net1]\nmode = user\n",
+					   "[net net0]\nmode = libvirt\nmac = 52:54:00:00:00:01\nnetwork = default\nqueues = 4\nsend_rate = 2000\n\n[net net1]\nmode = user\n",
 					   kernel, raw);
 	struct machine_config config, again;
 	CLEANUP_BUF struct buf xml = BUF_INIT, back = BUF_INIT;

@@ -122,6 +122,10 @@ static int write_net(const char *vm, const struct config_net *net, struct buf *o
 		PUT_TEXT(rc, out, err, "      <target dev='%s' managed='no'/>\n", net->tap);
 	if (!rc)
 		rc = config_append(out, err, "      <model type='virtio'/>\n");
+	if (!rc && net->queues > 1 && net->mode != NET_USER)
+		rc = config_append(out, err, "      <driver queues='%u'/>\n", net->queues);
+	if (net->queues > 1 && net->mode == NET_USER)
+		log_warn("%s: net %s: its queues are not in the domain: QEMU's user network has one", vm, net->name);
 	if (net->forward_count)
 		log_warn("%s: net %s: its forwarded ports are not in the domain: QEMU below libvirt needs passt for them", vm, net->name);
 	if (!rc)

@@ -58,7 +58,7 @@ void machine_preload(const struct machine_config *config)
 static int open_backend(struct machine_net *net, const struct machine_net_place *place, struct err *err)
 {
 	const struct config_net *config = net->config;
-	struct net_config backend = {.name = config->name, .mode = config->mode, .forward_count = config->forward_count};
+	struct net_config backend = {.name = config->name, .mode = config->mode, .pairs = config->queues, .forward_count = config->forward_count};
 
 	memcpy(backend.forwards, config->forwards, sizeof(backend.forwards));
 	memcpy(backend.interface, config->mode == NET_TAP ? config->tap : config->bridge, sizeof(backend.interface));
@@ -79,7 +79,7 @@ static int open_backend(struct machine_net *net, const struct machine_net_place 
 
 int machine_net_open(struct machine_net *net, const struct machine_net_place *place, struct config_net *config, struct err *err)
 {
-	struct virtio_net_config device = {.name = config->name, .send_rate = config->send_rate, .receive_rate = config->receive_rate};
+	struct virtio_net_config device = {.name = config->name, .pairs = config->queues, .send_rate = config->send_rate, .receive_rate = config->receive_rate};
 
 	net->config = config;
 	memcpy(device.mac, config->mac, sizeof(device.mac));

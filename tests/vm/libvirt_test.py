@@ -297,7 +297,7 @@ def test_real_domains(env):
 def test_exports_are_valid(env):
     need("virt-xml-validate")
     disk = env.image("disk.qcow2", "16M")
-    extra = "rng = yes\nballoon = yes\nvsock_cid = 5\ncpu_model = {}\n[net a]\nmode = user\nsend_rate = 10M\nreceive_rate = 2000\nforward = tcp:{}:1\n"
+    extra = "rng = yes\nballoon = yes\nvsock_cid = 5\ncpu_model = {}\n[net a]\nmode = user\nsend_rate = 10M\nreceive_rate = 2000\nqueues = 2\nforward = tcp:{}:1\n"
     port = 20000 + os.getpid() % 20000
     for model in ("host", "x86-64-v1"):
         config = env.tiny_config(cmdline="report=0 a=<&>'", disks=[("data", disk)], extra="")
@@ -306,7 +306,7 @@ def test_exports_are_valid(env):
         env.write("tiny.cfg", text.replace("\n\n[disk", "\n" + extra.format(model, port) + "[disk"))
         guest = env.spawn_tiny("run", config)
         result = env.vmcp("config", "export", "--libvirt", "tiny")
-        check("forwarded ports are not in the domain" in result.err, str(result))
+        check("forwarded ports are not in the domain" in result.err and "queues are not in the domain" in result.err, str(result))
         run("virt-xml-validate", env.write("export.xml", result.out))
         again = env.vmcp("config", "convert", env.path("export.xml")).out
         for line in ("rng = yes", "balloon = yes", "vsock_cid = 5", "send_rate = 10486000", "mode = user"):
