@@ -129,7 +129,7 @@ static void start_work(struct tiny *tiny)
 			tiny_fail(tiny, wrong, NULL);
 	}
 	if (options->net) {
-		wrong = net_start(&tiny->net, &tiny->ram);
+		wrong = net_start(&tiny->net, &tiny->ram, (unsigned int)options->net);
 		if (wrong)
 			tiny_fail(tiny, wrong, NULL);
 	}

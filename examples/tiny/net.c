@@ -10,6 +10,9 @@
 #define FEATURE_CSUM  0x00000001u
 #define FEATURE_MAC   0x00000020u /* bit 5 */
 #define FEATURE_TSO4  0x00000800u /* bit 11, of what is sent */
+#define FEATURE_CTRL  0x00020000u /* bit 17: a control queue */
+#define FEATURE_MQ    0x00400000u /* bit 22: several pairs of queues */
+#define DEVICE_PAIRS  8u	    /* in the configuration, with FEATURE_MQ */
 
 #define HEADER_BYTES 12u
 /* Of the header (5.1.6). */
@@ -89,44 +92,100 @@ static void swap(uint8_t *a, uint8_t *b, unsigned int bytes)
 	}
 }
 
-static void offer_buffer(struct net *net, unsigned int i)
+static void offer_buffer(struct net_pair *pair, unsigned int i)
 {
-	virtio_describe(&net->receive, i, net->receive_buffers + i * NET_BUFFER_BYTES, NET_BUFFER_BYTES, VIRTQ_DEVICE_WRITE);
-	virtio_offer(&net->receive, i);
+	virtio_describe(&pair->receive, i, pair->receive_buffers + i * NET_BUFFER_BYTES, NET_BUFFER_BYTES, VIRTQ_DEVICE_WRITE);
+	virtio_offer(&pair->receive, i);
 }
 
-const char *net_start(struct net *net, struct ram *ram)
+static bool start_pair(struct net *net, struct ram *ram, unsigned int number)
+{
+	struct net_pair *pair = &net->pairs[number];
+	uint16_t receive = (uint16_t)(2 * number), send = (uint16_t)(receive + 1);
+
+	pair->receive_buffers = ram_take(ram, NET_BUFFERS * NET_BUFFER_BYTES);
+	pair->send_buffers = ram_take(ram, NET_BUFFERS * NET_BUFFER_BYTES);
+	pair->free_sends = 0xffffffffu;
+	return pair->receive_buffers && pair->send_buffers && virtio_queue_limit(&net->virtio, send) >= SEND_QUEUE_SIZE &&
+	       virtio_queue_start(&net->virtio, &pair->receive, ram, receive, QUEUE_SIZE) &&
+	       virtio_queue_start(&net->virtio, &pair->send, ram, send, SEND_QUEUE_SIZE);
+}
+
+/* VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET (5.1.6.5.5). */
+static bool use_pairs(struct net *net, struct ram *ram)
+{
+	uint8_t *command = ram_take(ram, PAGE_BYTES);
+	volatile uint8_t *status = command + 4;
+	uint32_t head;
+
+	if (!command)
+		return false;
+	command[0] = 4;
+	command[1] = 0;
+	command[2] = (uint8_t)net->pair_count;
+	command[3] = 0;
+	*status = 1;
+	virtio_describe(&net->control, 0, command, 4, VIRTQ_NEXT);
+	virtio_describe(&net->control, 1, status, 1, VIRTQ_DEVICE_WRITE);
+	virtio_offer(&net->control, 0);
+	virtio_notify(&net->control);
+	while (!virtio_poll(&net->control, &head))
+		;
+	return *status == 0;
+}
+
+static const char *start_queues(struct net *net, struct ram *ram, uint16_t control)
+{
+	bool good = true;
+	unsigned int i, n;
+
+	for (n = 0; n < net->pair_count && good; n++)
+		good = start_pair(net, ram, n);
+	if (good && net->pair_count > 1)
+		good = virtio_queue_start(&net->virtio, &net->control, ram, control, 2);
+	if (!good)
+		return "no-memory-for-card";
+	virtio_go(&net->virtio);
+	if (net->pair_count > 1 && !use_pairs(net, ram))
+		return "card-refuses-pairs";
+	for (n = 0; n < net->pair_count; n++) {
+		for (i = 0; i < NET_BUFFERS; i++)
+			offer_buffer(&net->pairs[n], i);
+		virtio_notify(&net->pairs[n].receive);
+	}
+	return NULL;
+}
+
+const char *net_start(struct net *net, struct ram *ram, unsigned int pairs)
 {
 	const char *wrong = wrong_words[virtio_start(&net->virtio, ID_NET_MODERN, ID_NET_EITHER, 0)];
-	uint32_t cutting = FEATURE_CSUM | FEATURE_TSO4;
+	uint32_t cutting = FEATURE_CSUM | FEATURE_TSO4, several = FEATURE_CTRL | FEATURE_MQ, offered;
+	uint16_t most = 1;
 	unsigned int i;
 
 	if (!wrong && !net->virtio.device)
 		wrong = wrong_words[VIRTIO_NOT_MODERN];
-	if (!wrong && !(virtio_offered(&net->virtio) & FEATURE_MAC))
-		wrong = "card-without-address";
-	if (!wrong) {
-		net->cuts = (virtio_offered(&net->virtio) & cutting) == cutting;
-		wrong = wrong_words[virtio_accept(&net->virtio, FEATURE_MAC | (net->cuts ? cutting : 0))];
-	}
 	if (wrong)
 		return wrong;
-	net->receive_buffers = ram_take(ram, NET_BUFFERS * NET_BUFFER_BYTES);
-	net->send_buffers = ram_take(ram, NET_BUFFERS * NET_BUFFER_BYTES);
+	offered = virtio_offered(&net->virtio);
+	if (!(offered & FEATURE_MAC))
+		return "card-without-address";
+	net->cuts = (offered & cutting) == cutting;
+	if (pairs > 1 && (offered & several) == several)
+		most = mmio_read16(net->virtio.device + DEVICE_PAIRS);
+	net->pair_count = pairs < most ? pairs : most;
+	wrong = wrong_words[virtio_accept(&net->virtio, FEATURE_MAC | (net->cuts ? cutting : 0) | (net->pair_count > 1 ? several : 0))];
+	if (wrong)
+		return wrong;
 	net->filler = ram_take(ram, (TCP_LONGEST + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES);
-	if (!net->receive_buffers || !net->send_buffers || !net->filler || virtio_queue_limit(&net->virtio, 1) < SEND_QUEUE_SIZE ||
-	    !virtio_queue_start(&net->virtio, &net->receive, ram, 0, QUEUE_SIZE) || !virtio_queue_start(&net->virtio, &net->send, ram, 1, SEND_QUEUE_SIZE))
+	if (!net->filler)
 		return "no-memory-for-card";
 	memset(net->filler, TCP_FILLER, TCP_LONGEST);
 	for (i = 0; i < sizeof(net->mac); i++)
 		net->mac[i] = mmio_read8(net->virtio.device + i);
-	net->free_sends = 0xffffffffu;
-	virtio_go(&net->virtio);
-	for (i = 0; i < NET_BUFFERS; i++)
-		offer_buffer(net, i);
-	virtio_notify(&net->receive);
-	net->there = true;
-	return NULL;
+	wrong = start_queues(net, ram, (uint16_t)(2 * most));
+	net->there = !wrong;
+	return wrong;
 }
 
 /* Each makes the answer of the question in place: its length, 0 if there is none to give. */
@@ -245,29 +304,29 @@ static uint32_t answer(struct net *net, uint8_t *frame, uint32_t bytes, uint64_t
 }
 
 /* One of the free places, with a header of zeroes. */
-static unsigned int take_place(struct net *net, uint8_t **place)
+static unsigned int take_place(struct net_pair *pair, uint8_t **place)
 {
-	unsigned int i = (unsigned int)__builtin_ctz(net->free_sends);
+	unsigned int i = (unsigned int)__builtin_ctz(pair->free_sends);
 
-	net->free_sends &= net->free_sends - 1;
-	*place = net->send_buffers + i * NET_BUFFER_BYTES;
+	pair->free_sends &= pair->free_sends - 1;
+	*place = pair->send_buffers + i * NET_BUFFER_BYTES;
 	memset(*place, 0, HEADER_BYTES);
 	return i;
 }
 
-static void send(struct net *net, const uint8_t *frame, uint32_t bytes)
+static void send(struct net *net, struct net_pair *pair, const uint8_t *frame, uint32_t bytes)
 {
 	unsigned int i;
 	uint8_t *place;
 
-	if (!net->free_sends) {
+	if (!pair->free_sends) {
 		net->lost++;
 		return;
 	}
-	i = take_place(net, &place);
+	i = take_place(pair, &place);
 	memcpy(place + HEADER_BYTES, frame, bytes);
-	virtio_describe(&net->send, 2 * i, place, HEADER_BYTES + bytes, 0);
-	virtio_offer(&net->send, 2 * i);
+	virtio_describe(&pair->send, 2 * i, place, HEADER_BYTES + bytes, 0);
+	virtio_offer(&pair->send, 2 * i);
 }
 
 static void put_le16(uint8_t *at, uint32_t value)
@@ -276,10 +335,10 @@ static void put_le16(uint8_t *at, uint32_t value)
 	at[1] = (uint8_t)(value >> 8);
 }
 
-static void send_segment(struct net *net, const struct tcp_out *out)
+static void send_segment(struct net *net, struct net_pair *pair, const struct tcp_out *out)
 {
 	uint8_t *place;
-	unsigned int i = take_place(net, &place);
+	unsigned int i = take_place(pair, &place);
 
 	if (out->cut) {
 		place[HEADER_FLAGS] = NEEDS_CSUM;
@@ -290,34 +349,45 @@ static void send_segment(struct net *net, const struct tcp_out *out)
 		put_le16(place + HEADER_CSUM_OFFSET, 16);
 	}
 	memcpy(place + HEADER_BYTES, out->head, out->head_bytes);
-	virtio_describe(&net->send, 2 * i, place, HEADER_BYTES + out->head_bytes, out->bytes ? VIRTQ_NEXT : 0);
-	virtio_describe(&net->send, 2 * i + 1, net->filler, out->bytes, 0);
-	virtio_offer(&net->send, 2 * i);
+	virtio_describe(&pair->send, 2 * i, place, HEADER_BYTES + out->head_bytes, out->bytes ? VIRTQ_NEXT : 0);
+	virtio_describe(&pair->send, 2 * i + 1, net->filler, out->bytes, 0);
+	virtio_offer(&pair->send, 2 * i);
+}
+
+static void turn_pair(struct net *net, struct net_pair *pair, uint64_t now)
+{
+	uint32_t head, bytes, length;
+	uint8_t *frame;
+
+	while (virtio_poll(&pair->send, &head))
+		pair->free_sends |= 1u << (head / 2 % NET_BUFFERS);
+	while (virtio_poll(&pair->receive, &head)) {
+		head %= NET_BUFFERS;
+		bytes = pair->receive.used->ring[(uint16_t)(pair->receive.used_index - 1) % pair->receive.size].bytes;
+		frame = pair->receive_buffers + head * NET_BUFFER_BYTES + HEADER_BYTES;
+		length = bytes > HEADER_BYTES && bytes <= NET_BUFFER_BYTES ? answer(net, frame, bytes - HEADER_BYTES, now) : 0;
+		pair->came++;
+		if (length)
+			send(net, pair, frame, length);
+		offer_buffer(pair, head);
+	}
 }
 
 void net_turn(struct net *net, const struct clock *clock, uint64_t now)
 {
-	uint32_t head, bytes, length;
+	struct net_pair *first = &net->pairs[0], *pair;
 	struct tcp_out out;
-	uint8_t *frame;
 
-	while (virtio_poll(&net->send, &head))
-		net->free_sends |= 1u << (head / 2 % NET_BUFFERS);
-	while (virtio_poll(&net->receive, &head)) {
-		head %= NET_BUFFERS;
-		bytes = net->receive.used->ring[(uint16_t)(net->receive.used_index - 1) % net->receive.size].bytes;
-		frame = net->receive_buffers + head * NET_BUFFER_BYTES + HEADER_BYTES;
-		length = bytes > HEADER_BYTES && bytes <= NET_BUFFER_BYTES ? answer(net, frame, bytes - HEADER_BYTES, now) : 0;
-		if (length)
-			send(net, frame, length);
-		offer_buffer(net, head);
+	for (pair = first; pair < first + net->pair_count; pair++)
+		turn_pair(net, pair, now);
+	for (; net->stream_left && first->free_sends; net->stream_left--)
+		send(net, first, net->stream, net->stream_bytes);
+	while (first->free_sends && tcp_next(&net->tcp, clock, now, net->cuts, &out))
+		send_segment(net, first, &out);
+	for (pair = first; pair < first + net->pair_count; pair++) {
+		virtio_notify(&pair->send);
+		virtio_notify(&pair->receive);
 	}
-	for (; net->stream_left && net->free_sends; net->stream_left--)
-		send(net, net->stream, net->stream_bytes);
-	while (net->free_sends && tcp_next(&net->tcp, clock, now, net->cuts, &out))
-		send_segment(net, &out);
-	virtio_notify(&net->send);
-	virtio_notify(&net->receive);
 }
 
 void net_beat(struct net *net)
@@ -332,7 +402,7 @@ void net_beat(struct net *net)
 	net->beats++;
 	for (i = 0; i < 8; i++)
 		frame[BEAT_NUMBER + i] = (uint8_t)(net->beats >> (56 - 8 * i));
-	send(net, frame, sizeof(frame));
+	send(net, &net->pairs[0], frame, sizeof(frame));
 }
 
 bool net_stream(struct net *net, uint64_t frames)

@@ -2,6 +2,7 @@
 
 #include <stddef.h>
 
+#include "net.h"
 #include "text.h"
 
 static const char *const mode_names[] = {
@@ -96,7 +97,7 @@ static bool parse_word(struct options *o, const char *word)
 	if ((value = text_after(word, "balloon=")))
 		return parse_flag(value, &o->balloon);
 	if ((value = text_after(word, "net=")))
-		return parse_flag(value, &o->net);
+		return parse_limited(value, 0, NET_PAIRS, &o->net);
 	if ((value = text_after(word, "beat=")))
 		return parse_limited(value, 0, 1000000, &o->beat_rate);
 	if ((value = text_after(word, "spare=")))

@@ -18,7 +18,7 @@ struct options {
 	uint64_t disks; /* in use, at most 2 */
 	bool bench; /* of the disk, which is then for nothing else */
 	bool balloon;
-	bool net;
+	uint64_t net; /* pairs of queues of the card, 0: it is not used */
 	uint64_t beat_rate; /* frames to everybody per second */
 	uint64_t spare_bytes; /* for the balloon to give back */
 	uint64_t report_rate; /* chunks of it reported as free or filled again per second */

@@ -103,7 +103,9 @@ void report_sum(struct tiny *tiny)
 void report_net(struct tiny *tiny)
 {
 	const struct net *net = &tiny->net;
+	static const char *const pairs[NET_PAIRS] = {"pair0", "pair1", "pair2", "pair3"};
 	struct line *line = &tiny->line;
+	unsigned int i;
 
 	line_start(line, "net");
 	line_number(line, "arps", net->arps);
@@ -116,6 +118,8 @@ void report_net(struct tiny *tiny)
 	line_number(line, "sunk", net->sunk);
 	line_number(line, "taken", net->tcp.taken);
 	line_number(line, "left", net->stream_left);
+	for (i = 0; i < net->pair_count; i++)
+		line_number(line, pairs[i], net->pairs[i].came);
 	tiny_print(tiny);
 }
 
