@@ -275,6 +275,60 @@ def test_network(env):
     env.vmcp("kill", "debian")
 
 
+# What `ethtool -l eth0` says, after `ethtool -L eth0 combined N` where a number is given: how many pairs of queues are used, of how many.
+CHANNELS = r"""perl -e 'socket(S, 2, 2, 0) or die "$!"; $d = pack("L9", 0x3c); $r = pack("a16P36", "eth0", $d); ioctl(S, 0x8946, $r) or die "$!";
+@c = unpack("L9", $d); if (@ARGV) { @c[0, 8] = (0x3d, @ARGV); $d = pack("L9", @c); $r = pack("a16P36", "eth0", $d); ioctl(S, 0x8946, $r) or die "$!" } print "$c[8] of $c[4]\n"' """
+
+
+def check_queues(console, port, pairs, what):
+    """By these pairs of queues, and no others, come the frames of new connections: 12 of them, or more where a queue had none of these."""
+    def interrupts():
+        lines = [line.split() for line in said(console, "grep -- '-input[.]' /proc/interrupts").splitlines()]
+        return {line[-1].rsplit(".", 1)[1]: sum(int(count) for count in line[1:3]) for line in lines}
+
+    before, used, callers = interrupts(), [], []
+    while len(used) < pairs and len(callers) < 72:
+        callers += [Caller(port) for _ in range(12)]
+        for number, caller in enumerate(callers[-12:]):
+            caller.echo(f"flow {number}")
+        used = [queue for queue, count in sorted(interrupts().items()) if count > before[queue]]
+    check_equal(used, ["0", "1", "2", "3"][:pairs], f"queues with traffic {what}")
+
+
+def test_network_queues(env):
+    """A card of four pairs of queues, of which a guest of two processors takes two; another number of them; traffic by all over a live checkpoint, a revert and a start."""
+    port = free_port()
+    console = boot(env, cpus=2, extra=f"[net lan]\nmode = user\nqueues = 4\nforward = tcp:{port}:8080")
+    console.check(DHCP, 90)
+    console.check(SERVER + " sleep 2")
+    console.check("for i in $(seq 120); do grep -q ':1F90 ' /proc/net/tcp && break; sleep 0.5; done; grep ':1F90 ' /proc/net/tcp || ! cat /run/server", 90)
+    count = "ls -d /sys/class/net/eth0/queues/rx-* | wc -l"
+    check_equal(said(console, CHANNELS), "2 of 4", "pairs of queues")
+    check_equal(said(console, count), "2", "receive queues")
+    check_queues(console, port, 2, "at first")
+    caller = Caller(port)
+    env.vmcp_json("checkpoint", "--live", "--tag", "good", timeout=120)
+    caller.echo("after the checkpoint")
+    check_queues(console, port, 2, "after the checkpoint")
+    check_equal(said(console, CHANNELS + "1"), "1 of 4", "pairs of queues, set to one")
+    check_equal(said(console, count), "1", "receive queues, set to one")
+    check_queues(console, port, 1, "set to one")
+    check_equal(said(console, CHANNELS + "4"), "4 of 4", "pairs of queues, set to four")
+    check_queues(console, port, 4, "set to four")
+    env.vmcp_json("checkpoint", "--live", "--tag", "four", timeout=120)
+    for tag, pairs in (("good", 2), ("four", 4)):
+        env.vmcp_json("revert", tag, timeout=120)
+        console.sync(60)
+        check_equal(said(console, CHANNELS), f"{pairs} of 4", f"pairs of queues after the revert to {tag}")
+        check_queues(console, port, pairs, f"after the revert to {tag}")
+    check_log(console, "with queues")
+    env.vmcp("kill", "debian")
+    check_equal(env.vmcp_json("revert", "four", timeout=120)["mode"], "started", "mode")
+    console = attach(env)
+    check_queues(console, port, 4, "after the start")
+    env.vmcp("kill", "debian")
+
+
 # Says who it is to whoever connects.
 WHO = """perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 80, Listen => 8, ReuseAddr => 1) or die;
 while ($c = $s->accept) { open(F, "/proc/sys/kernel/hostname"); print $c <F>; close F; close $c }' > /run/who 2>&1 &"""

@@ -254,11 +254,101 @@ def test_network_tap_and_bridge(env):
             time.sleep(0.05)
 
 
+def pair_counts(guest):
+    said = guest.ask("net", "net")
+    return [int(said[key]) for key in sorted(said) if key.startswith("pair")]
+
+
+def insist_on_all_pairs(guest, echoes, pairs):
+    """Every flow is answered, and each pair of queues has its share: of 64 flows one of four pairs gets none once in 10^7 times."""
+    before = pair_counts(guest)
+    check_equal(len(before), pairs, "pairs of queues")
+    for number, echo in enumerate(echoes):
+        echo.insist(f"flow {number}")
+    now = pair_counts(guest)
+    check(all(now[i] > before[i] for i in range(pairs)), f"a pair of queues got nothing: {before}, {now}")
+
+
+def echoes_at(port):
+    return [Echo(port) for _ in range(64)]
+
+
+def test_network_queues(env):
+    """A card of four pairs of queues: flows by all of them, over live checkpoints, reverts, starts and a clone. Another number of pairs is refused, and a driver of one pair works."""
+    port, other = free_ports(2)
+    guest = env.start_tiny(cmdline="set=16M rate=20000 report=0 net=4", extra=f"[net lan]\nmode = user\nqueues = 4\nforward = udp:{port}:7\n")
+    echoes = echoes_at(port)
+    insist_on_all_pairs(guest, echoes, 4)
+    for number in range(5):
+        taking = subprocess.Popen([env.vmcp_bin, "--store", env.store, "-q", "checkpoint", "--live", "tiny", "--tag", f"c{number}"], stdout=subprocess.DEVNULL)
+        asked = lost = 0
+        while taking.poll() is None:
+            lost += not echoes[asked % 64].ask(2)
+            asked += 1
+        check_equal((taking.returncode, lost), (0, 0), "checkpoint, answers lost")
+    for number in range(5):
+        check_equal(env.vmcp_json("revert", f"c{number}")["mode"], "in-place", "mode")
+        insist_on_all_pairs(guest, echoes, 4)
+    guest.check()
+    env.vmcp("run", "--detach", "--from", "c4", "--name", "two", "--net", f"lan:forward=udp:{other}:7")
+    insist_on_all_pairs(env.attach_tiny("two"), echoes_at(other), 4)
+    env.vmcp("kill", "two")
+    clone = env.vmcp_json("clone", "c4", "--count", "1", "--name", "branch")["vms"][0]
+    own_port = next(r["host"] for r in clone["identity"]["resources"] if r["type"] == "port").rsplit(":", 1)[1]
+    insist_on_all_pairs(env.attach_tiny(clone["name"]), echoes_at(int(own_port)), 4)
+    env.vmcp("kill", clone["name"])
+    result = env.vmcp("run", "--detach", "--from", "c4", "--name", "three", "--net", f"lan:forward=udp:{other}:7,lan:queues=2", status=4)
+    check("has 4 pairs of queues, this one has 2" in result.err and "`queues = 4`" in result.err, str(result))
+    env.vmcp("kill", "tiny")
+    check_equal(env.vmcp_json("revert", "c0")["mode"], "started", "mode")
+    insist_on_all_pairs(env.attach_tiny("tiny"), echoes, 4)
+    env.vmcp("kill", "tiny")
+    guest = env.start_tiny(cmdline="set=16M rate=20000 report=0 net=1", name="one", extra=f"[net lan]\nmode = user\nqueues = 16\nforward = udp:{port}:7\n")
+    insist_on_all_pairs(guest, echoes, 1)
+    env.vmcp_json("checkpoint", "--live", "one", "--tag", "d")
+    env.vmcp("revert", "d")
+    insist_on_all_pairs(guest, echoes, 1)
+    env.vmcp("kill", "one")
+
+
+def test_network_queues_of_taps(env):
+    """The same on a tap device of several queues, and in a bridge. A device of one queue is refused, and one that another has."""
+    with own_network():
+        ip("tuntap add many mode tap multi_queue")
+        ip("addr add 10.0.2.1/24 dev many")
+        ip("link set many up")
+        card = "[net lan]\nmode = tap\ntap = {}\nqueues = 4\n"
+        result = env.vmcp("run", "--detach", env.tiny_config(extra=card.format("vmtap0")), status=4)
+        check("interface vmtap0 is no tap device of several queues" in result.err and "multi_queue" in result.err, str(result))
+        guest = env.start_tiny(cmdline="set=16M rate=1000 report=0 net=4", extra=card.format("many"))
+        echoes = [Echo(7, "10.0.2.15") for _ in range(64)]
+        insist_on_all_pairs(guest, echoes, 4)
+        env.vmcp_json("checkpoint", "--live", "tiny", "--tag", "tapped")
+        insist_on_all_pairs(guest, echoes, 4)
+        for _ in range(3):
+            env.vmcp_json("revert", "tapped")
+            insist_on_all_pairs(guest, echoes, 4)
+        guest.check()
+        stranger = env.path("stranger")  # a store that knows nothing of this one's VMs
+        result = env.vmcp("run", "--detach", env.tiny_config(name="two", extra=card.format("many")), status=4, store=stranger)
+        check("tap device many is in use by another process" in result.err, str(result))
+        ip("addr del 10.0.2.1/24 dev many")
+        ip("link add br0 type bridge")
+        ip("link set br0 up")
+        ip("addr add 10.0.2.1/24 dev br0")
+        env.vmcp("kill", "tiny")
+        env.vmcp("run", "--detach", "--from", "tapped", "--name", "two", "--net", "lan:mode=bridge,lan:bridge=br0")
+        insist_on_all_pairs(env.attach_tiny("two"), echoes, 4)
+        env.vmcp("kill", "two")
+
+
 def test_network_errors(env):
     """One clear error each, before anything runs."""
     for text, status, words in (("mode = tap\ntap = nosuch0", 3, "there is no tap device nosuch0"),
                                 ("mode = bridge\nbridge = nosuch0", 3, "there is no bridge nosuch0"),
                                 ("mode = libvirt", 2, "network: is missing"),
+                                ("mode = user\nqueues = 17", 2, "queues: '17' is no number of queues"),
+                                ("mode = user\nqueues = 0", 2, "queues: '0' is no number of queues"),
                                 ("mode = user\nforward = tcp:8.8.8.8:8080:80", 1, "listening at 8.8.8.8:8080")):
         result = env.vmcp("run", "--detach", env.tiny_config(extra=f"[net lan]\n{text}\n"), status=status)
         check(words in result.err and "hint: " in result.err, str(result))
