@@ -213,6 +213,21 @@ def ip(words):
     subprocess.run(["ip", *words.split()], check=True)
 
 
+def revert_announced(env, tag, interface):
+    """The VM says where it is: by a RARP, and by an ARP for its address."""
+    listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+    listener.bind((interface, 0))
+    listener.settimeout(10)
+    env.vmcp_json("revert", tag)
+    mac = bytes.fromhex(env.vmcp_json("stats", "tiny")["nets"][0]["mac"].replace(":", ""))
+    kinds = set()
+    while not {b"\x80\x35", b"\x08\x06"} <= kinds:
+        frame = listener.recv(2000)
+        if frame[:12] == b"\xff" * 6 + mac:
+            kinds.add(frame[12:14])
+            check(frame[12:14] != b"\x08\x06" or frame[28:32] == frame[38:42] == bytes((10, 0, 2, 15)), "the announcement names another address")
+
+
 def test_network_tap_and_bridge(env):
     """The same on a tap device and in a bridge of the host's; the VM announces itself after a revert; a tap device that is in use is told."""
     with own_network():
@@ -223,17 +238,7 @@ def test_network_tap_and_bridge(env):
         echo.insist("on a tap device")
         env.vmcp_json("checkpoint", "--live", "tiny", "--tag", "tapped")
         check(echo.ask(5, 1400), "nothing comes back after the checkpoint")
-        listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        listener.bind(("vmtap0", 0))
-        listener.settimeout(10)
-        env.vmcp_json("revert", "tapped")
-        mac = bytes.fromhex(env.vmcp_json("stats", "tiny")["nets"][0]["mac"].replace(":", ""))
-        kinds = set()
-        while not {b"\x80\x35", b"\x08\x06"} <= kinds:
-            frame = listener.recv(2000)
-            if frame[:12] == b"\xff" * 6 + mac:
-                kinds.add(frame[12:14])
-                check(frame[12:14] != b"\x08\x06" or frame[28:32] == frame[38:42] == bytes((10, 0, 2, 15)), "the announcement names another address")
+        revert_announced(env, "tapped", "vmtap0")
         echo.insist("after the revert")
         guest.check()
         result = env.vmcp("run", "--detach", "--from", "tapped", "--name", "two", status=4)
@@ -326,7 +331,7 @@ def test_network_queues_of_taps(env):
         env.vmcp_json("checkpoint", "--live", "tiny", "--tag", "tapped")
         insist_on_all_pairs(guest, echoes, 4)
         for _ in range(3):
-            env.vmcp_json("revert", "tapped")
+            revert_announced(env, "tapped", "many")
             insist_on_all_pairs(guest, echoes, 4)
         guest.check()
         stranger = env.path("stranger")  # a store that knows nothing of this one's VMs
