@@ -135,12 +135,6 @@ uint64_t vm_first_entry_ns(const struct vm *vm)
 	(void)vm;
 	return clock_now_ns();
 }
-int vm_show_memory(struct vm *vm, struct err *err)
-{
-	(void)vm;
-	(void)err;
-	return 0;
-}
 void vm_fail(struct vm *vm, const struct err *err)
 {
 	(void)err;

@@ -288,8 +288,6 @@ int loader_start(const struct loader_config *config, struct page_index *index, s
 		r = store_pin(l->store, l->checkpoint, &l->pin, err);
 	if (r == 0)
 		r = fill_memory(l, err);
-	if (r == 0)
-		r = vm_show_memory(l->vm, err);
 	l->filling = l->filler != NULL;
 	if (l->filling)
 		mem_hold_discards(l->mem); /* what was given back must not be filled again */

@@ -19,7 +19,7 @@ static int enable_manual(struct vm *vm, uint64_t how, struct err *err)
 	return err_hint(err, "Linux 5.6 and later have it; without it every checkpoint saves all memory");
 }
 
-int vm_show_memory(struct vm *vm, struct err *err)
+int vm_map_private_memory(struct vm *vm, struct err *err)
 {
 	/* Not initially set: there is nothing to protect yet, and nothing to clear page by page before the first instruction. */
 	vm->logged = enable_manual(vm, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, NULL) == 0;

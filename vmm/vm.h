@@ -48,7 +48,7 @@ struct vm;
 struct vm_config {
 	uint64_t memory_bytes;
 	enum mem_backing memory_backing; /* not of private memory, whose pages are small */
-	bool private_memory; /* mem_create_private: files will be mapped into it, see vm_show_memory */
+	bool private_memory; /* mem_create_private: files will be mapped into it */
 	unsigned cpus;
 	const char *cpu_model; /* one of VM_CPU_MODELS, NULL: host. Another: ERR_USAGE; more than this host has: ERR_HOST with the list */
 	/* Called once from a vCPU thread each time the guest stops by itself; err is set for VM_STOP_ERROR, else
@@ -60,15 +60,11 @@ struct vm_config {
 #define VM_CPU_MODELS "host, x86-64-v1, x86-64-v2 or x86-64-v3"
 bool vm_knows_cpu_model(const char *name);
 
-/* Opens /dev/kvm, makes the VM, its memory, irqchip, PIT and vCPUs (not running). No usable KVM: ERR_HOST with a
- * hint. */
+/* Opens /dev/kvm, makes the VM, its memory, irqchip, PIT and vCPUs (not running). KVM logs writes to private memory from here on,
+ * if it can. No usable KVM: ERR_HOST with a hint. */
 int vm_create(const struct vm_config *config, struct vm **out, struct err *err);
 /* Stops and joins the vCPU threads if they run. */
 void vm_destroy(struct vm *vm);
-
-/* Private memory is filled first and shown to the guest then, before any state is applied: KVM takes every page of it in hand at
- * each change of a mapping that it knows. KVM logs writes to it from here on, if it can. */
-int vm_show_memory(struct vm *vm, struct err *err);
 
 struct mem *vm_memory(struct vm *vm);
 struct bus *vm_pio(struct vm *vm);

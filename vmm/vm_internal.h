@@ -88,6 +88,8 @@ struct vm {
 /* --- vm.c --- */
 /* Shows memory to the guest, a slot for each of its regions in order; or changes whether writes to it are logged. */
 int vm_map_memory(struct vm *vm, bool log_writes, struct err *err);
+/* The same, and has writes logged, if KVM can. */
+int vm_map_private_memory(struct vm *vm, struct err *err);
 
 /* --- vcpu.c --- */
 int vcpu_create(struct vm *vm, unsigned index, struct err *err);

@@ -51,7 +51,6 @@ void vm_busy_processors(const struct vm *vm, cpu_set_t *out)
 }
 uint64_t vm_first_entry_ns(const struct vm *vm) { return (void)vm, clock_now_ns(); }
 uint64_t vm_resumed_ns(const struct vm *vm) { return (void)vm, clock_now_ns(); }
-int vm_show_memory(struct vm *vm, struct err *err) { return (void)vm, (void)err, 0; }
 void vm_fail(struct vm *vm, const struct err *err)
 {
 	(void)vm;
