@@ -22,8 +22,9 @@
 
 static inline int priority_nice(void) { return getpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid)); }
 
-/* slice_ns: 0 for the kernel's own. Linux before 6.12 ignores it. 0, or -1 with errno. */
-static inline int priority_set(int policy, int nice, uint64_t slice_ns)
+#define PRIORITY_NOT_INHERITED 1u /* SCHED_FLAG_RESET_ON_FORK */
+
+static inline int priority_set_flags(int policy, int nice, uint64_t slice_ns, uint64_t flags)
 {
 	struct {
 		uint32_t size, policy;
@@ -31,9 +32,12 @@ static inline int priority_set(int policy, int nice, uint64_t slice_ns)
 		int32_t nice;
 		uint32_t priority;
 		uint64_t runtime_ns, deadline_ns, period_ns;
-	} attr = {.size = sizeof(attr), .policy = (uint32_t)policy, .nice = nice, .runtime_ns = slice_ns};
+	} attr = {.size = sizeof(attr), .policy = (uint32_t)policy, .flags = flags, .nice = nice, .runtime_ns = slice_ns};
 	return (int)syscall(SYS_sched_setattr, 0, &attr, 0);
 }
+
+/* slice_ns: 0 for the kernel's own. Linux before 6.12 ignores it. 0, or -1 with errno. */
+static inline int priority_set(int policy, int nice, uint64_t slice_ns) { return priority_set_flags(policy, nice, slice_ns, 0); }
 
 /*
  * For a vCPU: it wakes often, from exits and faults, and must then preempt a background thread that took its CPU meanwhile. A
