@@ -114,6 +114,32 @@ exception_common:
 	movq %rax, 32(%rsp)
 	iretq
 
+/*
+ * Idle (idle.c): at CPL 3 hlt is a fault, which lands here. The processor sleeps until the timer's interrupt, the only one, whose frame is dropped: so
+ * no other return than the one to CPL 3 behind the hlt is needed. Of anything else that faults it is told as above.
+ */
+	.balign 16
+	.globl idle_fault, idle_interrupt
+idle_fault:
+	pushq %rax
+	movq 16(%rsp), %rax /* above it are the error code and the address of the instruction */
+	cmpb $0xf4, (%rax)
+	jne 1f
+	incq 16(%rsp)
+	sti
+	hlt
+1:	popq %rax
+	pushq $13
+	jmp exception_common
+	.balign 16
+idle_interrupt:
+	movb $0x20, %al /* end of interrupt, to the first PIC */
+	outb %al, $0x20
+	movq 24(%rsp), %rsp /* of before the interrupt */
+	popq %rax
+	addq $8, %rsp
+	iretq
+
 /* ---- CPL 3 ----------------------------------------------------------------------------------------------- */
 user_entry:
 	movl %ebx, %edi
@@ -174,7 +200,7 @@ gdt_pointer:
 	.quad gdt
 	.balign 8
 idt_pointer:
-	.word 32 * 16 - 1
+	.word 33 * 16 - 1
 	.quad idt
 
 	.bss
@@ -184,7 +210,7 @@ pd_high:
 	.skip 61 * 4096
 	.globl idt
 idt:
-	.skip 32 * 16
+	.skip 33 * 16
 	.globl fault_vector, fault_error, fault_address, fault_rip, fault_rsp
 fault_vector:  .skip 8
 fault_error:   .skip 8

@@ -10,27 +10,31 @@ struct gate {
 	uint32_t reserved;
 };
 
-#define GATES	       32u
+#define EXCEPTIONS     32u
 #define STUB_BYTES     16u
 #define SELECTOR_CPL0  0x08
 #define TYPE_INTERRUPT 0x8e
 
-extern struct gate idt[GATES];
+extern struct gate idt[EXCEPTIONS + 1];
 extern const char exception_stubs[];
+
+void exception_gate(unsigned int vector, const char *code)
+{
+	uint64_t offset = (uintptr_t)code;
+
+	idt[vector] = (struct gate){
+		.offset_0_15 = (uint16_t)offset,
+		.selector = SELECTOR_CPL0,
+		.type = TYPE_INTERRUPT,
+		.offset_16_31 = (uint16_t)(offset >> 16),
+		.offset_32_63 = (uint32_t)(offset >> 32),
+	};
+}
 
 void exception_start(void)
 {
 	unsigned int i;
-	uint64_t stub;
 
-	for (i = 0; i < GATES; i++) {
-		stub = (uintptr_t)exception_stubs + (uint64_t)i * STUB_BYTES;
-		idt[i] = (struct gate){
-			.offset_0_15 = (uint16_t)stub,
-			.selector = SELECTOR_CPL0,
-			.type = TYPE_INTERRUPT,
-			.offset_16_31 = (uint16_t)(stub >> 16),
-			.offset_32_63 = (uint32_t)(stub >> 32),
-		};
-	}
+	for (i = 0; i < EXCEPTIONS; i++)
+		exception_gate(i, exception_stubs + (uintptr_t)i * STUB_BYTES);
 }

@@ -113,6 +113,11 @@ static void start_work(struct tiny *tiny)
 	const char *wrong;
 
 	clock_start(&tiny->clock, options->tsc_khz);
+	if (options->idle) {
+		if (options->disks || options->bench || options->balloon || options->net)
+			tiny_fail(tiny, "idle-and-devices", NULL); /* these are polled */
+		idle_start();
+	}
 	if (options->disks) {
 		wrong = disk_start(&tiny->disk, &tiny->ram, options);
 		if (wrong)
@@ -210,6 +215,14 @@ static void work_report(struct tiny *tiny, uint64_t now)
 	report_status(tiny);
 }
 
+static void rest(const struct tiny *tiny)
+{
+	if (tiny->options.idle && !serial_busy(&tiny->serial))
+		idle_sleep();
+	else
+		cpu_relax();
+}
+
 static _Noreturn void run(struct tiny *tiny)
 {
 	uint64_t now = cpu_tsc();
@@ -223,7 +236,7 @@ static _Noreturn void run(struct tiny *tiny)
 		now = cpu_tsc();
 		gap_note(&tiny->gap, now);
 		if (!mem_turn(tiny, now))
-			cpu_relax();
+			rest(tiny);
 		if (tiny->disk.there)
 			work_disk(tiny, now);
 		look = (int64_t)(now - tiny->look_tsc) >= 0;

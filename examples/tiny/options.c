@@ -110,6 +110,8 @@ static bool parse_word(struct options *o, const char *word)
 		return parse_limited(value, 0, 1000000000, &o->report_ms);
 	if ((value = text_after(word, "tsc_khz=")))
 		return parse_limited(value, 1000, 100000000, &o->tsc_khz);
+	if ((value = text_after(word, "idle=")))
+		return parse_flag(value, &o->idle);
 	if ((value = text_after(word, "paused=")))
 		return parse_flag(value, &o->paused);
 	o->unknown = word;

@@ -30,6 +30,7 @@ struct options {
 	uint64_t seed;
 	uint64_t report_ms;  /* 0 = no status lines but on request */
 	uint64_t tsc_khz;    /* 0 = measure */
+	bool idle;	     /* sleep where there is nothing to do */
 	bool paused;	     /* begin with the work stopped */
 	const char *unknown; /* the last word that means nothing to us, NULL if there is none */
 };

@@ -86,7 +86,12 @@ void report_bench(struct tiny *tiny, const struct bench_run *run);
 /* command.c: carries out one line from the serial port. */
 void command_run(struct tiny *tiny, const char *text);
 
-/* exception.c: makes every exception end in a line of output. */
+/* exception.c: makes every exception end in a line of output; or a vector come to `code`, at CPL 0 and with interrupts off. */
 void exception_start(void);
+void exception_gate(unsigned int vector, const char *code);
+
+/* idle.c: idle_sleep returns when the timer's next interrupt has come, at most 55 ms later. */
+void idle_start(void);
+void idle_sleep(void);
 
 #endif
