@@ -16,13 +16,29 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import vmcp_test  # noqa: E402
 
 ROWS = ["first checkpoint: pause", "first checkpoint: durable", "first checkpoint: write fault, p99", "next checkpoint: pause", "next checkpoint: durable",
-        "revert in place", "dump of all memory", "verify", "clone: to its first instruction", "start: to its first instruction", "start: until the guest has checked all its memory"]
+        "revert in place", "dump of all memory", "verify", "clone: to its first instruction", "clone of a guest that sleeps: to its first instruction", "start: to its first instruction", "start: until the guest has checked all its memory"]
 
 
 def timed(function):
     begin = time.monotonic()
     function()
     return (time.monotonic() - begin) * 1e3
+
+
+def clone_ms(env, checkpoint, *words):
+    """The third of three, all running: from the start of its process to its first instruction."""
+    clones = env.vmcp_json("clone", checkpoint, "--count", "3", *words)["vms"]
+    for one in clones:
+        env.vmcp("kill", one["name"])
+    return clones[2]["clone_ns"] / 1e6
+
+
+def sleeper(env, memory, *words):
+    """A checkpoint of a guest that sleeps between its work, whose VM has ended."""
+    env.spawn_tiny("run", env.tiny_config(name="sleeper", memory=f"{memory}M", cmdline=f"set={memory // 2}M rate=100 idle=1 report=0"), *words)
+    taken = env.vmcp_json("checkpoint", "--live", "sleeper")
+    env.vmcp("kill", "sleeper")
+    return taken
 
 
 def measure(env, encrypted, memory):
@@ -41,17 +57,17 @@ def measure(env, encrypted, memory):
     dump = timed(lambda: env.vmcp("dump", first["id"], core, *words))
     os.unlink(core)
     verify = timed(lambda: env.vmcp("verify", *words))
-    clones = env.vmcp_json("clone", first["id"], "--count", "3", *words)["vms"]
-    for one in clones:
-        env.vmcp("kill", one["name"])
+    clone = clone_ms(env, first["id"], *words)
+    sleeping = sleeper(env, memory, *words)
+    clone_of_sleeper = clone_ms(env, sleeping["id"], *words)
     start = env.vmcp_json("run", "--from", first["id"], "--detach", *words)["boot_ns"] / 1e6
     guest = env.attach_tiny("tiny")
     check = timed(guest.check)
     env.vmcp("kill", "tiny")
-    for one in (first, following):
+    for one in (first, following, sleeping):
         env.vmcp("rm", one["id"], status=None)
     return [first["pause_ns"] / 1e6, first["durable_ns"] / 1e6, first["memory"]["cow_fault_p99_ns"] / 1e6, following["pause_ns"] / 1e6, following["durable_ns"] / 1e6,
-            statistics.median(reverts), dump, verify, clones[2]["clone_ns"] / 1e6, start, check]
+            statistics.median(reverts), dump, verify, clone, clone_of_sleeper, start, check]
 
 
 def main():

@@ -260,6 +260,9 @@ def start_rows(results, engine):
                         f"{one.figure('host_each_bytes') / 2 ** 20:.1f} MiB each)", value < 6 << 20 and count >= 50, "clones"))
     else:
         rows.append(Row(figure, target, absent(results, "clones"), None, "clones"))
+    for guests in ("sleeping", "never idle"):
+        rows.append(worst(results, results.find("clone_start", engine, guests=guests), f"clones by one command, guests that are {guests}: start of the process to the first "
+                          "instruction, p95", "< 15 ms", "first_instruction_ns", 15 * MS, "clone_start", "p95"))
     deep = sorted(results.find("depth", engine), key=lambda record: record.case["depth"])
     for name, what in (("progress_ns", "start"), ("revert_ns", "revert")):
         depth = deep[-1].case["depth"] if deep else 100

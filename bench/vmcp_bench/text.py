@@ -79,6 +79,9 @@ TABLES = {
          ("the guest wrote", "guest_wrote_bytes", "median"), ("beyond that", "beyond_writes_bytes", "spread"),
          ("free memory fell by", "host_each_bytes", "median")]),
     ],
+    "clone_start": [
+        ("", "ms; median (p95, max)", [("VMs", "vms", "median"), ("to the first instruction", "first_instruction_ns", "spread")]),
+    ],
     "every": [
         ("", "ms; median", [("a second", "checkpoints_per_s", "median"), ("seconds", "seconds", "median"), ("longest gap", "gap_ns", "median"),
          ("gaps over 1 ms", "gaps_over_1ms", "median"), ("guest's speed, %", "speed_share", "median"), ("skipped", "skipped", "median"), ("failed", "failed", "median"), ("layers merged", "merged_layers", "median"), ("kept", "kept", "median"),
@@ -162,7 +165,7 @@ def target_table(results, engine):
 
 # What two builds are compared by.
 COMPARED = ("pause_ns", "gap_ns", "captured_ns", "durable_ns", "cow_fault_p50_ns", "cow_fault_p99_ns", "speed_share", "progress_ns", "revert_ns", "client_ns",
-            "back_to_back_per_s", "beyond_writes_bytes", "boot_ns", "resident_after_checkpoint_bytes", "requests_per_s", "plain_share", "durable_beyond_sync_ns", "checkpoints_per_s")
+            "back_to_back_per_s", "beyond_writes_bytes", "first_instruction_ns", "boot_ns", "resident_after_checkpoint_bytes", "requests_per_s", "plain_share", "durable_beyond_sync_ns", "checkpoints_per_s")
 
 
 def comparison(results, one, other):
