@@ -176,10 +176,11 @@ static void read_ahead(struct loader *l, const uint64_t *set)
 
 static int check_pages(struct loader *l, const uint64_t *which, struct err *err)
 {
+	CLEANUP_FREE uint8_t *chunk = restore_alloc_chunk(err);
 	uint64_t pages = l->index.page_count;
-	int r = 0;
+	int r = chunk ? 0 : -ENOMEM;
 	for (uint64_t first = 0; first < pages && r == 0; first += SLICE_PAGES) {
-		r = l->stop ? -ECANCELED : restore_verify(&l->layers, which, first, min_u64(first + SLICE_PAGES, pages), err);
+		r = l->stop ? -ECANCELED : restore_verify(&l->layers, which, first, min_u64(first + SLICE_PAGES, pages), chunk, err);
 		priority_give_way_each(SCHEDULING_ROOM_EACH_NS, &l->room);
 	}
 	return r;

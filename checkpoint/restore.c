@@ -136,7 +136,7 @@ unsigned restore_open_layers(const struct restore_layers *layers)
 	return open;
 }
 
-static uint8_t *alloc_chunk(struct err *err)
+uint8_t *restore_alloc_chunk(struct err *err)
 {
 	void *chunk = NULL;
 	if (posix_memalign(&chunk, PAGE_BYTES, CHUNK_PAGES * PAGE_BYTES) != 0)
@@ -184,11 +184,10 @@ static bool next_run(const struct page_index *index, const uint64_t *which, uint
 	return true;
 }
 
-int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_t first, uint64_t end, struct err *err)
+int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_t first, uint64_t end, uint8_t *chunk, struct err *err)
 {
-	CLEANUP_FREE uint8_t *chunk = alloc_chunk(err);
 	struct run run = {.first = first};
-	int r = chunk ? 0 : -ENOMEM;
+	int r = 0;
 	while (r == 0 && next_run(layers->index, which, end, &run)) {
 		if (run.layer == INDEX_ZERO_LAYER)
 			continue;
@@ -265,7 +264,7 @@ static int clear_pages(struct mem *mem, const struct run *zero, uint64_t *change
 int restore_memory(struct mem *mem, struct restore_layers *layers, const uint64_t *which, bool fresh, uint64_t *changed,
 		   struct err *err)
 {
-	CLEANUP_FREE uint8_t *chunk = alloc_chunk(err);
+	CLEANUP_FREE uint8_t *chunk = restore_alloc_chunk(err);
 	struct run run = {0};
 	int r = chunk ? 0 : -ENOMEM;
 	*changed = 0;

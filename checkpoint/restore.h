@@ -36,9 +36,13 @@ void restore_close(struct restore_layers *layers);
 /* Where pages [first, first + count) of one extent are: the layer's file, which stays theirs, and the first one's place in it. What is there is encrypted if the
  * store is. */
 int restore_find(struct restore_layers *layers, const struct index_extent *part, int *fd, uint64_t *place, struct err *err);
-/* Reads those pages of [first, end) that the index takes from a layer and checks them against their checksums. which: bitmap,
+/* Room for RESTORE_CHUNK_PAGES pages, which the caller frees; NULL with err. Who reads much has it once: to have it anew each time costs more than the
+ * checksums of what is read into it. */
+
+uint8_t *restore_alloc_chunk(struct err *err);
+/* Reads those pages of [first, end) that the index takes from a layer, by way of `chunk`, and checks them against their checksums. which: bitmap,
  * NULL: all. A page that does not check: ERR_DAMAGED, naming layer and page. */
-int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_t first, uint64_t end, struct err *err);
+int restore_verify(struct restore_layers *layers, const uint64_t *which, uint64_t first, uint64_t end, uint8_t *chunk, struct err *err);
 /* Reads pages [first, first + count), at most RESTORE_CHUNK_PAGES, of layer `number` (from 1) into `data`, checks and decrypts them. */
 int restore_read(struct restore_layers *layers, uint32_t number, uint64_t first, uint64_t count, uint8_t *data, struct err *err);
 /* Layers whose files are open. */

@@ -83,14 +83,16 @@ static uint32_t list_pages(struct rewind *rw)
 /* Reads and checks the pages of cache->which, into memory if there is room; else only those of `fresh`, which were not looked at before (NULL: all). */
 static int gather_pages(struct rewind *rw, const uint64_t *fresh, struct err *err)
 {
+	CLEANUP_FREE uint8_t *chunk = NULL;
 	if (!rw->many) {
 		rw->count = list_pages(rw);
 		rw->many = rw->count > STASH_PAGES;
 	}
-	if (rw->many)
-		set_urgent(rw, false);
-	return rw->many ? restore_verify(&rw->node->layers, fresh, 0, rw->node->index.page_count, err)
-			: stash_fill(&rw->node->stash, &rw->node->layers, rw->cache->pages, rw->count, err);
+	if (!rw->many)
+		return stash_fill(&rw->node->stash, &rw->node->layers, rw->cache->pages, rw->count, err);
+	set_urgent(rw, false);
+	chunk = restore_alloc_chunk(err);
+	return chunk ? restore_verify(&rw->node->layers, fresh, 0, rw->node->index.page_count, chunk, err) : -ENOMEM;
 }
 
 /* The pages in which the checkpoint differs from where the VM stood before the guest wrote. */
