@@ -267,8 +267,9 @@ static void go_back(struct member *m)
 		r = page_index_decode(data.data, data.length, &index, &err);
 	if (r == 0)
 		r = restore_init(&layers, m->store, &index, &err);
+	CLEANUP_FREE uint8_t *chunk = restore_alloc_chunk(&err);
 	if (r == 0)
-		r = restore_verify(&layers, NULL, 0, index.page_count, &err);
+		r = chunk ? restore_verify(&layers, NULL, 0, index.page_count, chunk, &err) : -ENOMEM;
 	if (r != 0) {
 		fprintf(stderr, "process %u: held, but not whole: %s\n", m->number, err.message);
 		_exit(2);

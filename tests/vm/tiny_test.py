@@ -947,6 +947,34 @@ def test_second_vm_from_a_checkpoint(env):
     check_equal(guest.check()["epoch"], "3", "epoch of the first VM")
 
 
+def processor_ticks(pid):
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+        return sum(map(int, stat.read().rsplit(")", 1)[1].split()[11:13]))
+
+
+def test_guest_that_sleeps(env):
+    """A vCPU that is halted until the timer's next interrupt wakes up in time after a checkpoint, a revert, a start and in a clone."""
+    guest = env.start_tiny(memory="64M", cmdline="set=8M rate=100 report=0 idle=1")
+    guest.epoch(1)
+    taken = env.vmcp_json("checkpoint", "--live", "tiny")["id"]
+    guest.epoch(2)
+    env.vmcp_json("revert", taken)
+    check_equal(guest.check()["epoch"], "1", "epoch")
+    env.vmcp("kill", "tiny")
+    env.vmcp_json("revert", taken)
+    clone = env.vmcp_json("clone", taken)["vms"][0]
+    for name in ("tiny", clone["name"]):
+        started = env.attach_tiny(name)
+        before = int(started.ask("status", "status")["writes"])
+        time.sleep(0.2)
+        check(int(started.ask("status", "status")["writes"]) > before, f"{name}: the guest works no more")
+        check_equal(started.check()["epoch"], "1", "epoch")
+    ticks = processor_ticks(clone["pid"])
+    time.sleep(1)
+    ticks = processor_ticks(clone["pid"]) - ticks
+    check(ticks < 50, f"it does not sleep: in a second the clone's process took {ticks} hundredths of one")
+
+
 def test_guest_powers_off(env):
     guest = env.start_tiny(cmdline="report=0")
     guest.console.send_line("\nquit")
