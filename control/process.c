@@ -606,7 +606,12 @@ int process_run_here(const struct process_options *options, process_running_fn *
 	int rc;
 
 	process_init(&process, options);
+	if (options->detach)
+		hurry_begin(&process.hurry);
 	rc = prepare(&process, err);
+	/* Other memory than small pages is read whole before the VM runs, which takes too long to go before others. */
+	if (process.config.memory_backing != MEM_BACKING_SMALL)
+		hurry_end(&process.hurry);
 	if (!rc) {
 		process.target.store = process.store;
 		process.target.name = process.config.name;
@@ -620,6 +625,7 @@ int process_run_here(const struct process_options *options, process_running_fn *
 			log_set_sink(STDERR_FILENO, process.config.name);
 			if (running)
 				running(opaque, result);
+			hurry_end(&process.hurry);
 			rc = live(&process, err);
 		}
 		rc = end(&process, rc, err);

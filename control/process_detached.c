@@ -2,13 +2,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
-#include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/buf.h"
 #include "base/log.h"
-#include "base/priority.h"
 #include "control/process_internal.h"
 
 /* What the child sends to its parent when the guest runs or could not start: plain structs, as both are the same program. */
@@ -21,41 +18,7 @@ struct child_report {
 struct child {
 	int report_fd;
 	const struct process_options *options;
-	bool hurries, session_hurries;
 };
-
-/* --- a start goes before other work --- */
-
-/* Linux may weigh sessions (sched(7), autogroup): then niceness counts within one only, and a VM's session is that of its process. 0 or -errno. */
-static int weigh_session(const char *nice)
-{
-	int fd = open("/proc/self/autogroup", O_WRONLY | O_CLOEXEC);
-
-	if (fd < 0)
-		return -errno;
-	int rc = write(fd, nice, strlen(nice)) < 0 ? -errno : 0;
-	close(fd);
-	return rc;
-}
-
-/* Some 4 ms of work that somebody waits for; beside VMs that never idle its turns would come so seldom that it took ten times as long. */
-static void hurry(struct child *child)
-{
-	child->hurries = priority_nice() == 0 && priority_set_flags(SCHED_OTHER, -20, PRIORITY_SHORT_SLICE_NS, PRIORITY_NOT_INHERITED) == 0;
-	child->session_hurries = weigh_session("-20") == 0;
-}
-
-static void hurry_no_more(struct child *child)
-{
-	const struct timespec moment = {.tv_nsec = 20000000};
-
-	if (child->hurries)
-		priority_restore(0);
-	/* Without CAP_SYS_ADMIN it may be changed ten times a second only, by all processes together. */
-	while (child->session_hurries && weigh_session("0") == -EAGAIN)
-		nanosleep(&moment, NULL);
-	child->hurries = child->session_hurries = false;
-}
 
 static void send_report(int *fd, const struct child_report *report)
 {
@@ -83,7 +46,6 @@ static void child_running(void *opaque, const struct process_result *result)
 		close(log);
 	}
 	send_report(&child->report_fd, &report);
-	hurry_no_more(child);
 }
 
 /* Whatever else the caller left open: a pipe or lock of its own must not live as long as the VM. */
@@ -99,7 +61,6 @@ static int child_main(struct child *child)
 	struct child_report report = {0};
 
 	setsid();
-	hurry(child);
 	close_inherited(child->report_fd);
 	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
 	if (null >= 0) {

@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 
+#include "control/hurry.h"
 #include "control/process.h"
 #include "control/server.h"
 
@@ -12,6 +13,7 @@ enum event { EVENT_NONE, EVENT_STOPPED, EVENT_SUSPEND, EVENT_KILL };
 
 struct process {
 	const struct process_options *options;
+	struct hurry hurry; /* until the guest of a detached VM runs */
 	struct store *store;
 	struct store_vm_lock *name_lock;
 	int dir; /* of the VM in the store */

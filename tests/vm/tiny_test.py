@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import filecmp
 import hashlib
+import json
 import os
 import re
 import select
@@ -1034,6 +1035,29 @@ def test_detach_lets_go(env):
     check(select.select([ours], [], [], 30)[0], "the VM holds a pipe of its caller")
     check_equal(os.read(ours, 1), b"", "what comes from the pipe")
     os.close(ours)
+
+
+def niceness_of(pid):
+    """Of all its threads, and of its session."""
+    found = set()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/stat", encoding="utf-8") as stat:
+            found.add(int(stat.read().rsplit(")", 1)[1].split()[16]))
+    if os.path.exists(f"/proc/{pid}/autogroup"):
+        with open(f"/proc/{pid}/autogroup", encoding="utf-8") as group:
+            found.add(int(group.read().split()[-1]))
+    return found
+
+
+def test_start_goes_before_others_only_until_it_runs(env):
+    """Whoever started it: no thread, and not its session, keeps the priority of the start; nor is a niceness lost that the user chose."""
+    config = env.tiny_config(cmdline="paused=1 report=0")
+    for nice in (0, 7):
+        argv = ["nice", "-n", str(nice), env.vmcp_bin, "--store", env.store, "--json", "run", "--detach", config]
+        pid = json.loads(subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True).stdout)["pid"]
+        wait_until(lambda: min(niceness_of(pid)) >= 0, "the end of the start's priority")
+        check(nice in niceness_of(pid), f"niceness {niceness_of(pid)}, not {nice}")
+        env.vmcp("kill", "tiny")
 
 
 def test_json_contract(env):
