@@ -1038,11 +1038,13 @@ def test_detach_lets_go(env):
 
 
 def niceness_of(pid):
-    """Of all its threads, and of its session."""
+    """Of its threads, but for the one that answers write faults, and of its session."""
     found = set()
     for thread in os.listdir(f"/proc/{pid}/task"):
         with open(f"/proc/{pid}/task/{thread}/stat", encoding="utf-8") as stat:
-            found.add(int(stat.read().rsplit(")", 1)[1].split()[16]))
+            name, fields = stat.read().split("(", 1)[1].rsplit(")", 1)
+        if name != "vmcp-fault":
+            found.add(int(fields.split()[16]))
     if os.path.exists(f"/proc/{pid}/autogroup"):
         with open(f"/proc/{pid}/autogroup", encoding="utf-8") as group:
             found.add(int(group.read().split()[-1]))
