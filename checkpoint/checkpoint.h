@@ -157,6 +157,7 @@ int ckpt_wait(struct ckpt_engine *engine, struct ckpt_result *result, struct err
 /* The same until all is written; *result of the capture is kept, marked written. One that is durable or failed by then is told as by ckpt_wait. */
 int ckpt_wait_written(struct ckpt_engine *engine, struct ckpt_result *result, struct err *err);
 struct ckpt_progress {
+	uint64_t number; /* of the operation, of this engine's */
 	bool active;
 	bool reverts; /* a revert is under way; else a checkpoint */
 	enum ckpt_level level;
@@ -171,6 +172,8 @@ void ckpt_progress(struct ckpt_engine *engine, struct ckpt_progress *out);
 /* Asks the checkpoint under way to stop: it then fails with -ECANCELED and leaves nothing behind. Or the revert, as long as it waits for requests in
  * flight: the VM then goes on as if nothing had been. False if there is none. *what (NULL: not asked for): which it is, and what it was at; the id is "" if it had none yet. */
 bool ckpt_cancel(struct ckpt_engine *engine, struct ckpt_progress *what);
+/* Returns when that operation, as ckpt_cancel told, has ended: what it had made is undone, and the next may begin. */
+void ckpt_wait_end(struct ckpt_engine *engine, const struct ckpt_progress *what);
 
 /* The same, but only for one that was asked for as periodic. */
 bool ckpt_cancel_periodic(struct ckpt_engine *engine);

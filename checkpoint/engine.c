@@ -143,7 +143,7 @@ int operation_begin(struct ckpt_engine *engine, enum operation_kind kind, const 
 		engine->deadline_ns = 0;
 		__atomic_store_n(&engine->cancel, false, __ATOMIC_RELAXED);
 		engine->progress = (struct ckpt_progress){
-			.active = true, .reverts = kind == OPERATION_REVERT, .phase = kind == OPERATION_REVERT ? "check" : "stage"};
+			.number = ++engine->operations, .active = true, .reverts = kind == OPERATION_REVERT, .phase = kind == OPERATION_REVERT ? "check" : "stage"};
 		snprintf(engine->progress.id, sizeof(engine->progress.id), "%s", id);
 	}
 	pthread_mutex_unlock(&engine->lock);
@@ -246,6 +246,14 @@ static bool cancel(struct ckpt_engine *engine, enum who who, struct ckpt_progres
 }
 
 bool ckpt_cancel(struct ckpt_engine *engine, struct ckpt_progress *what) { return cancel(engine, WHO_ANY, what); }
+
+void ckpt_wait_end(struct ckpt_engine *engine, const struct ckpt_progress *what)
+{
+	pthread_mutex_lock(&engine->lock);
+	while (engine->progress.number == what->number)
+		pthread_cond_wait(&engine->changed, &engine->lock);
+	pthread_mutex_unlock(&engine->lock);
+}
 
 bool ckpt_cancel_periodic(struct ckpt_engine *engine) { return cancel(engine, WHO_PERIODIC, NULL); }
 

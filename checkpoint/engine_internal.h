@@ -83,6 +83,7 @@ struct ckpt_engine {
 	struct ckpt_result last;
 	struct err last_err;
 	struct ckpt_progress progress;
+	uint64_t operations; /* that have begun */
 
 	volatile bool cancel; /* set by any thread, cleared by operation_begin; a flag, orders nothing */
 };

@@ -651,7 +651,13 @@ static void test_background_and_cancel(struct rig *rig)
 		int second = ckpt_take(rig->engine, &request, &final, &err);
 		CHECK(second == -EBUSY || second == 0);
 		usleep(i * 2000);
-		bool there = ckpt_cancel(rig->engine, NULL);
+		struct ckpt_progress what, after;
+		bool there = ckpt_cancel(rig->engine, &what);
+		if (there) {
+			ckpt_wait_end(rig->engine, &what);
+			ckpt_progress(rig->engine, &after);
+			CHECK(what.active && !after.active);
+		}
 		int r = ckpt_wait(rig->engine, &final, &err);
 		CHECK(r == 0 || (there && r == -ECANCELED));
 		check_progress(rig);

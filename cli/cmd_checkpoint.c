@@ -21,14 +21,15 @@ struct canceller {
 	pthread_t thread;
 };
 
-static int cancel_checkpoint(struct store *store, const char *vm, json_t **result, struct err *err)
+/* `wait`: until it has ended. */
+static int cancel_checkpoint(struct store *store, const char *vm, bool wait, json_t **result, struct err *err)
 {
 	struct control_client *client;
 	int rc = control_connect(store, vm, &client, err);
 
 	if (rc)
 		return rc;
-	rc = control_call(client, "checkpoint.cancel", NULL, NULL, NULL, result, err);
+	rc = control_call(client, "checkpoint.cancel", json_pack("{s:b}", "wait", wait), NULL, NULL, result, err);
 	control_close(client);
 	return rc;
 }
@@ -47,7 +48,7 @@ static void *canceller_main(void *opaque)
 	while (sigwait(&set, &number) == 0) {
 		pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, NULL);
 		json_t *result = NULL;
-		cancel_checkpoint(canceller->store, canceller->vm, &result, NULL);
+		cancel_checkpoint(canceller->store, canceller->vm, false, &result, NULL);
 		json_decref(result);
 		pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, NULL);
 	}
@@ -246,7 +247,7 @@ static int run_cancel(struct cli *cli, struct err *err)
 
 	if (rc)
 		return rc;
-	rc = cancel_checkpoint(store, name, &result, err);
+	rc = cancel_checkpoint(store, name, true, &result, err);
 	store_close(store);
 	if (rc)
 		return rc;
@@ -467,9 +468,8 @@ const struct cli_command cli_checkpoint = {
 const struct cli_command cli_cancel = {.name = "cancel",
 				       .synopsis = "[VM]",
 				       .summary = "cancel the checkpoint, or the revert that waits, that is under way",
-				       .help = "Prints the id that it would have had. The VM runs on, and nothing of the checkpoint is left. Where "
-					       "it waited for\n"
-					       "a request to a disk that does not answer, it says for which.",
+				       .help = "Returns when it has ended, and prints the id that it would have had. The VM runs on, and nothing of\n"
+					       "the checkpoint is left. Where it waited for a request to a disk that does not answer, it says for which.",
 				       .options = none,
 				       .words = "@running",
 				       .max_arguments = 1,

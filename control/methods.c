@@ -348,14 +348,20 @@ static int vm_suspend(struct control_exchange *x, const json_t *params, json_t *
 
 static int checkpoint_cancel(struct control_exchange *x, const json_t *params, json_t **result, struct err *err)
 {
+	struct ckpt_engine *engine = machine_engine(x->target->machine);
 	struct ckpt_progress what;
+	bool wait;
+	int rc = get_bool(params, "wait", &wait, err);
 
-	(void)params;
-	if (!ckpt_cancel(machine_engine(x->target->machine), &what))
+	if (rc)
+		return rc;
+	if (!ckpt_cancel(engine, &what))
 		return err_set(err, ERR_STATE, ENOENT, "%s: no checkpoint or revert is under way", x->target->name);
 	*result = json_pack("{s:s, s:s, s:b}", "id", what.id, "phase", what.phase, "revert", what.reverts);
 	if (what.waits_for[0])
 		json_object_set_new(*result, "waits_for", json_string(what.waits_for));
+	if (wait)
+		ckpt_wait_end(engine, &what);
 	return 0;
 }
 

@@ -724,7 +724,6 @@ def test_pages_given_back_under_checkpoints(env):
             time.sleep(0.3)
             env.vmcp("cancel", "tiny")
             guest.check()
-            wait_for("the end of what was cancelled", lambda: env.vmcp_json("stats", "tiny")["operation"] is None)
     check({"protect-all", "stage", "settle-all", "stopped", "stopped-all"} <= plans, f"plans: {plans}")
     stats = env.vmcp_json("stats", "tiny")
     check(stats["reported_bytes"] > 10 << 20 and stats["balloon_given_back_bytes"] > 0 and stats["reported_kept_bytes"] > 0, f"too little happened: {stats}")
@@ -865,10 +864,7 @@ def test_max_rate(env):
     guest.check()
     slow = env.vmcp_json("checkpoint", "--live", "--full", "--wait", "captured", "--max-rate", "1M", "tiny")
     env.vmcp("cancel", "tiny")
-    deadline = time.monotonic() + 60
-    while env.vmcp("checkpoint", "--live", "tiny", status=None).status != 0:
-        check(time.monotonic() < deadline, "the cancelled checkpoint does not end")
-        time.sleep(0.1)
+    env.vmcp("checkpoint", "--live", "tiny")
     check(env.vmcp("show", slow["id"], status=None).status == 3, "a cancelled checkpoint is there")
     guest.check()
 
