@@ -39,6 +39,8 @@ struct component {
 	/* Refuses a decoded state that this machine cannot take (ring outside memory, more vCPUs, unknown feature).
 	 * Optional. */
 	int (*validate)(void *opaque, const void *state, struct err *err);
+	/* Appends what a host must have to take that state, lines of a word, ": " and a list: for people, and for programs that compare. Optional. */
+	int (*needs)(void *opaque, const void *state, struct buf *lines, struct err *err);
 	/* Puts the state in place. The machine is stopped (or has never run), guest memory is already the
 	 * checkpoint's. */
 	int (*apply)(void *opaque, const void *state, struct err *err);

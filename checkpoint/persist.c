@@ -139,8 +139,10 @@ static uint64_t occupied(int fd)
 	return fstat(fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
 }
 
-static void describe(const struct take *take, uint64_t put_bytes, struct store_checkpoint *out)
+/* Freed by the caller, failed or not. */
+static int describe(const struct take *take, uint64_t put_bytes, struct store_checkpoint *out, struct err *err)
 {
+	CLEANUP_BUF struct buf needs = BUF_INIT;
 	const struct ckpt_engine *engine = take->engine;
 	const struct ckpt_result *result = &take->result;
 	*out = (struct store_checkpoint){
@@ -178,6 +180,10 @@ static void describe(const struct take *take, uint64_t put_bytes, struct store_c
 		if (!take->disks[i].unchanged && stat(take->disks[i].layer_path, &st) == 0)
 			out->size_bytes += (uint64_t)st.st_blocks * 512;
 	}
+	int r = state_set_needs(&engine->captured, &needs, err);
+	if (r == 0)
+		out->needs = xstrdup((const char *)needs.data);
+	return r;
 }
 
 /* What is behind the commit point of its group cannot fail any more. */
@@ -211,10 +217,10 @@ static int commit(struct take *take, struct err *err)
 		r = fault_check(FAULT_TAKE_BEFORE_COMMIT, err);
 	if (r != 0)
 		return r;
-	describe(take, put_bytes, &checkpoint);
-	if (take->group) {
+	r = describe(take, put_bytes, &checkpoint, err);
+	if (r == 0 && take->group) {
 		r = commit_with_group(take, &checkpoint, err);
-	} else {
+	} else if (r == 0) {
 		r = store_draft_commit(take->draft, &checkpoint, err);
 		take->draft = NULL; /* freed in every case */
 	}

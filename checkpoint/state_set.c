@@ -166,6 +166,20 @@ int state_set_validate(const struct state_set *set, struct err *err)
 	return 0;
 }
 
+int state_set_needs(const struct state_set *set, struct buf *out, struct err *err)
+{
+	int r = 0;
+	for (unsigned i = 0; i < set->count && r == 0; i++)
+		r = set->components[i].needs ? set->components[i].needs(set->components[i].opaque, set->states[i], out, err) : 0;
+	for (unsigned i = 0; i < set->count && r == 0; i++) {
+		char name[STATE_SECTION_ID_BYTES + 32];
+		int length = snprintf(name, sizeof(name), "%s%s %u version %u", i ? ", " : "components: ", set->components[i].id, set->components[i].instance,
+				      set->components[i].version);
+		r = buf_append(out, name, (size_t)length, err);
+	}
+	return r == 0 ? buf_append(out, "\n", 2, err) : r;
+}
+
 int state_set_apply(const struct state_set *set, struct err *err)
 {
 	for (unsigned i = 0; i < set->count; i++) {

@@ -25,6 +25,8 @@ int state_set_encode(const struct state_set *set, struct buf *out, struct err *e
 int state_set_decode(struct state_set *set, const void *data, size_t length, struct err *err);
 /* Has every component look at its state once more: what was decoded is kept, and the machine may have changed since. */
 int state_set_validate(const struct state_set *set, struct err *err);
+/* What a host must have to take these states, and the components with their versions: lines as of struct component, with a last NUL. */
+int state_set_needs(const struct state_set *set, struct buf *out, struct err *err);
 /* Applies all states, in order. */
 int state_set_apply(const struct state_set *set, struct err *err);
 /* Applies the completion logs, in order. */

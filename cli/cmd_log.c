@@ -8,6 +8,7 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/clock.h"
+#include "base/log.h"
 #include "cli/cli.h"
 #include "cli/log_tree.h"
 #include "control/client.h"
@@ -292,6 +293,18 @@ static int run_log(struct cli *cli, struct err *err)
 /* Whose machine it is, and who can go on with it: the configuration says so where it is not vmcp. */
 static const char *vmm_of(const struct store_checkpoint *c) { return cli_is_of_qemu(c) ? "qemu" : "vmcp"; }
 
+/* What is recorded of them, a line each; none of checkpoints of old, and of domains. */
+static json_t *needs_to_json(const struct store_checkpoint *c)
+{
+	CLEANUP_FREE char *lines = xstrdup(c->needs ? c->needs : "");
+	json_t *list = json_array();
+	char *save;
+
+	for (char *line = strtok_r(lines, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
+		json_array_append_new(list, json_string(line));
+	return list;
+}
+
 static json_t *show_to_json(const struct store_checkpoint *c, bool encrypted)
 {
 	json_t *disks = json_array();
@@ -311,12 +324,12 @@ static json_t *show_to_json(const struct store_checkpoint *c, bool encrypted)
 			  (json_int_t)c->memory_bytes, "total_pages", (json_int_t)(c->memory_bytes / PAGE_BYTES),
 			  "saved_pages", (json_int_t)c->saved_pages, "zero_pages", (json_int_t)c->zero_pages,
 			  "parent_pages", (json_int_t)c->parent_pages, "written_bytes", (json_int_t)c->written_bytes);
-	return json_pack("{s:s, s:o, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:b, s:s, s:s}", "id",
+	return json_pack("{s:s, s:o, s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:b, s:s, s:i, s:I, s:I, s:I, s:o, s:o, s:b, s:s, s:o, s:s}", "id",
 			 c->id, "group", control_text_or_null(c->group.id), "vm", c->vm, "vm_uuid", c->vm_uuid, "parent", control_text_or_null(c->parent), "tag",
 			 control_text_or_null(c->tag), "message", control_text_or_null(c->message), "created",
 			 control_time_to_json(c->created_wall_ns), "live", c->live, "periodic", c->periodic, "durability", "durable", "cpus",
 			 (int)c->cpus, "pause_ns", (json_int_t)c->pause_ns, "durable_ns", (json_int_t)c->durable_ns,
-			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "encrypted", encrypted, "vmm", vmm_of(c),
+			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "encrypted", encrypted, "vmm", vmm_of(c), "needs", needs_to_json(c),
 			 "config", c->config_text ? c->config_text : "");
 }
 
@@ -353,6 +366,8 @@ static void print_show(const struct store_checkpoint *c, bool encrypted)
 		printf("disk        %s: %s, layer %s.%s of %s; in flight: %u writes, %u reads\n", disk->disk, size,
 		       disk->layer, disk->format, other, disk->inflight_writes, disk->inflight_reads);
 	}
+	if (c->needs && log_get_level() >= LOG_LEVEL_INFO)
+		printf("\nneeds of a host:\n%s", c->needs);
 	printf("\n%s", c->config_text ? c->config_text : "");
 	json_decref(created);
 }
@@ -453,6 +468,7 @@ const struct cli_command cli_log = {.name = "log",
 const struct cli_command cli_show = {.name = "show",
 				     .synopsis = "CKPT | GROUP | VM --resources",
 				     .summary = "everything about one checkpoint or group, or what a VM has",
+				     .help = "With -v it tells what a host must have to go on with it: processor, features, MSRs, capabilities of KVM, components.",
 				     .options = show_options,
 				     .min_arguments = 1,
 				     .words = "@ckpt",
@@ -460,6 +476,6 @@ const struct cli_command cli_show = {.name = "show",
 				     .json =
 					     "id, group, vm, vm_uuid, parent, tag, message, created, live, periodic, durability, cpus, pause_ns, durable_ns, size_bytes, memory {layer, "
 					     "size_bytes, total_pages, saved_pages, zero_pages, parent_pages, written_bytes}, disks [name, layer, format, size_bytes, "
-					     "layer_bytes, inflight_writes, inflight_reads], encrypted, vmm, config | id, vm, durability, parent, created_wall_ns, phase, done_pages, "
+					     "layer_bytes, inflight_writes, inflight_reads], encrypted, vmm, needs, config | id, vm, durability, parent, created_wall_ns, phase, done_pages, "
 					     "total_pages | group, tag, created, whole, checkpoints [vm, id] | vm, uuid, generation_id, resources [type, name, guest, host, exclusive], hosts [type, host, refs, vms [vm, name, guest]]",
 				     .run = run_show};

@@ -35,28 +35,40 @@ static int open_kvm(struct vm *vm, struct err *err)
 	return 0;
 }
 
+/* What each machine needs, and each state. */
+static const struct {
+	int number;
+	const char *name;
+} needed[] = {
+	{KVM_CAP_IRQCHIP, "KVM_CAP_IRQCHIP"},
+	{KVM_CAP_PIT2, "KVM_CAP_PIT2"},
+	{KVM_CAP_PIT_STATE2, "KVM_CAP_PIT_STATE2"},
+	{KVM_CAP_SIGNAL_MSI, "KVM_CAP_SIGNAL_MSI"},
+	{KVM_CAP_IOEVENTFD, "KVM_CAP_IOEVENTFD"},
+	{KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT"},
+	{KVM_CAP_ADJUST_CLOCK, "KVM_CAP_ADJUST_CLOCK"},
+	{KVM_CAP_MP_STATE, "KVM_CAP_MP_STATE"},
+	{KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS"},
+	{KVM_CAP_DEBUGREGS, "KVM_CAP_DEBUGREGS"},
+	{KVM_CAP_XCRS, "KVM_CAP_XCRS"},
+	{KVM_CAP_SREGS2, "KVM_CAP_SREGS2"},
+	{KVM_CAP_XSAVE2, "KVM_CAP_XSAVE2"},
+	{KVM_CAP_GET_TSC_KHZ, "KVM_CAP_GET_TSC_KHZ"},
+	{KVM_CAP_VCPU_ATTRIBUTES, "KVM_CAP_VCPU_ATTRIBUTES"},
+};
+
+int vm_name_capabilities(struct buf *out, struct err *err)
+{
+	int r = 0;
+	for (size_t i = 0; i < ARRAY_LENGTH(needed) && r == 0; i++) {
+		r = i ? buf_append(out, ", ", 2, err) : 0;
+		r = r ? r : buf_append(out, needed[i].name, strlen(needed[i].name), err);
+	}
+	return r;
+}
+
 static int check_capabilities(struct vm *vm, struct err *err)
 {
-	static const struct {
-		int number;
-		const char *name;
-	} needed[] = {
-		{KVM_CAP_IRQCHIP, "KVM_CAP_IRQCHIP"},
-		{KVM_CAP_PIT2, "KVM_CAP_PIT2"},
-		{KVM_CAP_PIT_STATE2, "KVM_CAP_PIT_STATE2"},
-		{KVM_CAP_SIGNAL_MSI, "KVM_CAP_SIGNAL_MSI"},
-		{KVM_CAP_IOEVENTFD, "KVM_CAP_IOEVENTFD"},
-		{KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT"},
-		{KVM_CAP_ADJUST_CLOCK, "KVM_CAP_ADJUST_CLOCK"},
-		{KVM_CAP_MP_STATE, "KVM_CAP_MP_STATE"},
-		{KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS"},
-		{KVM_CAP_DEBUGREGS, "KVM_CAP_DEBUGREGS"},
-		{KVM_CAP_XCRS, "KVM_CAP_XCRS"},
-		{KVM_CAP_SREGS2, "KVM_CAP_SREGS2"},
-		{KVM_CAP_XSAVE2, "KVM_CAP_XSAVE2"},
-		{KVM_CAP_GET_TSC_KHZ, "KVM_CAP_GET_TSC_KHZ"},
-		{KVM_CAP_VCPU_ATTRIBUTES, "KVM_CAP_VCPU_ATTRIBUTES"},
-	};
 	for (size_t i = 0; i < ARRAY_LENGTH(needed); i++) {
 		if (ioctl(vm->kvm_fd, KVM_CHECK_EXTENSION, needed[i].number) > 0)
 			continue;

@@ -113,6 +113,9 @@ void vm_hold(struct vm *vm, unsigned bit);
 /* Forgets that the guest ended: another state was applied. Controlling thread. */
 void vm_clear_stop(struct vm *vm);
 
+/* vm.c: appends the names of the capabilities of KVM without which no machine is made. */
+int vm_name_capabilities(struct buf *out, struct err *err);
+
 /* --- x86/: what differs between architectures --- */
 
 /* Before the first vCPU: capabilities, irqchip, timer. Sets vm->arch. */

@@ -61,6 +61,18 @@ static json_t *group_to_json(const struct store_group_note *group)
 	return json_pack("{s:s, s:s, s:o}", "id", group->id, "tag", group->tag, "members", members);
 }
 
+/* An array of its lines. */
+static json_t *needs_to_json(const char *needs)
+{
+	CLEANUP_FREE char *lines = xstrdup(needs);
+	json_t *list = json_array();
+	char *save;
+
+	for (char *line = strtok_r(lines, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
+		json_array_append_new(list, json_string(line));
+	return list;
+}
+
 int manifest_encode(const struct store_checkpoint *c, struct buf *out, struct err *err)
 {
 	json_t *disks = json_array();
@@ -88,6 +100,8 @@ int manifest_encode(const struct store_checkpoint *c, struct buf *out, struct er
 		json_object_set_new(manifest, "periodic", json_true());
 	if (c->group.id[0])
 		json_object_set_new(manifest, "group", group_to_json(&c->group));
+	if (c->needs)
+		json_object_set_new(manifest, "needs", needs_to_json(c->needs));
 	if (!manifest) /* a text that is no UTF-8 */
 		return err_set(err, ERR_USAGE, EILSEQ, "manifest: a name, message or configuration is no valid UTF-8");
 	char *text = NULL;
@@ -237,6 +251,27 @@ static void get_group(struct decoding *d, const json_t *group, struct store_grou
 	names = BUF_INIT;
 }
 
+static char *get_needs(struct decoding *d, const json_t *needs)
+{
+	CLEANUP_BUF struct buf lines = BUF_INIT;
+
+	for (size_t i = 0; !d->rc && i < json_array_size(needs); i++) {
+		const char *line = json_string_value(json_array_get(needs, i));
+
+		if (!line || !*line || strchr(line, '\n'))
+			d->rc = err_set(d->err, ERR_DAMAGED, EINVAL, "%s: field `needs`: one is no line of text", d->what);
+		else if (!(d->rc = buf_append(&lines, line, strlen(line), d->err)))
+			d->rc = buf_append(&lines, "\n", 1, d->err);
+	}
+	if (!d->rc)
+		d->rc = buf_append(&lines, NULL, 1, d->err);
+	if (d->rc)
+		return NULL;
+	char *text = (char *)lines.data;
+	lines = (struct buf)BUF_INIT;
+	return text;
+}
+
 static void get_memory(struct decoding *d, const json_t *manifest, struct store_checkpoint *out)
 {
 	const json_t *memory = field(d, manifest, "memory", JSON_OBJECT);
@@ -265,6 +300,8 @@ static void get_fields(struct decoding *d, const json_t *manifest, struct store_
 	out->periodic = json_object_get(manifest, "periodic") && json_is_true(field(d, manifest, "periodic", JSON_TRUE));
 	if (json_object_get(manifest, "group"))
 		get_group(d, field(d, manifest, "group", JSON_OBJECT), &out->group);
+	if (json_object_get(manifest, "needs"))
+		out->needs = get_needs(d, field(d, manifest, "needs", JSON_ARRAY));
 	out->cpus = (uint32_t)get_integer(d, manifest, "cpus", 4096);
 	out->pause_ns = get_integer(d, manifest, "pause_ns", INT64_MAX);
 	out->durable_ns = get_integer(d, manifest, "durable_ns", INT64_MAX);

@@ -44,6 +44,7 @@ static const struct store_checkpoint full = {
 	.disk_count = 2,
 	.disks = disks,
 	.config_text = (char *)"[vm]\nname = web\n",
+	.needs = (char *)"processor: AuthenticAMD\nfeatures: fpu, avx2\n",
 	.state_bytes = 1000,
 	.state_xxh3 = 1,
 	.index_bytes = 2000,
@@ -70,7 +71,7 @@ static bool same(const struct store_checkpoint *a, const struct store_checkpoint
 {
 	bool equal = same_text(a->id, b->id) && same_text(a->parent, b->parent) && same_text(a->vm, b->vm) &&
 		     same_text(a->vm_uuid, b->vm_uuid) && same_text(a->tag, b->tag) &&
-		     same_text(a->message, b->message) && same_text(a->config_text, b->config_text) &&
+		     same_text(a->message, b->message) && same_text(a->config_text, b->config_text) && same_text(a->needs, b->needs) &&
 		     same_text(a->memory_layer, b->memory_layer) && same_text(a->group.id, b->group.id) &&
 		     same_text(a->group.tag, b->group.tag) && same_text(a->group.members, b->group.members) && a->created_wall_ns == b->created_wall_ns &&
 		     a->live == b->live && a->memory_bytes == b->memory_bytes && a->saved_pages == b->saved_pages &&
@@ -351,6 +352,14 @@ Test(manifest, names_and_ids_that_lead_elsewhere)
 	refuse("state.xxh3", "\"0x00000000000001\"");
 	refuse("state.xxh3", "\"+000000000000001\"");
 	refuse("state.xxh3", "\" 00000000000001\"");
+}
+
+Test(manifest, needs)
+{
+	static const char *const needs[] = {"1", "null", "{}", "\"x\"", "[1]", "[null]", "[\"\"]", "[\"a: b\\nc: d\"]"};
+
+	for (size_t i = 0; i < ARRAY_LENGTH(needs); i++)
+		refuse("needs", needs[i]);
 }
 
 Test(manifest, groups)

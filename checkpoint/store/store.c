@@ -285,6 +285,7 @@ void store_checkpoint_free(struct store_checkpoint *checkpoint)
 	free(checkpoint->message);
 	free(checkpoint->disks);
 	free(checkpoint->config_text);
+	free(checkpoint->needs);
 	free(checkpoint->group.members);
 	*checkpoint = (struct store_checkpoint){0};
 }

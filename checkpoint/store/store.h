@@ -137,6 +137,7 @@ struct store_checkpoint {
 	uint32_t disk_count;
 	struct store_disk_layer *disks; /* malloc */
 	char *config_text;		/* malloc */
+	char *needs; /* malloc, or NULL: not recorded. What a host must have to go on with it: lines of a word, ": " and a list */
 	uint64_t state_bytes, state_xxh3, index_bytes, index_xxh3;
 	uint64_t size_bytes; /* what it occupies itself: its memory and disk layers, state, index */
 };

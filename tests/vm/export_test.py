@@ -222,6 +222,10 @@ def test_every_kind_of_disk(env):
         with open(os.path.join(other, "checkpoints", one, "manifest"), encoding="utf-8") as file:
             told = file.read()
         check("kernel" not in told and "base.qcow2" not in told and "plain.raw" not in told, f"a path of the other host: {told}")
+        needs = env.vmcp_json("show", two, store=other)["needs"]
+        check_equal([line.split(": ")[0] for line in needs], ["processor", "features", "msrs", "kvm", "components"], "what a host must have")
+        check("virtio-blk 3" in needs[4] and needs[4] in env.vmcp("-v", "show", two, store=other).out, f"what is said of it: {needs}")
+        check_equal(needs, env.vmcp_json("show", two, store=env.path("away-store"))["needs"], "what it needed where it was taken")
         if how == "two.vmcp":
             check(more["shared_pages"] > more["pages"] // 2, f"its parent is here, yet little is shared: {more}")
         check_equal(memory_sum(other, two), memory_sum(env.path("away-store"), two), "memory")

@@ -128,14 +128,23 @@ static const struct feature {
 	{0x80000001, 0, ECX, 4, LEVEL_NONE, "cr8_legacy"},
 	{0x80000001, 0, ECX, 5, LEVEL_3, "abm"},
 	{0x80000001, 0, ECX, 6, LEVEL_NONE, "sse4a"},
+	{0x80000001, 0, ECX, 7, LEVEL_NONE, "misalignsse"},
 	{0x80000001, 0, ECX, 8, LEVEL_NONE, "3dnowprefetch"},
+	{0x80000001, 0, ECX, 9, LEVEL_NONE, "osvw"},
+	{0x80000001, 0, ECX, 22, LEVEL_NONE, "topoext"},
+	{0x80000001, 0, EDX, 22, LEVEL_NONE, "mmxext"},
+	{0x80000001, 0, EDX, 25, LEVEL_NONE, "fxsr_opt"},
 	{0x80000007, 0, EDX, 8, LEVEL_NONE, "nonstop_tsc"},
 	{0x80000008, 0, EBX, 0, LEVEL_NONE, "clzero"},
+	{0x80000008, 0, EBX, 2, LEVEL_NONE, "xsaveerptr"},
 	{0x80000008, 0, EBX, 12, LEVEL_NONE, "ibpb"},
 	{0x80000008, 0, EBX, 14, LEVEL_NONE, "ibrs"},
 	{0x80000008, 0, EBX, 15, LEVEL_NONE, "stibp"},
+	{0x80000008, 0, EBX, 17, LEVEL_NONE, "stibp always on"},
 	{0x80000008, 0, EBX, 24, LEVEL_NONE, "amd_ssbd"},
 	{0x80000008, 0, EBX, 25, LEVEL_NONE, "virt_ssbd"},
+	{0x80000008, 0, EBX, 28, LEVEL_NONE, "psfd"},
+	{0x80000021, 0, EAX, 2, LEVEL_NONE, "lfence serializing"},
 	/* KVM's own, of kernels of the last ten years. */
 	{0x40000001, 0, EAX, 0, LEVEL_ALWAYS, "kvmclock (old)"},
 	{0x40000001, 0, EAX, 1, LEVEL_ALWAYS, "kvm nop_io_delay"},
@@ -160,8 +169,6 @@ static const struct {
 	{0x80000001, 0, ECX}, {0x80000001, 0, EDX}, {0x80000007, 0, EDX}, {0x80000008, 0, EBX}, {0x40000001, 0, EAX},
 };
 
-/* Bits of 0x80000001's edx in which AMD repeats those of leaf 1. */
-#define AMD_REPEATED 0x0183f3ffu
 #define XSAVE_BYTES  832u /* legacy area, header, AVX */
 
 static enum level level_of(const char *name)
@@ -237,7 +244,7 @@ static void mask_registers(enum level level, struct kvm_cpuid2 *cpuid)
 {
 	for (size_t i = 0; i < ARRAY_LENGTH(masked); i++) {
 		struct kvm_cpuid_entry2 *leaf = cpuid_find(cpuid, masked[i].function, masked[i].index);
-		uint32_t keep = masked[i].function == 0x80000001 && masked[i].reg == EDX ? AMD_REPEATED : 0;
+		uint32_t keep = masked[i].function == 0x80000001 && masked[i].reg == EDX ? CPUID_AMD_REPEATED : 0;
 		for (size_t k = 0; k < ARRAY_LENGTH(features); k++) {
 			const struct feature *f = &features[k];
 			if (f->function == masked[i].function && f->index == masked[i].index && f->reg == masked[i].reg && f->level <= level)

@@ -290,18 +290,52 @@ static const struct mask features[] = {
 	{0x7, 2, 0, 0, 0, ~0u},
 	{0xd, 0, ~0u, 0, 0, ~0u},
 	{0xd, 1, ~0u, 0, ~0u, ~0u},
-	{0x80000001, 0, 0, 0, ~0u, ~0u},
+	{0x80000001, 0, 0, 0, ~0u, ~CPUID_AMD_REPEATED},
 	{0x80000007, 0, 0, 0, 0, ~0u},
 	{0x80000008, 0, 0, ~0u, 0, 0},
 	{0x80000021, 0, ~0u, 0, 0, 0},
 	{KVM_LEAF_FEATURES, 0, ~0u, 0, 0, 0},
 };
 
+/* The twelve letters of leaf 0. */
+static void vendor_of(const struct vcpu_state *state, char out[13])
+{
+	const struct kvm_cpuid_entry2 *leaf = state_leaf(state, 0, 0);
+	memcpy(out, &leaf->ebx, 4);
+	memcpy(out + 4, &leaf->edx, 4);
+	memcpy(out + 8, &leaf->ecx, 4);
+	out[12] = '\0';
+	for (char *c = out; *c; c++)
+		if (*c < ' ' || *c > '~')
+			*c = '?';
+}
+
+static unsigned address_bits(const struct vcpu_state *state) { return state_leaf(state, 0x80000008, 0)->eax & 0xff; }
+
+int cpuid_needs(const struct vcpu_state *saved, struct buf *lines, struct err *err)
+{
+	char vendor[13], names[8192] = "";
+	vendor_of(saved, vendor);
+	for (size_t i = 0; i < ARRAY_LENGTH(features); i++) {
+		const struct mask *mask = &features[i];
+		const struct kvm_cpuid_entry2 *leaf = state_leaf(saved, mask->function, mask->index);
+		const uint32_t bits[4] = {leaf->eax & mask->eax, leaf->ebx & mask->ebx, leaf->ecx & mask->ecx, leaf->edx & mask->edx};
+		for (unsigned reg = 0; reg < 4; reg++)
+			cpuid_name_features(mask->function, mask->index, reg, bits[reg], names, sizeof(names));
+	}
+	CLEANUP_FREE char *text = xasprintf("processor: %s, addresses of %u bits, TSC of %u kHz, %u bytes of extended registers\nfeatures: %s\n", vendor,
+					    address_bits(saved), saved->tsc_khz, saved->xsave_bytes, names);
+	return buf_append(lines, text, strlen(text), err);
+}
+
 int cpuid_check(const struct vcpu_state *saved, const struct vcpu_state *host, struct err *err)
 {
 	const struct kvm_cpuid_entry2 *a = state_leaf(saved, 0, 0), *b = state_leaf(host, 0, 0);
 	if (a->ebx != b->ebx || a->ecx != b->ecx || a->edx != b->edx) {
-		err_set(err, ERR_HOST, ENOTSUP, "the state is of a processor of another vendor");
+		char vendor[2][13];
+		vendor_of(saved, vendor[0]);
+		vendor_of(host, vendor[1]);
+		err_set(err, ERR_HOST, ENOTSUP, "the state is of a processor of %s, this host's is of %s", vendor[0], vendor[1]);
 		return err_hint(err, "start it on a host like the one where it was saved");
 	}
 	char missing[360] = "";
@@ -315,7 +349,7 @@ int cpuid_check(const struct vcpu_state *saved, const struct vcpu_state *host, s
 			cpuid_name_features(mask->function, mask->index, reg, bits[reg], missing, sizeof(missing));
 	}
 	/* Its page tables may use all bits of an address that it was told of. */
-	uint32_t wide = state_leaf(saved, 0x80000008, 0)->eax & 0xff, here = state_leaf(host, 0x80000008, 0)->eax & 0xff;
+	unsigned wide = address_bits(saved), here = address_bits(host);
 	if (!missing[0] && wide <= here)
 		return 0;
 	if (missing[0])

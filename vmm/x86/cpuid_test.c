@@ -96,6 +96,12 @@ Test(cpuid, a_state_needs_its_features)
 	cr_expect_eq(cpuid_check(saved, host, &err), -ENOTSUP);
 	cr_expect_str_eq(err.message, "this host lacks processor features of the state: fma, CPUID 0x1.0 ecx bit 16, aes, avx2, avx512f");
 	cr_expect_not_null(strstr(err.hint, "cpu_model"));
+	CLEANUP_BUF struct buf lines = BUF_INIT;
+	saved->tsc_khz = 2000000;
+	cr_assert_eq(cpuid_needs(saved, &lines, &err), 0);
+	cr_assert_eq(buf_append(&lines, "", 1, &err), 0);
+	cr_expect_str_eq((const char *)lines.data, "processor: , addresses of 0 bits, TSC of 2000000 kHz, 0 bytes of extended registers\n"
+						   "features: fma, CPUID 0x1.0 ecx bit 16, aes, avx2, avx512f\n");
 	saved->cpuid[1].ecx = 0;
 	saved->cpuid_count = 2;
 	saved->cpuid[saved->cpuid_count++] = (struct kvm_cpuid_entry2){.function = 0x80000008, .eax = 46};
@@ -106,4 +112,8 @@ Test(cpuid, a_state_needs_its_features)
 	cr_expect_eq(cpuid_check(host, saved, &err), 0, "narrower addresses");
 	saved->cpuid[0].ecx = 8;
 	cr_expect_eq(cpuid_check(saved, host, &err), -ENOTSUP, "another vendor");
+	host->cpuid[0].ebx = 0x756e6547, host->cpuid[0].edx = 0x49656e69, host->cpuid[0].ecx = 0x6c65746e;
+	err = ERR_INIT;
+	cr_expect_eq(cpuid_check(host, saved, &err), -ENOTSUP);
+	cr_expect_not_null(strstr(err.message, "a processor of GenuineIntel"), "%s", err.message);
 }

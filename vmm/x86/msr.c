@@ -232,6 +232,21 @@ int msr_check(const struct vcpu *vcpu, const struct vcpu_state *state, struct er
 	return err_hint(err, "start it on a host like the one where it was saved, or boot the guest with a lower cpu_model for checkpoints that travel");
 }
 
+int msr_needs(const struct vcpu_state *state, struct buf *lines, struct err *err)
+{
+	int r = buf_append(lines, "msrs: ", 6, err);
+	bool first = true;
+	for (uint32_t i = 0; i < state->msr_count && r == 0; i++) {
+		char name[24];
+		if (state->msr[i].data == 0 || !is_saved(state->msr[i].index))
+			continue;
+		int length = snprintf(name, sizeof(name), "%s0x%x", first ? "" : ", ", state->msr[i].index);
+		r = buf_append(lines, name, (size_t)length, err);
+		first = false;
+	}
+	return r == 0 ? buf_append(lines, "\n", 1, err) : r;
+}
+
 void msr_hide_host(struct vm *vm)
 {
 	for (unsigned i = 0; i < vm->cpus; i++) {

@@ -60,6 +60,9 @@ struct vm_arch {
 
 extern const struct codec_table vcpu_state_table, clock_state_table, irqchip_state_table, pit_state_table;
 
+/* Bits of 0x80000001's edx in which AMD repeats those of leaf 1. */
+#define CPUID_AMD_REPEATED 0x0183f3ffu
+
 /* --- cpuid.c --- */
 /* Makes the policy of this host, as `model` has it (NULL: host), for so many vCPUs. Freed by free(). The host lacks something of the model:
  * -ENOTSUP, ERR_HOST. */
@@ -72,6 +75,9 @@ bool cpuid_equal(const struct vcpu_state *a, const struct vcpu_state *b);
 /* -ENOTSUP, ERR_HOST, with the list, if a guest that saw `saved` could miss something where `host` is shown. */
 int cpuid_check(const struct vcpu_state *saved, const struct vcpu_state *host, struct err *err);
 
+/* Appends what such a check asks for: lines as of struct component. */
+int cpuid_needs(const struct vcpu_state *saved, struct buf *lines, struct err *err);
+
 /* --- cpu_model.c --- */
 /* Takes away what the model does not have. -ENOTSUP, ERR_HOST with the list if it has more than there is. "host", NULL: nothing. */
 int cpuid_apply_model(const char *name, struct kvm_cpuid2 *cpuid, struct err *err);
@@ -81,6 +87,8 @@ void cpuid_name_features(uint32_t function, uint32_t index, unsigned reg, uint32
 /* --- msr.c --- */
 /* -ENOTSUP, ERR_HOST, with the list, if the state has values in MSRs that this KVM does not know. */
 int msr_check(const struct vcpu *vcpu, const struct vcpu_state *state, struct err *err);
+/* Appends a line with those. */
+int msr_needs(const struct vcpu_state *state, struct buf *lines, struct err *err);
 /* Of a guest with a named model: nothing of what this very processor says of itself. */
 void msr_hide_host(struct vm *vm);
 /* Finds out, with vCPU 0, which MSRs can be saved and restored here. */
@@ -92,6 +100,8 @@ int msr_apply(struct vcpu *vcpu, const struct vcpu_state *state, const struct vc
 /* --- vcpu_state.c --- */
 int vcpu_capture(void *opaque, void *state, struct err *err);
 int vcpu_validate(void *opaque, const void *state, struct err *err);
+/* Of vCPU 0, for all. */
+int vcpu_needs(void *opaque, const void *state, struct buf *lines, struct err *err);
 int vcpu_apply(void *opaque, const void *state, struct err *err);
 /* The half of the save for when all vCPUs stand still; repeats the other half where it was overtaken. */
 int vcpu_save_rest(struct vcpu *vcpu, struct err *err);

@@ -180,6 +180,19 @@ int vcpu_validate(void *opaque, const void *opaque_state, struct err *err)
 	return r == 0 ? check_rate(vcpu, state, err) : r;
 }
 
+int vcpu_needs(void *opaque, const void *state, struct buf *lines, struct err *err)
+{
+	(void)opaque;
+	int r = cpuid_needs(state, lines, err);
+	if (r == 0)
+		r = msr_needs(state, lines, err);
+	if (r == 0)
+		r = buf_append(lines, "kvm: ", 5, err);
+	if (r == 0)
+		r = vm_name_capabilities(lines, err);
+	return r == 0 ? buf_append(lines, "\n", 1, err) : r;
+}
+
 static int apply_cpuid_and_rate(struct vcpu *vcpu, const struct vcpu_state *state, struct err *err)
 {
 	int r;

@@ -302,6 +302,7 @@ unsigned vm_arch_components(struct vm *vm, struct component *out)
 					      .opaque = &vm->vcpu[i],
 					      .capture = vcpu_capture,
 					      .validate = vcpu_validate,
+					      .needs = i == 0 ? vcpu_needs : NULL,
 					      .apply = vcpu_apply};
 	return n;
 }
