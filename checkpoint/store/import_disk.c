@@ -8,6 +8,7 @@
 #include "base/log.h"
 #include "checkpoint/file_sum.h"
 #include "checkpoint/store/import_internal.h"
+#include "checkpoint/store/verify.h"
 #include "cowdisk/block.h"
 
 #define GRAIN 65536u /* a cluster: what differs is written in such pieces */
@@ -16,16 +17,20 @@ static const struct transfer_head_disk *head_disk(const struct import *im, uint3
 
 /* --- making --- */
 
+/* What a whole stream brings is not to be damaged because what it is likest to is: that is read first, as it is compared with anyway. */
 static int open_before(struct import *im, const struct store_disk_layer *layer, struct import_disk *d, struct cow_create *create, char **path,
 		       struct err *err)
 {
+	const struct verify_options options = {.cancel = im->options->cancel};
 	struct err why = ERR_INIT;
-	int rc = store_disk_layer_path(im->store, layer->layer, layer->format, path, &why);
+	int rc = im->head.since[0] ? 0 : store_verify_layer(im->store, layer, &options, &why);
 
+	if (!rc)
+		rc = store_disk_layer_path(im->store, layer->layer, layer->format, path, &why);
 	if (!rc)
 		rc = cow_open_as(im->io, *path, store_disk_layer_format(layer), COW_OPEN_READONLY, &d->before, &why);
 	/* With a whole stream it is a saving. */
-	if (rc && !im->head.since[0]) {
+	if (rc && rc != -ECANCELED && !im->head.since[0]) {
 		log_warn("disk %s is not shared with what is here: %s", layer->disk, why.message);
 		return 0;
 	}

@@ -246,15 +246,22 @@ static void verify_free(struct verify *v, size_t count)
 	pthread_mutex_destroy(&v->lock);
 }
 
+static struct verify verify_new(struct store *store, const struct verify_options *options, struct verify_result *result)
+{
+	struct verify v = {.store = store, .options = options, .result = result};
+	pthread_mutex_init(&v.lock, NULL);
+	clock_cond_init(&v.ended);
+	v.gathered = xcalloc(result->checkpoint_count + 1, sizeof(*v.gathered));
+	return v;
+}
+
 /* One pass over the checkpoints in *result, with its lists of damages empty. */
 static int look(struct store *store, const struct verify_options *options, const struct verify_result *suspects,
 		struct verify_result *result, struct err *err)
 {
-	struct verify v = {.store = store, .options = options, .result = result, .suspects = suspects};
+	struct verify v = verify_new(store, options, result);
 	size_t count = result->checkpoint_count;
-	pthread_mutex_init(&v.lock, NULL);
-	clock_cond_init(&v.ended);
-	v.gathered = xcalloc(count + 1, sizeof(*v.gathered));
+	v.suspects = suspects;
 	int r = gather(&v, err);
 	if (r == 0)
 		r = verify_read(&v, err);
@@ -385,6 +392,27 @@ int store_verify(struct store *store, const char (*ids)[STORE_ID_BYTES], size_t 
 	if (!ids && out->checkpoint_count)
 		qsort(out->checkpoints, out->checkpoint_count, sizeof(*out->checkpoints), by_time);
 	count_blame(out);
+	return r;
+}
+
+int store_verify_layer(struct store *store, const struct store_disk_layer *layer, const struct verify_options *options, struct err *err)
+{
+	struct store_disk_layer disk = *layer;
+	const struct store_checkpoint manifest = {.disk_count = 1, .disks = &disk};
+	struct verify_result result = {0};
+	int r = add_checkpoint(&result, "", err);
+	if (r != 0)
+		return r;
+	struct verify v = verify_new(store, options, &result);
+	r = verify_need_disks(&v, 0, &manifest, err);
+	if (r == 0)
+		r = verify_read(&v, err);
+	if (r == 0)
+		verify_tell_wrong_disks(&v);
+	if (r == 0 && result.damage_count)
+		r = err_set(err, ERR_DAMAGED, EBADMSG, "%s", result.damages[0].message);
+	verify_free(&v, 1);
+	verify_result_free(&result);
 	return r;
 }
 

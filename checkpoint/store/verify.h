@@ -16,6 +16,7 @@ struct verify_options {
 	/* From the caller's thread, some ten times a second. NULL allowed. */
 	void (*progress)(void *opaque, const char *phase, uint64_t done_bytes, uint64_t total_bytes);
 	void *opaque;
+	const volatile bool *cancel; /* turning true ends it with -ECANCELED; NULL: never */
 };
 
 /* One damaged place, told once however many checkpoints need it. */
@@ -51,6 +52,9 @@ void verify_result_free(struct verify_result *result);
  */
 int store_verify(struct store *store, const char (*ids)[STORE_ID_BYTES], size_t count, const struct verify_options *options,
 		 struct verify_result *out, struct err *err);
+
+/* The same for one disk layer and what it stands on: ERR_DAMAGED, and which file it is, if they are not whole. The caller sees to it that they stay. */
+int store_verify_layer(struct store *store, const struct store_disk_layer *layer, const struct verify_options *options, struct err *err);
 
 /* The catalogue: whether SQLite finds its file sound, and whether it says of each checkpoint what the manifest says. *what: "" or one line that says what
  * is wrong first. Fails where it cannot be looked at. */

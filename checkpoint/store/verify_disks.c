@@ -179,7 +179,7 @@ int verify_need_disks(struct verify *v, size_t checkpoint, const struct store_ch
 static bool count_piece(void *opaque, uint64_t bytes, bool read)
 {
 	verify_count(opaque, bytes, read ? bytes : 0);
-	return true;
+	return !verify_is_cancelled(opaque);
 }
 
 void verify_check_disk(struct verify *v, struct needed_disk *disk)

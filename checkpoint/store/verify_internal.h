@@ -97,4 +97,6 @@ int verify_read(struct verify *v, struct err *err);
 /* Bytes were read: counts them, and waits where the rate is limited. Any thread. */
 void verify_count(struct verify *v, uint64_t progress_bytes, uint64_t read_bytes);
 
+/* Then what was read says nothing. */
+bool verify_is_cancelled(const struct verify *v);
 #endif

@@ -18,9 +18,13 @@ struct piece {
 	uint64_t first, end;
 };
 
+bool verify_is_cancelled(const struct verify *v) { return v->options->cancel && __atomic_load_n(v->options->cancel, __ATOMIC_RELAXED); }
+
 static bool next_piece(struct verify *v, struct piece *out)
 {
 	*out = (struct piece){0};
+	if (verify_is_cancelled(v))
+		return false;
 	pthread_mutex_lock(&v->lock);
 	if (v->next_disk < v->disk_count)
 		out->disk = v->disks[v->next_disk++];
@@ -126,5 +130,7 @@ int verify_read(struct verify *v, struct err *err)
 	wait_for_all(v);
 	for (unsigned i = 0; i < started; i++)
 		pthread_join(threads[i], NULL);
+	if (verify_is_cancelled(v))
+		return err_set(err, ERR_FAILED, ECANCELED, "cancelled");
 	return started ? 0 : err_sys(err, r, "thread");
 }

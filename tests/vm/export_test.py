@@ -252,16 +252,20 @@ def test_every_kind_of_disk(env):
         check(filecmp.cmp(contents(env, other, f"{one}:{name}", "imported"), want, shallow=False), f"disk {name} came out differently")
     check_equal(start_there(env, other, "--from", one).check()["epoch"], "0", "epoch")
     env.vmcp("kill", "tiny", store=other)
-    # What is here and damaged is not stood on: by its beginning alone it is a raw file now.
-    other = env.path("other-damaged")
-    env.vmcp("import", env.path("two.vmcp"), store=other)
-    for layer in glob.glob(os.path.join(other, "layers", "*.qcow2")):
-        with open(layer, "r+b") as file:
-            file.write(b"none")
-    told = env.vmcp("import", env.path("one.vmcp"), store=other)
-    check_equal(told.err.count("is not shared with what is here"), len(disks), f"what is said: {told.err}")
-    for name, want in disks.items():
-        check(filecmp.cmp(contents(env, other, f"{one}:{name}", "imported"), want, shallow=False), f"disk {name} came out differently")
+    # What is here and damaged, at its header or anywhere, is not stood on: what was imported is whole.
+    for place in ("beginning", "end"):
+        other = env.path(f"other-damaged-{place}")
+        env.vmcp("import", env.path("two.vmcp"), store=other)
+        for layer in glob.glob(os.path.join(other, "layers", "*.qcow2")):
+            with open(layer, "r+b") as file:
+                file.seek(0 if place == "beginning" else os.path.getsize(layer) - 4)
+                file.write(b"none")
+        told = env.vmcp("import", env.path("one.vmcp"), store=other)
+        check_equal(told.err.count("is not shared with what is here"), len(disks), f"what is said: {told.err}")
+        env.vmcp("verify", two, store=other, status=5)
+        env.vmcp("verify", one, store=other)
+        for name, want in disks.items():
+            check(filecmp.cmp(contents(env, other, f"{one}:{name}", "imported"), want, shallow=False), f"disk {name} came out differently")
     # A raw layer is one whatever it begins with, which may be a guest's choice.
     for layer in glob.glob(env.path("away-store/layers/*.raw")):
         with open(layer, "r+b") as file:
