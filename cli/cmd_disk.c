@@ -20,7 +20,7 @@
 struct source {
 	char *path;
 	bool sealed; /* a checkpoint's: never changes */
-	bool raw;    /* the checkpoint says so */
+	int format;  /* which the checkpoint says, else -1 */
 };
 
 /* Where the VM keeps a disk: its configuration says so, or it is the VM's own layer over a base. */
@@ -99,7 +99,7 @@ static int disk_of_checkpoint(struct store *store, const char *reference, const 
 		if (!strcmp(checkpoint.disks[i].disk, disk)) {
 			rc = store_disk_layer_path(store, checkpoint.disks[i].layer, checkpoint.disks[i].format,
 						   &out->path, err);
-			out->raw = store_disk_layer_format(&checkpoint.disks[i]) == COW_FORMAT_RAW;
+			out->format = store_disk_layer_format(&checkpoint.disks[i]);
 		}
 	if (rc == -ENOENT && !out->path)
 		rc = no_disk_of_checkpoint(reference, &checkpoint, disk, err);
@@ -117,7 +117,7 @@ static int find_source(const struct cli *cli, const char *text, struct source *o
 	struct store_vm vm;
 	const char *colon = strrchr(text, ':');
 
-	*out = (struct source){0};
+	*out = (struct source){.format = -1};
 	if (!colon || stat(text, &st) == 0) {
 		out->path = xstrdup(text);
 		return 0;
@@ -191,7 +191,7 @@ static int run_info(struct cli *cli, const struct source *source, struct err *er
 {
 	struct cow_info *chain;
 	size_t count;
-	int rc = cow_info(source->path, &chain, &count, err);
+	int rc = cow_info(source->path, source->format, &chain, &count, err);
 
 	if (rc)
 		return rc;
@@ -225,7 +225,7 @@ static void print_check(const char *when, const struct cow_check *c)
 static int ask_second(struct cli *cli, const struct source *source, json_t *answer, bool *ok, struct err *err)
 {
 	struct cow_second_opinion second;
-	int rc = cow_second_opinion(source->path, &second, err);
+	int rc = cow_second_opinion(source->path, source->format, &second, err);
 
 	if (rc)
 		return rc;
@@ -245,7 +245,7 @@ static int check_chain(struct cli *cli, const struct source *source, json_t *ima
 {
 	struct cow_info *chain;
 	size_t count;
-	int rc = cow_info(source->path, &chain, &count, err);
+	int rc = cow_info(source->path, source->format, &chain, &count, err);
 
 	if (rc)
 		return rc;
@@ -322,7 +322,7 @@ static int run_export(struct cli *cli, const struct source *source, struct err *
 	const char *format = cli_value(cli, "format");
 	struct cli_progress progress = cli_progress_begin(cli, "disk");
 	struct cow_export e = {.source = source->path,
-			       .source_is_raw = source->raw,
+			       .source_is_raw = source->format == COW_FORMAT_RAW,
 			       .path = cli->arguments[2],
 			       .format = COW_FORMAT_QCOW2,
 			       .cancel = &cli_interrupted,

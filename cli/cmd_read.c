@@ -114,10 +114,13 @@ static int diff_layers(struct store *store, struct diff *diff, struct disk_diff 
 	for (unsigned i = 0; i < 2 && !rc; i++) {
 		rc = store_disk_layer_path(store, layers[i]->layer, layers[i]->format, &paths[i], err);
 		disk->compare.paths[i] = paths[i];
+		disk->compare.formats[i] = store_disk_layer_format(layers[i]);
 	}
 	if (!rc)
 		rc = cow_compare(&disk->compare, err);
-	disk->files = (struct file_diff){.paths = {paths[0], paths[1]}, .differs = differs_there, .opaque = disk};
+	disk->files = (struct file_diff){.paths = {paths[0], paths[1]},
+					 .formats = {disk->compare.formats[0], disk->compare.formats[1]},
+					 .differs = differs_there, .opaque = disk};
 	if (!rc && diff->files && disk->compare.differing_bytes) {
 		rc = diff_files(&disk->files, err);
 		if (rc)

@@ -165,7 +165,7 @@ int diff_files(struct file_diff *diff, struct err *err)
 	diff->changes = NULL;
 	diff->count = diff->filesystems = 0;
 	for (unsigned i = 0; i < 2 && !rc; i++) {
-		rc = cow_open(io, diff->paths[i], COW_OPEN_READONLY, &sides[i].disk, err);
+		rc = cow_open_as(io, diff->paths[i], diff->formats[i], COW_OPEN_READONLY, &sides[i].disk, err);
 		if (!rc)
 			rc = ext4_find(sides[i].disk, sides[i].places, &sides[i].place_count, err);
 	}

@@ -15,6 +15,7 @@ struct file_change {
 
 struct file_diff {
 	const char *paths[2]; /* images, with their chains */
+	int formats[2]; /* as for cow_open_as */
 	/* True if the disks differ within that range. */
 	int (*differs)(void *opaque, uint64_t offset, uint64_t length);
 	void *opaque;

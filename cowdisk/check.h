@@ -23,11 +23,11 @@ int cow_check(const char *path, struct cow_check *out, struct err *err);
  */
 int cow_repair(const char *path, struct cow_check *before, struct cow_check *after, struct err *err);
 
-/* The backing file that the image's header names, relative names resolved (malloc); NULL if it has none, or is no qcow2 image. Reads the header
+/* The backing file that the image's header names, relative names resolved (malloc); NULL if it has none, or is raw. `format`: as for cow_open_as. Reads the header
  * only, takes no lock, so that it works on images in use. -ENOTSUP: the backing is no local file. Any thread. */
-int cow_backing(const char *path, char **backing, struct err *err);
+int cow_backing(const char *path, int format, char **backing, struct err *err);
 /* The same, and whether a merge of the image loses nothing: it has no internal snapshots and no bitmaps. */
-int cow_look(const char *path, char **backing, bool *plain, struct err *err);
+int cow_look(const char *path, int format, char **backing, bool *plain, struct err *err);
 /* 1 if somebody has the image open, this process included, by QEMU's lock bytes; 0, -errno. Any thread. */
 int cow_is_open(const char *path, struct err *err);
 
@@ -37,9 +37,9 @@ struct cow_second_opinion {
 	uint64_t first_difference; /* offset on the disk */
 };
 /*
- * Reads the chain through libqcow too, and compares. -ENOTSUP, ERR_FAILED with the reason where it must not be asked: see second_opinion.c. Damage that
+ * Reads the chain through libqcow too, and compares. `format`: as for cow_open_as. -ENOTSUP, ERR_FAILED with the reason where it must not be asked: see second_opinion.c. Damage that
  * only libqcow sees is an error (ERR_DAMAGED), a difference is not: it is in *out.
  */
-int cow_second_opinion(const char *path, struct cow_second_opinion *out, struct err *err);
+int cow_second_opinion(const char *path, int format, struct cow_second_opinion *out, struct err *err);
 
 #endif

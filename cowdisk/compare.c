@@ -106,7 +106,7 @@ static int open_both(struct comparer *c, struct cow_io *io, struct err *err)
 {
 	for (unsigned i = 0; i < 2; i++) {
 		void *data;
-		int r = cow_open(io, c->job->paths[i], COW_OPEN_READONLY, &c->disks[i], err);
+		int r = cow_open_as(io, c->job->paths[i], c->job->formats[i], COW_OPEN_READONLY, &c->disks[i], err);
 		if (r < 0)
 			return r;
 		c->job->size_bytes[i] = cow_size(c->disks[i]);

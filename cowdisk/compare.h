@@ -6,6 +6,7 @@
 
 struct cow_compare {
 	const char *paths[2];
+	int formats[2]; /* as for cow_open_as */
 	/* A range that differs, in ascending order, ranges that touch put together; whole sectors. What one of the two is longer differs. */
 	void (*differs)(void *opaque, uint64_t offset, uint64_t length);
 	void (*progress)(void *opaque, uint64_t done_bytes, uint64_t total_bytes); /* NULL: none */

@@ -32,14 +32,14 @@ static int describe(const struct image *image, struct cow_info *out, struct err 
 	return 0;
 }
 
-int cow_info(const char *path, struct cow_info **out, size_t *count, struct err *err)
+int cow_info(const char *path, int format, struct cow_info **out, size_t *count, struct err *err)
 {
 	struct cow_io *io;
 	struct cow_disk *disk;
 	int rc = cow_io_create(NULL, &io, err);
 	if (rc < 0)
 		return rc;
-	rc = cow_open(io, path, COW_OPEN_READONLY | COW_OPEN_NO_LOCK, &disk, err);
+	rc = cow_open_as(io, path, format, COW_OPEN_READONLY | COW_OPEN_NO_LOCK, &disk, err);
 	if (rc == 0) {
 		size_t n = 0;
 		for (const struct image *i = disk->top; i; i = i->backing)

@@ -20,8 +20,8 @@ struct cow_info {
 	uint32_t cluster_bytes;
 	bool zstd, dirty, corrupt, bitmaps;
 };
-/* From `path` down to the base; malloced. Takes no locks: the image may be in use. Any thread but one that serves a ring. */
-int cow_info(const char *path, struct cow_info **out, size_t *count, struct err *err);
+/* From `path` down to the base; malloced. `format`: as for cow_open_as. Takes no locks: the image may be in use. Any thread but one that serves a ring. */
+int cow_info(const char *path, int format, struct cow_info **out, size_t *count, struct err *err);
 void cow_info_free(struct cow_info *info, size_t count);
 
 #endif

@@ -375,7 +375,7 @@ static int follow_one(struct cow_disk *disk, struct named_file *n, struct err *e
 	CLEANUP_FREE char *base = NULL;
 	if (id_of_file(n->path, &merged.made) < 0 || (merged.made.device == n->id.device && merged.made.inode == n->id.inode))
 		return 0;
-	int rc = cow_backing(n->path, &base, err);
+	int rc = cow_backing(n->path, -1, &base, err);
 	if (rc == 0 && base)
 		rc = id_of_file(base, &merged.base);
 	if (rc == 0)

@@ -146,7 +146,7 @@ static int ask(struct opinion *o, struct err *err)
 	return rc;
 }
 
-int cow_second_opinion(const char *path, struct cow_second_opinion *out, struct err *err)
+int cow_second_opinion(const char *path, int format, struct cow_second_opinion *out, struct err *err)
 {
 	struct opinion o = {.out = out};
 	struct cow_io *io;
@@ -156,7 +156,7 @@ int cow_second_opinion(const char *path, struct cow_second_opinion *out, struct 
 		rc = cow_io_create(NULL, &io, err);
 	if (rc < 0)
 		return rc;
-	rc = cow_open(io, path, COW_OPEN_READONLY, &o.disk, err);
+	rc = cow_open_as(io, path, format, COW_OPEN_READONLY, &o.disk, err);
 	if (rc == 0) {
 		rc = ask(&o, err);
 		for (unsigned i = 0; i < o.depth; i++)
@@ -170,7 +170,7 @@ int cow_second_opinion(const char *path, struct cow_second_opinion *out, struct 
 
 #else
 
-int cow_second_opinion(const char *path, struct cow_second_opinion *out, struct err *err)
+int cow_second_opinion(const char *path, int format, struct cow_second_opinion *out, struct err *err)
 {
 	*out = (struct cow_second_opinion){0};
 	refuse(err, path, "this vmcp was built without libqcow");

@@ -62,9 +62,6 @@ static size_t find(struct collection *g, const char *path)
 	return layer ? (size_t)(layer - g->list) : NONE;
 }
 
-/* A raw layer stands on nothing, whatever a guest has written to its beginning. */
-static bool is_raw(const struct layer *layer) { return !strcmp(layer->name + STORE_ID_BYTES - 1, ".raw"); }
-
 /* A header that cannot be read makes a layer that is left alone. */
 static void look_at_layer(struct chains *c, size_t i)
 {
@@ -75,7 +72,7 @@ static void look_at_layer(struct chains *c, size_t i)
 	bool plain = true;
 
 	node->below = NONE;
-	if (!layer->disk || (!is_raw(layer) && cow_look(path, &backing, &plain, NULL)))
+	if (!layer->disk || cow_look(path, layer->format, &backing, &plain, NULL))
 		return;
 	node->below = find(&c->g, backing);
 	node->free = !layer->named && plain && layer->links == 1;
@@ -106,7 +103,7 @@ static int look_at_image(struct collection *g, char *path, struct err *err)
 
 	(void)err;
 	if (same == NONE && stat(path, &st) == 0 && (S_ISREG(st.st_mode) || S_ISBLK(st.st_mode)))
-		cow_backing(path, &backing, NULL);
+		cow_backing(path, -1, &backing, NULL);
 	size_t below = same != NONE ? c->nodes[same].below : find(g, backing);
 	if (same == NONE && below != NONE)
 		c->nodes[below].above++;

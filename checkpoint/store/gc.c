@@ -24,6 +24,7 @@
 #include "base/fault.h"
 #include "base/file.h"
 #include "checkpoint/store/gc_internal.h"
+#include "cowdisk/block.h"
 #include "cowdisk/check.h"
 
 #define MAX_CHAIN 1024u
@@ -50,7 +51,8 @@ static int add_layer(struct collection *g, const char *name, struct err *err)
 					 .inode = st.st_ino,
 					 .links = st.st_nlink,
 					 .bytes = (uint64_t)st.st_blocks * 512,
-					 .disk = disk};
+					 .disk = disk,
+					 .format = strcmp(dot, ".raw") ? COW_FORMAT_QCOW2 : COW_FORMAT_RAW};
 	snprintf(grown[g->count].name, sizeof(grown->name), "%.40s", name);
 	memcpy(grown[g->count].id, name, STORE_ID_BYTES - 1);
 	g->count++;
@@ -77,7 +79,7 @@ static int list_layers(struct collection *g, struct err *err)
 
 /* --- 2 and 4: who names them --- */
 
-static void need(struct collection *g, const char *id, bool named)
+static void need(struct collection *g, const char *id, bool making)
 {
 	size_t low = 0, high = g->count;
 
@@ -90,8 +92,8 @@ static void need(struct collection *g, const char *id, bool named)
 			high = middle;
 	}
 	for (; low < g->count && !strcmp(g->list[low].id, id); low++) {
-		g->list[low].needed = true;
-		g->list[low].named |= named;
+		g->list[low].needed = g->list[low].named = true;
+		g->list[low].making |= making;
 	}
 }
 
@@ -115,7 +117,7 @@ static int need_named_locked(struct collection *g, struct err *err)
 		return rc;
 	while ((rc = catalog_step_locked(g->store, s, err)) == 1) {
 		catalog_text(s, 0, id, sizeof(id));
-		need(g, id, true);
+		need(g, id, false);
 	}
 	sqlite3_finalize(s);
 	return rc;
@@ -217,6 +219,9 @@ struct layer *collection_at(struct collection *g, const struct stat *st)
 	return NULL;
 }
 
+/* By content, where it need not be an image yet, and may be anything. */
+static int format_of(const struct layer *layer) { return layer && (layer->format == COW_FORMAT_RAW || !layer->making) ? layer->format : -1; }
+
 /* The image at `path` (freed) and all below it are needed. */
 static int need_chain(struct collection *g, char *path, struct err *err)
 {
@@ -238,7 +243,7 @@ static int need_chain(struct collection *g, char *path, struct err *err)
 		if (layer)
 			layer->needed = true;
 		if (S_ISREG(st.st_mode) || S_ISBLK(st.st_mode))
-			rc = cow_backing(path, &next, err);
+			rc = cow_backing(path, format_of(layer), &next, err);
 		if (rc == -ENOTSUP) { /* a backing that is no file is no layer */
 			rc = 0;
 			if (err)

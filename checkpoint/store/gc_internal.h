@@ -14,6 +14,8 @@ struct layer {
 	nlink_t links;
 	uint64_t bytes; /* occupied */
 	bool disk, needed, named;
+	bool making; /* a draft's: it may have no header yet */
+	int format; /* of a disk layer, by its name: a raw one stands on nothing, whatever a guest has written to its beginning */
 };
 
 struct collection {

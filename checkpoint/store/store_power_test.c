@@ -86,13 +86,14 @@ static void expect_disks(struct store *in, const char *id, const char *what)
 
 	cr_assert_eq(store_checkpoint_get(in, id, &c, &err), 0, "%s: %s", what, err.message);
 	for (uint32_t i = 0; i < c.disk_count; i++) {
-		CLEANUP_BUF struct buf content = BUF_INIT;
+		CLEANUP_BUF struct buf content = BUF_INIT, disk = BUF_INIT;
 		char *path = NULL;
 
 		cr_assert_eq(store_disk_layer_path(in, c.disks[i].layer, c.disks[i].format, &path, &err), 0, "%s: %s",
 			     what, err.message);
 		cr_assert_eq(file_read_all(AT_FDCWD, path, 4096, &content, &err), 0, "%s: %s", what, err.message);
-		cr_assert(content.length == 8 && memcmp(content.data, "the disk", 8) == 0, "%s: %s", what, path);
+		cr_assert_eq(file_read_all(AT_FDCWD, store_test_image, 4096, &disk, &err), 0, "%s: %s", what, err.message);
+		cr_assert(content.length == disk.length && memcmp(content.data, disk.data, disk.length) == 0, "%s: %s", what, path);
 		free(path);
 	}
 	store_checkpoint_free(&c);

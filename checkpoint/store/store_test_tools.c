@@ -15,6 +15,7 @@
 #include "base/log.h"
 #include "checkpoint/index.h"
 #include "checkpoint/store/store_test.h"
+#include "cowdisk/block.h"
 
 char store_test_work[] = "/tmp/vmcp-store-test-XXXXXX";
 char store_test_folder[64], store_test_image[64];
@@ -45,7 +46,7 @@ void store_test_make_work(void)
 	cr_assert_not_null(mkdtemp(store_test_work));
 	snprintf(store_test_folder, sizeof(store_test_folder), "%s/store", store_test_work);
 	snprintf(store_test_image, sizeof(store_test_image), "%s/root.qcow2", store_test_work);
-	store_test_write_text(store_test_image, "the disk");
+	cr_assert_eq(cow_create(store_test_image, &(struct cow_create){.size_bytes = 512, .cluster_bytes = 512, .temporary = true}, NULL), 0);
 	store_test_store = store_test_must_open();
 }
 

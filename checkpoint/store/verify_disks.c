@@ -14,6 +14,7 @@
 #include "base/file.h"
 #include "checkpoint/file_sum.h"
 #include "checkpoint/store/verify_internal.h"
+#include "cowdisk/block.h"
 #include "cowdisk/check.h"
 
 #define MAX_CHAIN 1024u
@@ -67,23 +68,27 @@ static int read_records(struct verify *v, struct err *err)
 	return r;
 }
 
-/* The layer whose file is at `path`, "" if it is none of the store's. */
-static void layer_of(const struct verify *v, const char *path, char id[STORE_ID_BYTES])
+/* The layer whose file is at `path`, "" if it is none of the store's. Returns its format, else -1. */
+static int layer_of(const struct verify *v, const char *path, char id[STORE_ID_BYTES])
 {
 	const char *name = shown(v, path);
 	id[0] = '\0';
 	if (strncmp(name, "layers/", 7) != 0 || strlen(name + 7) < STORE_ID_BYTES)
-		return;
+		return -1;
 	memcpy(id, name + 7, STORE_ID_BYTES - 1);
 	id[STORE_ID_BYTES - 1] = '\0';
-	if (!store_is_id(id) || name[7 + STORE_ID_BYTES - 1] != '.')
+	name += 7 + STORE_ID_BYTES - 1;
+	if (!store_is_id(id) || *name != '.') {
 		id[0] = '\0';
+		return -1;
+	}
+	return strcmp(name, ".raw") ? COW_FORMAT_QCOW2 : COW_FORMAT_RAW;
 }
 
 static int find_record(struct verify *v, struct needed_disk *disk, struct err *err)
 {
 	struct store_disk_layer key;
-	layer_of(v, disk->path, key.layer);
+	disk->format = layer_of(v, disk->path, key.layer);
 	if (disk->recorded || !key.layer[0])
 		return 0;
 	int r = v->has_records ? 0 : read_records(v, err);
@@ -137,7 +142,7 @@ static int look_below(struct verify *v, struct needed_disk *disk, struct err *er
 		return r;
 	if (access(disk->path, R_OK) != 0)
 		spoil(v, disk, xasprintf("%s: %s", shown(v, disk->path), errno == ENOENT ? "is missing" : strerror(errno)));
-	else if ((r = cow_backing(disk->path, &below, &why)) == -EMFILE || r == -ENOMEM)
+	else if ((r = cow_backing(disk->path, disk->format, &below, &why)) == -EMFILE || r == -ENOMEM)
 		return err ? (*err = why, r) : r;
 	else if (r != 0 && r != -ENOTSUP)
 		spoil(v, disk, xasprintf("%s: %s", shown(v, disk->path), why.message));

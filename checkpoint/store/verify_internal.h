@@ -27,6 +27,7 @@ struct needed_layer {
 struct needed_disk {
 	char *path;
 	struct needed_disk *below; /* the file that it stands on, NULL: none */
+	int format; /* by its name, -1: it is none of the store's; once looked_below */
 	bool looked_below;
 	bool recorded; /* bytes and xxh3 are known */
 	uint64_t bytes, xxh3;
@@ -96,7 +97,7 @@ void verify_free_disks(struct verify *v);
 int verify_read(struct verify *v, struct err *err);
 /* Bytes were read: counts them, and waits where the rate is limited. Any thread. */
 void verify_count(struct verify *v, uint64_t progress_bytes, uint64_t read_bytes);
-
 /* Then what was read says nothing. */
 bool verify_is_cancelled(const struct verify *v);
+
 #endif

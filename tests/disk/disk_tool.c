@@ -197,7 +197,7 @@ static int info(const char *path)
 	struct err err = ERR_INIT;
 	struct cow_info *chain;
 	size_t count;
-	if (cow_info(path, &chain, &count, &err) < 0)
+	if (cow_info(path, -1, &chain, &count, &err) < 0)
 		return report(&err);
 	for (size_t i = 0; i < count; i++)
 		printf("%s %s size %llu cluster %u version %u refcount_bits %u snapshots %u backing %s\n", chain[i].path,
@@ -212,7 +212,7 @@ static int opinion(const char *path)
 {
 	struct err err = ERR_INIT;
 	struct cow_second_opinion o;
-	if (cow_second_opinion(path, &o, &err) < 0)
+	if (cow_second_opinion(path, -1, &o, &err) < 0)
 		return report(&err);
 	printf("compared %llu skipped %llu different %llu\n", (unsigned long long)o.compared_bytes,
 	       (unsigned long long)o.skipped_bytes, (unsigned long long)o.different_bytes);

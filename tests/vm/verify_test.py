@@ -306,6 +306,46 @@ def test_dump_is_read_by_gdb(env):
     check(f"0x{word:016x}" in out, f"memory as gdb reads it: {out}")
 
 
+def test_layers_are_what_their_names_say(env):
+    """A raw layer that begins like a qcow2 image, which a guest of QEMU can make it do, is one nowhere; and one of qcow2 that does not begin so any more stands on what it stood on."""
+    plain, disk = env.path("plain.raw"), env.image("disk.qcow2")
+    with open(plain, "wb") as file:
+        file.truncate(1 << 20)
+    guest = env.start_tiny(memory="64M", cmdline="set=8M rate=1000 disk=1 disk_blocks=256 report=0", disks=[("data", disk), ("plain", plain)])
+    ids, _ = take(env, guest, 3)
+    layers = os.path.join(env.store, "layers")
+    disks = {name: [{one["name"]: one for one in env.vmcp_json("show", one)["disks"]}[name]["layer"] for one in ids] for name in ("data", "plain")}
+
+    raw = os.path.join(layers, disks["plain"][0] + ".raw")
+    header = env.path("header.qcow2")
+    subprocess.run(["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", env.path("secret"), "-F", "raw", header, "1M"], check=True)
+    with open(header, "rb") as file, open(raw, "r+b") as layer:
+        layer.write(file.read())
+    with open(env.path("secret"), "wb") as file:
+        file.write(b"s" * (1 << 20))
+    errors, report = verify(env, status=5)
+    check_equal([damage["file"] for damage in report["damages"]], [f"layers/{disks['plain'][0]}.raw"], "what is damaged")
+    check("do not match the checksum" in errors[ids[0]][0], f"how: {errors}")
+    chain = env.vmcp_json("disk", "info", f"{ids[0]}:plain")["chain"]
+    check_equal([(image["format"], image["backing"]) for image in chain], [("raw", None)], "the chain of a raw layer")
+    check(env.vmcp_json("disk", "check", f"{ids[0]}:plain")["ok"], "a raw layer has nothing to check")
+    env.vmcp("disk", "check", "--second-opinion", f"{ids[0]}:plain", status=1)
+    (difference,) = [one for one in env.vmcp_json("diff", ids[0], ids[2])["disks"] if one["name"] == "plain"]
+    check_equal(difference["differing_bytes"], 0, "what a raw layer and the overlays on it have different")
+    os.truncate(raw, 0)
+    os.truncate(raw, 1 << 20)
+
+    env.vmcp("rm", ids[0])
+    below = os.path.join(layers, disks["data"][0] + ".qcow2")
+    with Flipped(os.path.join(layers, disks["data"][1] + ".qcow2"), 1):
+        kept = env.vmcp("gc", status=5)
+        check("no disk layer is removed" in kept.err and os.path.exists(below), f"what stands below a damaged layer: {kept}")
+        errors, _ = verify(env, status=5)
+        check(all(disks["data"][1] in errors[one][0] for one in ids[1:]), f"the damage: {errors}")
+    check_equal(verify(env)[0], {one: [] for one in ids[1:]}, "mended again")
+    guest.check()
+
+
 def test_levels_of_durability(env):
     """A checkpoint is seen in log and show before it is durable, as captured and as written; --wait waits for each; --timeout cancels."""
     config = env.tiny_config(memory="64M", cmdline="set=8M rate=1000 report=0")
