@@ -21,6 +21,7 @@ struct source {
 	char *path;
 	bool sealed; /* a checkpoint's: never changes */
 	int format;  /* which the checkpoint says, else -1 */
+	char running[STORE_NAME_BYTES]; /* the VM that has it; "": none */
 };
 
 /* Where the VM keeps a disk: its configuration says so, or it is the VM's own layer over a base. */
@@ -118,9 +119,16 @@ static int find_source(const struct cli *cli, const char *text, struct source *o
 	const char *colon = strrchr(text, ':');
 
 	*out = (struct source){.format = -1};
-	if (!colon || stat(text, &st) == 0) {
+	if (stat(text, &st) == 0) {
 		out->path = xstrdup(text);
 		return 0;
+	}
+	if (!colon) {
+		int number = errno;
+
+		err_sys(err, number, "%s", text);
+		err_hint(err, "an image file, VM:DISK or CKPT:DISK is meant");
+		return -number;
 	}
 	int rc = cli_open_store(cli, &store, err);
 	if (rc)
@@ -129,6 +137,8 @@ static int find_source(const struct cli *cli, const char *text, struct source *o
 	rc = store_vm_get(store, name, &vm, &none);
 	if (rc == 0) {
 		rc = disk_of_vm(store, &vm, colon + 1, out, err);
+		if (vm.alive)
+			memcpy(out->running, vm.name, sizeof(out->running));
 		store_vm_free(&vm);
 	} else
 		rc = disk_of_checkpoint(store, name, colon + 1, out, err);
@@ -403,6 +413,10 @@ static int run_disk(struct cli *cli, struct err *err)
 		int rc = find_source(cli, cli->arguments[1], &source, err);
 		if (!rc)
 			rc = verbs[i].run(cli, &source, err);
+		if (rc == -EBUSY && source.running[0]) {
+			err->hint[0] = '\0'; /* here it is known who holds it */
+			err_hint(err, "VM %s runs on it: stop it, or take a checkpoint and name that one's disk, as ID:DISK", source.running);
+		}
 		free(source.path);
 		return rc;
 	}

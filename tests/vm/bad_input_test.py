@@ -82,6 +82,11 @@ def test_disk_in_use(env):
     env.start_tiny(cmdline="report=0", disks=[("data", disk)])
     one_error(env.vmcp("run", env.tiny_config(name="other", disks=[("data", disk)]), status=4), "disk.qcow2")
     one_error(env.vmcp("run", env.tiny_config(name="tiny"), status=4), "tiny")
+    for verb in (["check", "tiny:data"], ["export", "tiny:data", env.path("out.qcow2")]):
+        refused = env.vmcp("disk", *verb, status=4)
+        one_error(refused, "disk.qcow2")
+        check("VM tiny runs on it" in refused.err, f"the way out: {refused}")
+    one_error(env.vmcp("disk", "info", "tiny", status=3), "tiny")
     # QEMU's tools see the lock as well.
     done = subprocess.run(["qemu-img", "check", disk], capture_output=True, check=False)
     check(done.returncode != 0 and b"lock" in done.stderr, f"qemu-img takes an image in use: {done.stderr.decode()}")
