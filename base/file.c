@@ -88,6 +88,20 @@ static int read_to_end(int fd, const char *name, size_t limit, size_t guess, str
 	}
 }
 
+bool file_is_hole(int fd, uint64_t at, uint64_t *end)
+{
+	off_t data = lseek(fd, (off_t)at, SEEK_DATA);
+
+	*end = UINT64_MAX;
+	if (data < 0)
+		return errno == ENXIO; /* none from here on */
+	bool hole = (uint64_t)data > at;
+	off_t next = hole ? data : lseek(fd, data, SEEK_HOLE);
+	if (next > (off_t)at)
+		*end = (uint64_t)next;
+	return hole;
+}
+
 int file_read_all(int dirfd, const char *name, size_t limit, struct buf *out, struct err *err)
 {
 	struct stat st;

@@ -2,6 +2,7 @@
 #ifndef VMCP_BASE_FILE_H
 #define VMCP_BASE_FILE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -13,6 +14,9 @@
 int file_pread_full(int fd, void *data, size_t length, uint64_t offset, struct err *err);
 /* Writes exactly `length` bytes at `offset`. */
 int file_pwrite_full(int fd, const void *data, size_t length, uint64_t offset, struct err *err);
+/* Whether a file keeps no blocks at `at`, and so reads as zeroes there; up to *end, past `at`, it stays so (UINT64_MAX: nothing is known of an end). What the
+ * filesystem cannot tell is data. Moves the descriptor's position. */
+bool file_is_hole(int fd, uint64_t at, uint64_t *end);
 
 /* Reads the whole file `name` (relative to dirfd, AT_FDCWD allowed) into *out (BUF_INIT before; to be freed by
  * buf_free; a NUL byte is kept after the data, not counted). More than `limit` bytes: -EFBIG, ERR_DAMAGED. Only

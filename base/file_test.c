@@ -77,6 +77,25 @@ Test(file, pread_and_pwrite_are_whole_or_fail)
 	cr_assert_eq(file_pwrite_full(-1, data, 1, 0, &err), -EBADF);
 }
 
+Test(file, tells_holes_from_data)
+{
+	CLEANUP_CLOSE int fd = open(".", O_TMPFILE | O_RDWR, 0600);
+	uint64_t end;
+
+	cr_assert_geq(fd, 0);
+	cr_expect(file_is_hole(fd, 0, &end) && end == UINT64_MAX, "an empty file");
+	cr_assert_eq(ftruncate(fd, 3 << 20), 0);
+	cr_assert_eq(file_pwrite_full(fd, "x", 1, 1 << 20, NULL), 0);
+	cr_expect(file_is_hole(fd, 5, &end) && end == 1 << 20);
+	cr_expect(!file_is_hole(fd, (1 << 20) + 1, &end) && end > (1 << 20) + 1 && end < 3 << 20);
+	cr_expect(file_is_hole(fd, end, &end) && end == UINT64_MAX, "none behind it");
+	int ends[2];
+	cr_assert_eq(pipe(ends), 0);
+	cr_expect(!file_is_hole(ends[0], 0, &end) && end == UINT64_MAX, "what cannot be asked");
+	close(ends[0]);
+	close(ends[1]);
+}
+
 Test(file, read_all_keeps_to_the_limit)
 {
 	struct err err = ERR_INIT;

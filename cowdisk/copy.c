@@ -14,6 +14,7 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/clock.h"
+#include "base/file.h"
 #include "cowdisk/copy_internal.h"
 
 enum { SLOTS = 8, SLOT_BYTES = 1 << 20, POLL_MS = 20, PROGRESS_BYTES = 8 << 20 };
@@ -40,18 +41,14 @@ struct copier {
 	struct slot slots[SLOTS];
 };
 
-/* Where a raw file that does not change keeps no blocks, it reads as zeroes: true; *run is cut where that ends. What the filesystem cannot tell is data. */
+/* Where a raw file that does not change keeps no blocks, it reads as zeroes: true; *run is cut where that ends. */
 static bool is_hole(const struct image *image, uint64_t place, uint64_t *run)
 {
 	if (image->format != COW_FORMAT_RAW || !(image->readonly || image->fixed))
 		return false;
-	off_t data = lseek(image->fd, (off_t)place, SEEK_DATA);
-	if (data < 0)
-		return errno == ENXIO; /* to the end */
-	bool hole = (uint64_t)data > place;
-	off_t end = hole ? data : lseek(image->fd, data, SEEK_HOLE);
-	if (end > (off_t)place)
-		*run = min_u64(*run, (uint64_t)end - place);
+	uint64_t end;
+	bool hole = file_is_hole(image->fd, place, &end);
+	*run = min_u64(*run, end - place);
 	return hole;
 }
 
