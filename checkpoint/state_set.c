@@ -116,9 +116,11 @@ static int check_sections(const struct state_set *set, const struct state_sectio
 			return err_set(err, ERR_DAMAGED, EINVAL, "state file: %s of %s %u comes twice", kind, c->id,
 				       c->instance);
 		if (sections[s].version > c->version) {
-			err_set(err, ERR_DAMAGED, EINVAL, "state file: %s %u: version %u is newer than this vmcp's %u",
+			/* Whole, as its checksum says: no damage. */
+			err_set(err, ERR_FAILED, ENOTSUP, "state file: %s %u: version %u is newer than this vmcp's %u",
 				c->id, c->instance, sections[s].version, c->version);
-			return err_hint(err, "use the vmcp that made the checkpoint, or a newer one");
+			err_hint(err, "use the vmcp that made the checkpoint, or a newer one");
+			return -ENOTSUP;
 		}
 	}
 	return 0;
