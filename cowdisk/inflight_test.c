@@ -13,6 +13,7 @@
 #include "base/file.h"
 #include "cowdisk/check.h"
 #include "cowdisk/disk_internal.h"
+#include "cowdisk/merge.h"
 
 #define CLUSTER 65536u
 #define KIND(k) (1u << (k))
@@ -87,7 +88,7 @@ static void teardown(struct fixture *f)
 	struct err err = ERR_INIT;
 	cr_expect_eq(cow_close(f->disk, &err), 0, "%s", err.message);
 	cow_io_destroy(f->io);
-	static const char *const names[] = {"layer.qcow2", "top.qcow2", "third.qcow2"};
+	static const char *const names[] = {"layer.qcow2", "top.qcow2", "third.qcow2", "fourth.qcow2"};
 	for (size_t i = 0; i < ARRAY_LENGTH(names); i++) {
 		struct cow_check check;
 		CLEANUP_FREE char *path = path_of(f, names[i]);
@@ -543,6 +544,38 @@ Test(inflight, two_layers_being_sealed)
 	cr_expect(file_holds(&f, "top.qcow2", 0, 512, 0xa1) && file_holds(&f, "top.qcow2", 512, 512, 0xb2));
 	cr_expect(file_holds(&f, "top.qcow2", 1024, 512, 0));
 	cr_expect(disk_holds(&f, 0, 512, 0xa1) && disk_holds(&f, 512, 512, 0xb2) && disk_holds(&f, 1024, 512, 0xc3));
+	teardown(&f);
+}
+
+Test(inflight, a_flush_outlives_the_layers_that_it_goes_through)
+{
+	struct fixture f;
+	struct pending flush;
+	struct cow_merged *merged;
+	struct err err = ERR_INIT;
+	uint8_t data[4096];
+	setup(&f);
+	memset(data, 0x5a, sizeof(data));
+	cr_assert_eq(cow_write_sync(f.disk, 0, data, sizeof(data), NULL), 0);
+	struct cow_overlay *first = prepare(&f, "top.qcow2", "layer.qcow2");
+	cow_overlay_switch(first);
+	struct cow_overlay *second = prepare(&f, "third.qcow2", "top.qcow2");
+	cow_overlay_switch(second);
+	struct cow_overlay *third = prepare(&f, "fourth.qcow2", "third.qcow2");
+	cow_overlay_switch(third);
+	start(&f, &flush, COW_FLUSH, 0, 0, 0);
+	seal(third);
+	seal(second);
+	seal(first); /* by the sync that the flush waited for: it has gone on to the next layer, and not beyond */
+	cr_expect(!flush.done);
+	CLEANUP_FREE char *path = path_of(&f, "third.qcow2");
+	const struct cow_merge merge = {.path = path, .layers = 3};
+	cr_assert_eq(cow_merge_prepare(&merge, &merged, &err), 0, "%s", err.message);
+	cr_assert_eq(cow_merge_commit(merged, &err), 0, "%s", err.message);
+	cr_assert_eq(cow_merge_adopt(merged, f.disk, &err), 0, "%s", err.message);
+	cow_merge_free(merged);
+	cr_expect_eq(finish(&f, &flush), 0);
+	cr_expect(file_holds(&f, "third.qcow2", 0, sizeof(data), 0x5a));
 	teardown(&f);
 }
 

@@ -186,35 +186,36 @@ static void flush_done(struct flush_wait *wait, int result)
 	cow_req_continue(work);
 }
 
-/* The layer above `image` in the chain from `top`; NULL if image is the top. */
-static struct image *layer_above(struct image *top, const struct image *image)
-{
-	if (top == image)
-		return NULL;
-	struct image *i = top;
-	while (i->backing != image)
-		i = i->backing;
-	return i;
-}
-
-/* Deepest first: layers that are still being sealed owe the guest what it wrote before the switch. */
-static int flush_step(struct work *work)
-{
-	struct image *image = work->flushing;
-	work->flushing = layer_above(work->image, image);
-	work->flush.done = flush_done;
-	work->flush.guest = work->image;
-	work->outstanding++;
-	cow_image_flush(image, &work->flush);
-	return STEP_BLOCKED;
-}
-
 static struct image *deepest_unsealed(struct image *top)
 {
 	struct image *found = NULL;
 	for (struct image *i = top; i && !i->sealed; i = i->backing)
 		found = i;
 	return found;
+}
+
+/* The layer above `image` in the chain from `top`, which is not sealed; NULL if image is the top. A merge may have put `image` out of the chain since: then it was sealed, and so
+ * was all below the layers that are not. */
+static struct image *next_above(struct image *top, const struct image *image)
+{
+	if (top == image)
+		return NULL;
+	for (struct image *i = top; i->backing; i = i->backing)
+		if (i->backing == image)
+			return i;
+	return deepest_unsealed(top);
+}
+
+/* Deepest first: layers that are still being sealed owe the guest what it wrote before the switch. */
+static int flush_step(struct work *work)
+{
+	struct image *image = work->flushing;
+	work->flushing = next_above(work->image, image);
+	work->flush.done = flush_done;
+	work->flush.guest = work->image;
+	work->outstanding++;
+	cow_image_flush(image, &work->flush);
+	return STEP_BLOCKED;
 }
 
 static int check_request(const struct cow_disk *disk, const struct cow_request *r)
