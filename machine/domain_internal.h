@@ -1,4 +1,4 @@
-/* What the readers of domain XML (domain.c, domain_disk.c, domain_net.c) share. */
+/* What the readers of domain XML (domain.c, domain_disk.c, domain_net.c, domain_source.c) share. */
 #ifndef VMCP_MACHINE_DOMAIN_INTERNAL_H
 #define VMCP_MACHINE_DOMAIN_INTERNAL_H
 
@@ -27,6 +27,8 @@ struct domain_rule {
 };
 #define DOMAIN_RULES(rules) (rules), sizeof(rules) / sizeof((rules)[0])
 
+/* domain.c: the text of a guest.cfg, in *text. Ends the sections of the reading. */
+int domain_translate(struct domain_reading *reading, const char *xml, size_t length, const char *connect, struct buf *text);
 /* Each child of `node` by its rule; what has none is told as not honoured. */
 int domain_walk(struct domain_reading *reading, const struct xml_node *node, const struct domain_rule *rules, size_t count);
 /* One line of the log: what is not as the domain has it. Always 0. */
