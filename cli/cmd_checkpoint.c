@@ -293,8 +293,8 @@ static int revert_by_start(struct cli *cli, const char *id, const char *name, js
 
 	if (rc)
 		return rc;
-	*result = json_pack("{s:s, s:s, s:s, s:o, s:I, s:i}", "vm", started.vm, "checkpoint", started.checkpoint,
-			    "mode", "started", "restored_pages", json_null(), "revert_ns", (json_int_t)started.boot_ns,
+	*result = json_pack("{s:s, s:s, s:s, s:i, s:I, s:i}", "vm", started.vm, "checkpoint", started.checkpoint,
+			    "mode", "started", "restored_pages", 0, "revert_ns", (json_int_t)started.boot_ns,
 			    "pid", started.pid);
 	free(started.socket);
 	return 0;

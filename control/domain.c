@@ -113,7 +113,7 @@ int control_domain_revert(struct store *store, const char *connect, const char *
 	int rc = qemu_revert(store, connect, id, &back, err);
 
 	if (!rc)
-		*result = json_pack("{s:s, s:s, s:s, s:o, s:I}", "vm", back.vm, "checkpoint", id, "mode", "started", "restored_pages", json_null(), "revert_ns",
+		*result = json_pack("{s:s, s:s, s:s, s:i, s:I}", "vm", back.vm, "checkpoint", id, "mode", "started", "restored_pages", 0, "revert_ns",
 				    number(back.revert_ns));
 	return rc;
 }

@@ -131,8 +131,8 @@ static json_t *reverted_to_json(const struct comeback *c, uint64_t began_ns)
 	for (unsigned i = 0; i < c->party.count; i++)
 		json_array_append(vms, c->party.seats[i].result);
 	for (unsigned i = 0; i < c->started_count; i++)
-		json_array_append_new(vms, json_pack("{s:s, s:s, s:s, s:n, s:I, s:i}", "vm", c->started[i].vm, "checkpoint", c->started[i].checkpoint, "mode",
-						     "started", "restored_pages", "revert_ns", (json_int_t)c->started[i].result.boot_ns, "pid",
+		json_array_append_new(vms, json_pack("{s:s, s:s, s:s, s:i, s:I, s:i}", "vm", c->started[i].vm, "checkpoint", c->started[i].checkpoint, "mode",
+						     "started", "restored_pages", 0, "revert_ns", (json_int_t)c->started[i].result.boot_ns, "pid",
 						     c->started[i].result.pid));
 	return json_pack("{s:s, s:I, s:o}", "group", c->group.id, "revert_ns", (json_int_t)(clock_now_ns() - began_ns), "vms", vms);
 }
