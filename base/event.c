@@ -21,15 +21,12 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/buf.h"
 #include "base/event_internal.h"
 
 enum { BATCH = 32 };
-
-#define NS_PER_S 1000000000u
 
 enum loop_state { LOOP_IDLE, LOOP_RUNNING, LOOP_BORROWED };
 
@@ -435,17 +432,11 @@ static void dispatch(struct loop *loop)
 	loop->batch_length = 0;
 }
 
-/* epoll_wait. */
-static int sleep_until(struct loop *loop, uint64_t at_most_ns)
+static int wait_events(struct loop *loop, bool sleep)
 {
-	const struct timespec time = {.tv_sec = (time_t)(at_most_ns / NS_PER_S),
-				      .tv_nsec = (long)(at_most_ns % NS_PER_S)};
-	if (fall_asleep(loop) || at_most_ns == 0)
-		return epoll_wait(loop->epoll_fd, loop->batch, BATCH, 0);
-	if (at_most_ns == POLLING_NOTHING)
-		return epoll_wait(loop->epoll_fd, loop->batch, BATCH, -1);
-	int n = epoll_pwait2(loop->epoll_fd, loop->batch, BATCH, &time, NULL);
-	return n < 0 && errno == ENOSYS ? epoll_wait(loop->epoll_fd, loop->batch, BATCH, 1) : n; /* before Linux 5.11 */
+	if (fall_asleep(loop))
+		sleep = false;
+	return epoll_wait(loop->epoll_fd, loop->batch, BATCH, sleep ? -1 : 0);
 }
 
 static int run(struct loop *loop, struct err *err)
@@ -455,7 +446,7 @@ static int run(struct loop *loop, struct err *err)
 		run_tasks(loop);
 		if (atomic_load(&loop->stop))
 			break;
-		int n = sleep_until(loop, polling_look(&loop->polling));
+		int n = wait_events(loop, !polling_look(&loop->polling));
 		int number = errno;
 		wake_up(loop);
 		if (n < 0 && number == EINTR)

@@ -33,9 +33,8 @@ struct loop_poller *polling_add(struct polling *p, const struct loop_poller_ops 
 void polling_remove(struct polling *p, struct loop_poller *poller);
 void polling_clear(struct polling *p);
 
-/* Looks until nothing comes any more, or others must have their turn. For how many ns the loop may sleep then. */
-uint64_t polling_look(struct polling *p);
-#define POLLING_NOTHING UINT64_MAX /* for ever: all will be told */
+/* Looks until nothing comes any more, or others must have their turn. True: a poller is hot, and the loop must not sleep; else all will be told. */
+bool polling_look(struct polling *p);
 
 /* event.c */
 void loop_park_point(struct loop *loop); /* a place between two callbacks */

@@ -1,8 +1,9 @@
 /*
  * Looking for work instead of sleeping. A phase lasts from the first hot poller until none is hot.
  *
- * Nobody sleeps while a poller is hot, but for a nap (some microseconds, while others work for it), so a loop_poller_heat from anywhere in the
- * loop's thread is never late.
+ * Nobody sleeps while a poller is hot, so a loop_poller_heat from anywhere in the loop's thread is never late. Where others work for a poller and there is no
+ * processor to look beside them, all rest at once: a short sleep between two looks would take theirs away each time that it ends, or a vCPU's, which costs
+ * more than being told.
  */
 #include <stdlib.h>
 #include <sys/resource.h>
@@ -104,18 +105,14 @@ static bool look_once(const struct polling *p)
 	return found;
 }
 
-/* True: there was work, and somebody stays hot. */
-static bool rest(struct polling *p, bool only_helped)
+static void rest(struct polling *p)
 {
-	bool found = false;
 	for (struct loop_poller *one = p->pollers; one != NULL; one = one->next) {
-		if (!one->hot || (only_helped && (one->ops->helped == NULL || !one->ops->helped(one->opaque))))
+		if (!one->hot)
 			continue;
 		one->hot = one->ops->rest(one->opaque);
 		p->hot -= !one->hot;
-		found = found || one->hot;
 	}
-	return found;
 }
 
 static bool is_helped(const struct polling *p)
@@ -127,12 +124,12 @@ static bool is_helped(const struct polling *p)
 	return false;
 }
 
-uint64_t polling_look(struct polling *p)
+bool polling_look(struct polling *p)
 {
 	if (p->hot == 0) {
 		if (p->in_phase)
 			end_phase(p);
-		return POLLING_NOTHING;
+		return false;
 	}
 	uint64_t now = clock_now_ns(), look = now + LOOK_NS;
 	if (!p->in_phase)
@@ -153,16 +150,14 @@ uint64_t polling_look(struct polling *p)
 		p->in_vain = !found;
 		if (found)
 			continue;
-		uint64_t spent = now - p->since_ns;
-		bool over = spent >= p->budget_ns;
-		if (!over && (p->spare > 1 || !is_helped(p))) {
+		if (now - p->since_ns < p->budget_ns && (p->spare > 1 || !is_helped(p))) {
 			__builtin_ia32_pause();
 			continue;
 		}
-		bool more = rest(p, !over);
+		rest(p);
 		if (p->hot == 0)
 			end_phase(p);
-		return p->hot == 0 ? POLLING_NOTHING : over || more ? 0 : p->budget_ns - spent;
+		return p->hot > 0;
 	}
-	return 0;
+	return true;
 }

@@ -20,7 +20,7 @@
 #include "cowdisk/io_internal.h"
 
 enum { FILE_LANES = 64, OTHER_LANES = 4, LANES = FILE_LANES + OTHER_LANES };
-#define TELL_NS 100000u
+#define TELL_NS 250000u
 
 struct op_list {
 	struct io_op *head, *last;
