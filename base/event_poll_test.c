@@ -36,6 +36,7 @@ struct polled {
 	unsigned taken; /* by the loop's thread; by others while it is parked */
 	_Atomic bool resting, helped;
 	int fd; /* tells of work while it rests */
+	struct polled *waits; /* another one, for which that work is handed on */
 };
 
 static bool take_offered(struct polled *p)
@@ -74,6 +75,8 @@ static void on_told(void *opaque, uint32_t events)
 	CHECK(read(p->fd, &count, sizeof(count)) == sizeof(count));
 	atomic_store(&p->resting, false);
 	loop_poller_heat(p->poller);
+	if (p->waits != NULL)
+		loop_poller_heat(p->waits->poller);
 	take_offered(p);
 }
 
@@ -159,6 +162,24 @@ static void test_polling_in_vain_becomes_seldom(void)
 	polled_destroy(&p);
 }
 
+/* Where the helpers of one poller need the processor that is to spare, none is looked at twice in vain. */
+static void test_all_rest_while_one_is_helped(void)
+{
+	struct polled p, helped = {.helped = true};
+	polled_create(&p, 1);
+	loop_add_poller(p.loop, &polled_ops, &helped, &helped.poller);
+	p.waits = &helped;
+	pthread_t thread = start(p.loop);
+	for (unsigned i = 0; i < 100; i++) {
+		offer(&p);
+		wait_until_it_rests(&p);
+	}
+	loop_call(p.loop, read_taken, &p);
+	stop(p.loop, thread);
+	CHECK(atomic_load(&p.looks) < 150 && atomic_load(&helped.looks) < 150); /* an offer may come while it lies down */
+	polled_destroy(&p);
+}
+
 /* A parked loop does not look, and one that looks parks. */
 static void test_a_polling_loop_parks(void)
 {
@@ -187,6 +208,7 @@ int main(void)
 	alarm(300); /* a lost wakeup is a hang */
 	test_polling_loses_nothing_and_ends();
 	test_polling_in_vain_becomes_seldom();
+	test_all_rest_while_one_is_helped();
 	test_a_polling_loop_parks();
 	return check_report();
 }
