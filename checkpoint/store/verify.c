@@ -246,21 +246,21 @@ static void verify_free(struct verify *v, size_t count)
 	pthread_mutex_destroy(&v->lock);
 }
 
-static struct verify verify_new(struct store *store, const struct verify_options *options, struct verify_result *result)
+static void verify_init(struct verify *v, struct store *store, const struct verify_options *options, struct verify_result *result)
 {
-	struct verify v = {.store = store, .options = options, .result = result};
-	pthread_mutex_init(&v.lock, NULL);
-	clock_cond_init(&v.ended);
-	v.gathered = xcalloc(result->checkpoint_count + 1, sizeof(*v.gathered));
-	return v;
+	*v = (struct verify){.store = store, .options = options, .result = result};
+	pthread_mutex_init(&v->lock, NULL);
+	clock_cond_init(&v->ended);
+	v->gathered = xcalloc(result->checkpoint_count + 1, sizeof(*v->gathered));
 }
 
 /* One pass over the checkpoints in *result, with its lists of damages empty. */
 static int look(struct store *store, const struct verify_options *options, const struct verify_result *suspects,
 		struct verify_result *result, struct err *err)
 {
-	struct verify v = verify_new(store, options, result);
+	struct verify v;
 	size_t count = result->checkpoint_count;
+	verify_init(&v, store, options, result);
 	v.suspects = suspects;
 	int r = gather(&v, err);
 	if (r == 0)
@@ -403,7 +403,8 @@ int store_verify_layer(struct store *store, const struct store_disk_layer *layer
 	int r = add_checkpoint(&result, "", err);
 	if (r != 0)
 		return r;
-	struct verify v = verify_new(store, options, &result);
+	struct verify v;
+	verify_init(&v, store, options, &result);
 	r = verify_need_disks(&v, 0, &manifest, err);
 	if (r == 0)
 		r = verify_read(&v, err);
