@@ -27,9 +27,13 @@ enum { CONFIG_MAC = 0, CONFIG_STATUS = 6, CONFIG_MAX_PAIRS = 8, CONFIG_BYTES = 1
 
 void net_look_later(struct virtio_net *n, uint64_t wait_ns)
 {
-	const struct itimerspec at = {.it_value = {.tv_sec = (time_t)(wait_ns / 1000000000), .tv_nsec = (long)(wait_ns % 1000000000) + 1}};
+	uint64_t when = clock_now_ns() + wait_ns;
+	const struct itimerspec at = {.it_value = {.tv_sec = (time_t)(when / 1000000000), .tv_nsec = (long)(when % 1000000000)}};
 
-	if (timerfd_settime(n->timer_fd, 0, &at, NULL) < 0)
+	if (n->look_ns != 0 && n->look_ns <= when) /* then at all queues */
+		return;
+	n->look_ns = when;
+	if (timerfd_settime(n->timer_fd, TFD_TIMER_ABSTIME, &at, NULL) < 0)
 		log_error("%s: timer: %s", n->name, strerror(errno));
 }
 
@@ -417,6 +421,9 @@ static void timer_ready(void *opaque, uint32_t events)
 
 	if (read(n->timer_fd, &count, sizeof(count)) < 0)
 		return;
+	virtio_lock(n->vdev);
+	n->look_ns = 0;
+	virtio_unlock(n->vdev);
 	/* What a limit allows may be little: each pair is the first to have it once. */
 	for (unsigned i = 0; i < n->pairs; i++) {
 		unsigned pair = (n->first + i) % n->pairs;

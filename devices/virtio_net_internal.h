@@ -84,6 +84,7 @@ struct virtio_net {
 	bool configured; /* the backend knows what the driver negotiated */
 	bool moved;	 /* the machine was put back: it is to be announced before anything else in the loop */
 	struct rate_limit send_limit, receive_limit;
+	uint64_t look_ns; /* when the timer is set to; 0: it is not */
 	struct virtio_net_stats stats;
 
 	struct virtq_chain chain; /* owner: I/O thread, as the next */
@@ -94,7 +95,7 @@ struct virtio_net {
 
 /* All with the lock held. */
 
-/* The loop looks at the card, and its queues, again after this time. Any thread. */
+/* The loop looks at the card, and all its queues, again after this time at the latest. Any thread. */
 void net_look_later(struct virtio_net *n, uint64_t wait_ns);
 /* So many pairs are active from here on. I/O thread. */
 void net_activate_pairs(struct virtio_net *n, unsigned pairs);

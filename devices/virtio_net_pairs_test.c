@@ -464,7 +464,7 @@ Test(net_pairs, one_limit_for_all_queues)
 	uint64_t began = clock_now_ns();
 	for (unsigned i = 0; i < 16; i++)
 		put_send(p, i % 2, 40960);
-	for (bool all = false; !all && clock_now_ns() - began < 10000000000ull; usleep(500)) {
+	for (bool all = false; !all && clock_now_ns() - began < 60000000000ull; usleep(500)) {
 		unsigned a = rig_used_idx(&p->q[1]), b = rig_used_idx(&p->q[3]);
 		least = (a == 8 || b == 8) && least == 8 ? (a < b ? a : b) : least;
 		all = a == 8 && b == 8;
@@ -472,8 +472,29 @@ Test(net_pairs, one_limit_for_all_queues)
 	uint64_t ns = clock_now_ns() - began;
 	cr_expect_eq(stats(p->s).sent_frames, 16);
 	cr_expect_geq(ns, 400000000ull);
-	cr_expect_leq(ns, 5000000000ull);
+	cr_expect_leq(ns, 60000000000ull);
 	cr_expect_geq(least, 3, "one queue had sent all, the other %u of 8", least);
+	pairs_destroy(p);
+}
+
+/* What must wait a minute on its way to the guest holds up nothing that the guest sends, however often the guest asks. */
+Test(net_pairs, one_limit_does_not_wait_for_the_other)
+{
+	struct pairs *p = pairs_on(group_port("card.0"), (struct virtio_net_config){.pairs = 1, .send_rate = 1 << 20, .receive_rate = 1});
+	unsigned came = 0;
+	pairs_start(p);
+	do {
+		for (; p->seen[0] != rig_used_idx(&p->q[0]); came++)
+			rig_offer(&p->q[0], (uint16_t)rig_used_id(&p->q[0], p->seen[0]++, NULL));
+		arrive(p, 1, came);
+	} while (p->seen[0] != rig_used_idx(&p->q[0]));
+	cr_expect_geq(came, 1500, "128 KiB come at once, and %u frames did", came);
+	memset(at(p->s, SEND, 40960), 0, 40960);
+	for (unsigned i = 0; i < 10; i++)
+		put_send(p, 0, 40960);
+	for (uint64_t began = clock_now_ns(); rig_used_idx(&p->q[1]) < 10 && clock_now_ns() - began < 30000000000ull; usleep(500))
+		rig_kick(&p->q[0]);
+	cr_expect_eq(rig_used_idx(&p->q[1]), 10);
 	pairs_destroy(p);
 }
 
