@@ -139,7 +139,7 @@ make_debian_guest() { examples/debian-guest/build.sh "${packages[@]}" "$VMCP_GUE
 
 together make_debian_guest "vm_test fault_table" "vm_test tiny" vm_test_sanitized "vm_test bad_input" "vm_test export" "vm_test clone" "libvirt_test checkpoint" "vm_test group" \
     "vm_test keep" "vm_test golden" "libvirt_test domains" "vm_test verify" "vm_test filesystems" "vm_test terminal" "vm_test disk_layers" "vm_test tutorial" "vm_test encryption"
-together "${long[@]}" "debian_test tutorial" "debian_test checkpoint_damage_revert" "debian_test network" "debian_test network_queues" "debian_test agent" "debian_test cpu_model" "debian_test boot_smp" "debian_test systemd" "libvirt_test debian"
+together "${long[@]}" "debian_test tutorial" "debian_test checkpoint_damage_revert" "debian_test network" "debian_test agent" "debian_test cpu_model" "debian_test boot_smp" "debian_test systemd" "libvirt_test debian"
 
 # The end of what failed once more, where one looks first.
 for name in "${failed[@]}"; do
