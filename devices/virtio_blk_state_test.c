@@ -34,15 +34,8 @@ static void finish(struct setup *s, struct saved *saved)
 }
 static int apply(struct setup *s, const struct saved *saved, struct err *err)
 {
-	void *state = xcalloc(1, s->component.table->size);
 	memcpy(mem_base(s->rig.mem), saved->memory, RIG_MEMORY_BYTES);
-	int ret = codec_decode(s->component.table, saved->state.data, saved->state.length, state, err);
-	if (ret == 0)
-		ret = s->component.validate(s->component.opaque, state, err);
-	if (ret == 0)
-		ret = s->component.apply(s->component.opaque, state, err);
-	free(state);
-	return ret;
+	return rig_put_back(&s->component, &saved->state, err);
 }
 /* The whole way, on another machine or on the same. */
 static void restore(struct setup *s, const struct setup *from, const struct saved *saved)

@@ -244,14 +244,7 @@ static void encode(struct setup *s, struct buf *out)
 }
 static int decode_and_apply(struct setup *s, const struct buf *in, struct err *err)
 {
-	void *state = xcalloc(1, s->component.table->size);
-	int ret = codec_decode(s->component.table, in->data, in->length, state, err);
-	if (ret == 0)
-		ret = s->component.validate(s->component.opaque, state, err);
-	if (ret == 0)
-		ret = s->component.apply(s->component.opaque, state, err);
-	free(state);
-	return ret;
+	return rig_put_back(&s->component, in, err);
 }
 
 Test(virtio, state_goes_there_and_back)

@@ -342,4 +342,17 @@ static inline uint32_t rig_used_id(struct rig_queue *q, uint16_t index, uint32_t
 	return get_le32(v);
 }
 
+/* Decodes a state and puts it in place, as far as it goes. */
+static inline int rig_put_back(const struct component *component, const struct buf *in, struct err *err)
+{
+	void *state = xcalloc(1, component->table->size);
+	int ret = codec_decode(component->table, in->data, in->length, state, err);
+	if (ret == 0)
+		ret = component->validate(component->opaque, state, err);
+	if (ret == 0)
+		ret = component->apply(component->opaque, state, err);
+	free(state);
+	return ret;
+}
+
 #endif

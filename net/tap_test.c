@@ -171,6 +171,12 @@ Test(tap, restart_drops_what_waits)
 	card_destroy(card);
 }
 
+static void wait_for_link_change(const struct card *card)
+{
+	for (uint64_t until = clock_now_ns() + WAIT_NS; card->link_changes == 0 && clock_now_ns() < until; usleep(1000))
+		;
+}
+
 Test(tap, a_device_that_goes_away)
 {
 	if (!own_namespace())
@@ -185,8 +191,7 @@ Test(tap, a_device_that_goes_away)
 	usleep(20000);
 	cr_expect_eq(card->link_changes, 0);
 	cr_assert(run("ip link set vmtap0 up && ip link del vmtap0"));
-	for (uint64_t until = clock_now_ns() + WAIT_NS; card->link_changes == 0 && clock_now_ns() < until; usleep(1000))
-		;
+	wait_for_link_change(card);
 	cr_expect_eq(card->link_changes, 1);
 	cr_expect_eq(card_send(card, arp, sizeof(arp)), 0);
 	card_restart(card, &none);
@@ -298,8 +303,7 @@ Test(tap, a_device_of_several_queues_that_goes_away)
 	struct card *card = start_with(NET_TAP, "vmtap0", 4);
 	use_lanes(card, 3);
 	cr_assert(run("ip link del vmtap0"));
-	for (uint64_t until = clock_now_ns() + WAIT_NS; card->link_changes == 0 && clock_now_ns() < until; usleep(1000))
-		;
+	wait_for_link_change(card);
 	usleep(20000);
 	cr_expect_eq(card->link_changes, 1);
 	card->lanes = 4;
