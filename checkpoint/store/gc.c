@@ -52,7 +52,7 @@ static int add_layer(struct collection *g, const char *name, struct err *err)
 					 .links = st.st_nlink,
 					 .bytes = (uint64_t)st.st_blocks * 512,
 					 .disk = disk,
-					 .format = strcmp(dot, ".raw") ? COW_FORMAT_QCOW2 : COW_FORMAT_RAW};
+					 .format = store_format_named(dot + 1)};
 	snprintf(grown[g->count].name, sizeof(grown->name), "%.40s", name);
 	memcpy(grown[g->count].id, name, STORE_ID_BYTES - 1);
 	g->count++;

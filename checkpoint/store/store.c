@@ -466,7 +466,9 @@ int store_memory_sums_open(struct store *store, const char *layer, struct err *e
 	return open_layer(store, layer, ".sums", err);
 }
 
-int store_disk_layer_format(const struct store_disk_layer *layer) { return strcmp(layer->format, "raw") ? COW_FORMAT_QCOW2 : COW_FORMAT_RAW; }
+int store_format_named(const char *name) { return strcmp(name, "raw") ? COW_FORMAT_QCOW2 : COW_FORMAT_RAW; }
+
+int store_disk_layer_format(const struct store_disk_layer *layer) { return store_format_named(layer->format); }
 
 int store_disk_layer_path(struct store *store, const char *layer, const char *format, char **path, struct err *err)
 {

@@ -37,6 +37,8 @@ enum store_lock {
 int store_lock_byte(struct store *store, enum store_lock which, short type);
 /* The same, tried until then. */
 int store_lock_byte_within(struct store *store, enum store_lock which, short type, uint64_t wait_ns);
+/* store.c: an enum cow_format, by the manifest's word for it, which is also the ending of a disk layer's name. */
+int store_format_named(const char *name);
 /* store.c: without the catalogue. */
 int store_open_folders(const char *path, bool create, struct store_key *key, struct store **out, struct err *err);
 

@@ -14,7 +14,6 @@
 #include "base/file.h"
 #include "checkpoint/file_sum.h"
 #include "checkpoint/store/verify_internal.h"
-#include "cowdisk/block.h"
 #include "cowdisk/check.h"
 
 #define MAX_CHAIN 1024u
@@ -82,7 +81,7 @@ static int layer_of(const struct verify *v, const char *path, char id[STORE_ID_B
 		id[0] = '\0';
 		return -1;
 	}
-	return strcmp(name, ".raw") ? COW_FORMAT_QCOW2 : COW_FORMAT_RAW;
+	return store_format_named(name + 1);
 }
 
 static int find_record(struct verify *v, struct needed_disk *disk, struct err *err)
