@@ -8,6 +8,7 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/clock.h"
+#include "base/json.h"
 #include "base/log.h"
 #include "cli/cli.h"
 #include "cli/log_tree.h"
@@ -293,18 +294,6 @@ static int run_log(struct cli *cli, struct err *err)
 /* Whose machine it is, and who can go on with it: the configuration says so where it is not vmcp. */
 static const char *vmm_of(const struct store_checkpoint *c) { return cli_is_of_qemu(c) ? "qemu" : "vmcp"; }
 
-/* What is recorded of them, a line each; none of checkpoints of old, and of domains. */
-static json_t *needs_to_json(const struct store_checkpoint *c)
-{
-	CLEANUP_FREE char *lines = xstrdup(c->needs ? c->needs : "");
-	json_t *list = json_array();
-	char *save;
-
-	for (char *line = strtok_r(lines, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
-		json_array_append_new(list, json_string(line));
-	return list;
-}
-
 static json_t *show_to_json(const struct store_checkpoint *c, bool encrypted)
 {
 	json_t *disks = json_array();
@@ -329,7 +318,8 @@ static json_t *show_to_json(const struct store_checkpoint *c, bool encrypted)
 			 control_text_or_null(c->tag), "message", control_text_or_null(c->message), "created",
 			 control_time_to_json(c->created_wall_ns), "live", c->live, "periodic", c->periodic, "durability", "durable", "cpus",
 			 (int)c->cpus, "pause_ns", (json_int_t)c->pause_ns, "durable_ns", (json_int_t)c->durable_ns,
-			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "encrypted", encrypted, "vmm", vmm_of(c), "needs", needs_to_json(c),
+			 "size_bytes", (json_int_t)c->size_bytes, "memory", memory, "disks", disks, "encrypted", encrypted, "vmm", vmm_of(c), "needs",
+			 /* none of checkpoints of old, and of domains */ json_split(c->needs ? c->needs : "", "\n"),
 			 "config", c->config_text ? c->config_text : "");
 }
 

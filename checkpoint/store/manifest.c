@@ -8,6 +8,7 @@
 #include <jansson.h>
 #include <xxhash.h>
 
+#include "base/json.h"
 #include "checkpoint/store/store_internal.h"
 
 #define MANIFEST_FORMAT	 "vmcp-checkpoint"
@@ -52,25 +53,9 @@ static json_t *file_to_json(uint64_t bytes, uint64_t sum)
 /* An object with the names of all members, so that each manifest alone says whether its group is whole. */
 static json_t *group_to_json(const struct store_group_note *group)
 {
-	CLEANUP_FREE char *names = xstrdup(group->members ? group->members : "");
-	json_t *members = json_array();
-	char *save;
+	json_t *members = json_split(group->members ? group->members : "", " ");
 
-	for (char *name = strtok_r(names, " ", &save); name; name = strtok_r(NULL, " ", &save))
-		json_array_append_new(members, json_string(name));
 	return json_pack("{s:s, s:s, s:o}", "id", group->id, "tag", group->tag, "members", members);
-}
-
-/* An array of its lines. */
-static json_t *needs_to_json(const char *needs)
-{
-	CLEANUP_FREE char *lines = xstrdup(needs);
-	json_t *list = json_array();
-	char *save;
-
-	for (char *line = strtok_r(lines, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
-		json_array_append_new(list, json_string(line));
-	return list;
 }
 
 int manifest_encode(const struct store_checkpoint *c, struct buf *out, struct err *err)
@@ -101,7 +86,7 @@ int manifest_encode(const struct store_checkpoint *c, struct buf *out, struct er
 	if (c->group.id[0])
 		json_object_set_new(manifest, "group", group_to_json(&c->group));
 	if (c->needs)
-		json_object_set_new(manifest, "needs", needs_to_json(c->needs));
+		json_object_set_new(manifest, "needs", json_split(c->needs, "\n"));
 	if (!manifest) /* a text that is no UTF-8 */
 		return err_set(err, ERR_USAGE, EILSEQ, "manifest: a name, message or configuration is no valid UTF-8");
 	char *text = NULL;
