@@ -38,7 +38,6 @@ void restore_close(struct restore_layers *layers);
 int restore_find(struct restore_layers *layers, const struct index_extent *part, int *fd, uint64_t *place, struct err *err);
 /* Room for RESTORE_CHUNK_PAGES pages, which the caller frees; NULL with err. Who reads much has it once: to have it anew each time costs more than the
  * checksums of what is read into it. */
-
 uint8_t *restore_alloc_chunk(struct err *err);
 /* Reads those pages of [first, end) that the index takes from a layer, by way of `chunk`, and checks them against their checksums. which: bitmap,
  * NULL: all. A page that does not check: ERR_DAMAGED, naming layer and page. */

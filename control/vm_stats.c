@@ -110,4 +110,3 @@ json_t *vm_stats_to_json(struct control_target *target)
 	json_object_set_new(result, "agent", agent_host_to_json(target->agent));
 	return result;
 }
-

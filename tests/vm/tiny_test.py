@@ -214,6 +214,16 @@ def ip(words):
     subprocess.run(["ip", *words.split()], check=True)
 
 
+def start_in_a_bridge(env, tap):
+    """Ends the VM `tiny` and starts its checkpoint in a bridge, which has the host's address from then on."""
+    ip(f"addr del 10.0.2.1/24 dev {tap}")
+    ip("link add br0 type bridge")
+    ip("link set br0 up")
+    ip("addr add 10.0.2.1/24 dev br0")
+    env.vmcp("kill", "tiny")
+    env.vmcp("run", "--detach", "--from", "tapped", "--name", "two", "--net", "lan:mode=bridge,lan:bridge=br0")
+
+
 def revert_announced(env, tag, interface):
     """The VM says where it is: by a RARP, and by an ARP for its address."""
     listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
@@ -244,12 +254,7 @@ def test_network_tap_and_bridge(env):
         guest.check()
         result = env.vmcp("run", "--detach", "--from", "tapped", "--name", "two", status=4)
         check("tap vmtap0: the VM tiny has it" in result.err and "--net lan:" in result.err, str(result))
-        ip("addr del 10.0.2.1/24 dev vmtap0")
-        ip("link add br0 type bridge")
-        ip("link set br0 up")
-        ip("addr add 10.0.2.1/24 dev br0")
-        env.vmcp("kill", "tiny")
-        env.vmcp("run", "--detach", "--from", "tapped", "--name", "two", "--net", "lan:mode=bridge,lan:bridge=br0")
+        start_in_a_bridge(env, "vmtap0")
         echo.insist("in a bridge, from a checkpoint taken on a tap device")
         card = env.vmcp_json("stats", "two")["nets"][0]
         check(card["mode"] == "bridge" and card["interface"].startswith("vmcp"), f"{card}")
@@ -338,12 +343,7 @@ def test_network_queues_of_taps(env):
         stranger = env.path("stranger")  # a store that knows nothing of this one's VMs
         result = env.vmcp("run", "--detach", env.tiny_config(name="two", extra=card.format("many")), status=4, store=stranger)
         check("tap device many is in use by another process" in result.err, str(result))
-        ip("addr del 10.0.2.1/24 dev many")
-        ip("link add br0 type bridge")
-        ip("link set br0 up")
-        ip("addr add 10.0.2.1/24 dev br0")
-        env.vmcp("kill", "tiny")
-        env.vmcp("run", "--detach", "--from", "tapped", "--name", "two", "--net", "lan:mode=bridge,lan:bridge=br0")
+        start_in_a_bridge(env, "many")
         insist_on_all_pairs(env.attach_tiny("two"), echoes, 4)
         env.vmcp("kill", "two")
 
