@@ -245,10 +245,10 @@ static int run_clone(struct cli *cli, struct err *err)
 	const char *live = cli_value(cli, "live"), *count = cli_value(cli, "count");
 	char id[STORE_ID_BYTES];
 	CLEANUP_FREE char *rules = NULL;
+	const char *origin = live ? id : cli->argument_count ? cli->arguments[0] : NULL;
 	struct clone_options options = {.store_path = cli->store_path,
-					.checkpoint = live		    ? id
-						      : cli->argument_count ? cli->arguments[0]
-									    : NULL,
+					.checkpoints = &origin,
+					.checkpoint_count = 1,
 					.pattern = cli_value(cli, "name"),
 					.count = 1,
 					.rules_what = cli_value(cli, "rules")};
@@ -270,7 +270,7 @@ static int run_clone(struct cli *cli, struct err *err)
 	if (!rc && live)
 		rc = take_origin(cli, live, id, err);
 	options.rules = rules;
-	if (!rc && !live && find_group(cli, options.checkpoint, &group)) {
+	if (!rc && !live && find_group(cli, origin, &group)) {
 		rc = group_clone(&group, &options, &clones, &all, err);
 	} else if (!rc) {
 		rc = clones_start(&options, &clones, err);

@@ -13,9 +13,9 @@
 #include "control/clone_rules.h"
 #include "control/splice.h"
 
-/* What all clones of one call come from. */
+/* What some clones of one call come from. */
 struct origin {
-	struct store *store;
+	struct store *store; /* borrowed */
 	struct store_pin *pin;
 	struct store_checkpoint checkpoint;
 	struct machine_config config;
@@ -28,7 +28,6 @@ static void origin_close(struct origin *origin)
 	config_free(&origin->config);
 	store_checkpoint_free(&origin->checkpoint);
 	store_unpin(origin->pin);
-	store_close(origin->store);
 }
 
 static int read_config(const struct store_checkpoint *checkpoint, struct machine_config *config, struct err *err)
@@ -57,19 +56,16 @@ static int read_rules(struct origin *origin, const char *what, const char *text,
 	return clone_rules_read(what, text, &origin->rules, err);
 }
 
-static int origin_open(struct origin *origin, const char *store_path, struct store_key *key, const char *reference, const char *rules_what,
-		       const char *rules, struct err *err)
+static int origin_open(struct origin *origin, struct store *store, const char *reference, const char *rules_what, const char *rules, struct err *err)
 {
 	char id[STORE_ID_BYTES];
 
-	*origin = (struct origin){0};
-	int rc = store_open_with_key(store_path, false, key, &origin->store, err);
+	*origin = (struct origin){.store = store};
+	int rc = store_resolve(store, reference, id, err);
 	if (!rc)
-		rc = store_resolve(origin->store, reference, id, err);
+		rc = store_pin(store, id, &origin->pin, err);
 	if (!rc)
-		rc = store_pin(origin->store, id, &origin->pin, err);
-	if (!rc)
-		rc = store_checkpoint_get(origin->store, id, &origin->checkpoint, err);
+		rc = store_checkpoint_get(store, id, &origin->checkpoint, err);
 	if (!rc)
 		rc = read_config(&origin->checkpoint, &origin->config, err);
 	if (!rc && origin->config.qemu) {
@@ -113,31 +109,17 @@ static int make_name(const char *pattern, const char *vm, unsigned number, char 
 	return rc;
 }
 
-/* The next name that nobody has, from *number on, is this clone's. */
-static int reserve_name(const struct origin *origin, const struct clone_options *options, unsigned *number,
-			struct clone *clone, struct err *err)
+static int reserve_name(const struct origin *origin, const char *pattern, unsigned number, struct clone *clone, struct err *err)
 {
-	const char *pattern = options->pattern ? options->pattern : "<VM>-<N>";
-	bool numbered = strstr(pattern, "<N>") != NULL;
+	int rc = make_name(pattern, origin->checkpoint.vm, number, clone->name, err);
 
-	for (;; ++*number) {
-		struct err busy = ERR_INIT;
-		int rc = make_name(pattern, origin->checkpoint.vm, *number, clone->name, &busy);
-
-		if (!rc && is_known(origin->store, clone->name)) {
-			rc = err_set(&busy, ERR_STATE, EBUSY, "VM %s: there is one of that name", clone->name);
-			err_hint(&busy, "choose another --name; <N> in it is a number that is free");
-		}
-		if (!rc)
-			rc = store_vm_reserve(origin->store, clone->name, &clone->reservation, &busy);
-		if (!rc)
-			return 0;
-		if (rc != -EBUSY || !numbered || *number > 1000000) {
-			if (err)
-				*err = busy;
-			return rc;
-		}
-	}
+	if (rc)
+		return rc;
+	if (!is_known(origin->store, clone->name))
+		return store_vm_reserve(origin->store, clone->name, &clone->reservation, err);
+	err_set(err, ERR_STATE, EBUSY, "VM %s: there is one of that name", clone->name);
+	err_hint(err, "choose another --name; <N> in it is a number that is free");
+	return -EBUSY;
 }
 
 /* --- resources --- */
@@ -209,26 +191,23 @@ static int reserve_resources(const struct origin *origin, const struct clone_var
 	return rc;
 }
 
-static int reserve(const struct origin *origin, const struct clone_options *options, unsigned index, unsigned *number,
-		   struct clone *clone, struct err *err)
+static int reserve(const struct origin *origin, const struct clone_options *options, unsigned index, unsigned number, struct clone *clone,
+		   struct err *err)
 {
 	struct machine_config config = {0};
-	int rc = reserve_name(origin, options, number, clone, err);
+	int rc = store_vm_uuid(origin->store, clone->name, "", clone->uuid, err);
 
-	if (!rc)
-		rc = store_vm_uuid(origin->store, clone->name, "", clone->uuid, err);
 	if (!rc)
 		rc = read_config(&origin->checkpoint, &config, err);
 	const struct clone_variables variables = {.vm = clone->name,
 						  .uuid = clone->uuid,
 						  .store = store_path(origin->store),
-						  .number = *number,
+						  .number = number,
 						  .same_addresses = options->same_addresses,
 						  .network = options->networks ? options->networks[index] : NULL};
 	if (!rc)
 		rc = reserve_resources(origin, &variables, clone, &config, err);
 	config_free(&config);
-	++*number;
 	return rc ? err_prefix(err, "clone %s", clone->name) : 0;
 }
 
@@ -290,61 +269,157 @@ static int check_count(const struct clone_options *options, struct err *err)
 	return err_hint(err, "<N> in it is the number of each: %s-<N>", options->pattern);
 }
 
+/* Of one call: clones[o * options->count + i] is copy i of origins[o]. */
+struct batch {
+	const struct clone_options *options;
+	struct store *store;
+	struct origin *origins;
+	struct clone *clones;
+};
+
+static int open_origins(struct batch *batch, struct err *err)
+{
+	const struct clone_options *options = batch->options;
+	int rc = store_open_with_key(options->store_path, false, options->store_key, &batch->store, err);
+
+	for (unsigned o = 0; !rc && o < options->checkpoint_count; o++)
+		rc = origin_open(&batch->origins[o], batch->store, options->checkpoints[o], options->rules_what, options->rules, err);
+	return rc ? rc : store_check_key(batch->store, err);
+}
+
+/* Rules that were given are about all origins, those of a template about its own VM. */
+static int check_rules(const struct batch *batch, struct err *err)
+{
+	const struct clone_options *options = batch->options;
+	unsigned all = options->checkpoint_count;
+	CLEANUP_FREE const struct machine_config **configs = xcalloc(all, sizeof(*configs));
+	int rc = 0;
+
+	for (unsigned o = 0; o < all; o++)
+		configs[o] = &batch->origins[o].config;
+	for (unsigned o = 0; !rc && o < all; o++) {
+		rc = options->rules ? clone_rules_check_names(batch->origins[o].rules, configs, all, err)
+				    : clone_rules_check_names(batch->origins[o].rules, &configs[o], 1, err);
+		if (!rc)
+			rc = clone_rules_check(batch->origins[o].rules, configs[o], options->count, err);
+	}
+	return rc;
+}
+
+/* The next number whose names nobody has, from *number on, is this copy's: the same for all that are of it. */
+static int reserve_names(const struct batch *batch, unsigned copy, unsigned *number, struct err *err)
+{
+	const struct clone_options *options = batch->options;
+	const char *pattern = options->pattern ? options->pattern : "<VM>-<N>";
+
+	for (;; ++*number) {
+		struct err why = ERR_INIT;
+		unsigned o = 0;
+		int rc = 0;
+
+		for (; !rc && o < options->checkpoint_count; o++)
+			rc = reserve_name(&batch->origins[o], pattern, *number, &batch->clones[o * options->count + copy], &why);
+		if (!rc)
+			return 0;
+		while (o-- > 0) {
+			struct clone *clone = &batch->clones[o * options->count + copy];
+
+			store_vm_unlock(clone->reservation);
+			clone->reservation = NULL;
+		}
+		if (rc != -EBUSY || !strstr(pattern, "<N>") || *number > 1000000) {
+			if (err)
+				*err = why;
+			return rc;
+		}
+	}
+}
+
+static int reserve_all(const struct batch *batch, struct err *err)
+{
+	const struct clone_options *options = batch->options;
+	unsigned number = 1;
+	int rc = 0;
+
+	for (unsigned i = 0; !rc && i < options->count; i++, number++) {
+		rc = reserve_names(batch, i, &number, err);
+		for (unsigned o = 0; !rc && o < options->checkpoint_count; o++)
+			rc = reserve(&batch->origins[o], options, i, number, &batch->clones[o * options->count + i], err);
+	}
+	return rc;
+}
+
+static int start_all(struct batch *batch, struct err *err)
+{
+	const struct clone_options *options = batch->options;
+	int rc = 0;
+
+	for (unsigned o = 0; o < options->checkpoint_count; o++)
+		machine_preload(&batch->origins[o].config);
+	/* A database handle must not be in two processes; the pins may. */
+	store_hand_over(batch->store);
+	batch->store = NULL;
+	for (unsigned o = 0; o < options->checkpoint_count; o++)
+		for (unsigned i = 0; !rc && i < options->count; i++)
+			rc = start(options, batch->origins[o].checkpoint.id, &batch->clones[o * options->count + i], err);
+	return rc;
+}
+
 int clones_start(const struct clone_options *options, struct clone **out, struct err *err)
 {
-	struct origin origin;
-	unsigned number = 1;
-	char id[STORE_ID_BYTES];
+	struct batch batch = {.options = options};
+	size_t all = (size_t)options->checkpoint_count * options->count;
 	int rc = check_count(options, err);
 
 	if (rc)
 		return rc;
-	struct clone *clones = xcalloc(options->count, sizeof(*clones));
-	rc = origin_open(&origin, options->store_path, options->store_key, options->checkpoint, options->rules_what, options->rules, err);
+	batch.origins = xcalloc(options->checkpoint_count, sizeof(*batch.origins));
+	batch.clones = xcalloc(all, sizeof(*batch.clones));
+	rc = open_origins(&batch, err);
 	if (!rc)
-		rc = store_check_key(origin.store, err);
+		rc = check_rules(&batch, err);
 	if (!rc)
-		rc = clone_rules_check(origin.rules, &origin.config, options->count, err);
-	for (unsigned i = 0; !rc && i < options->count; i++)
-		rc = reserve(&origin, options, i, &number, &clones[i], err);
-	snprintf(id, sizeof(id), "%s", origin.checkpoint.id);
+		rc = reserve_all(&batch, err);
 	if (!rc)
-		machine_preload(&origin.config);
-	/* A database handle must not be in two processes; the pin may. */
-	if (origin.store)
-		store_hand_over(origin.store);
-	origin.store = NULL;
-	for (unsigned i = 0; !rc && i < options->count; i++)
-		rc = start(options, id, &clones[i], err);
+		rc = start_all(&batch, err);
+	store_close(batch.store);
 	if (rc)
-		clones_undo(options->store_path, clones, options->count);
-	origin_close(&origin);
-	for (unsigned i = 0; i < options->count; i++) {
-		store_vm_unlock(clones[i].reservation);
-		clones[i].reservation = NULL;
+		clones_undo(options->store_path, batch.clones, all);
+	for (unsigned o = 0; o < options->checkpoint_count; o++)
+		origin_close(&batch.origins[o]);
+	free(batch.origins);
+	for (size_t i = 0; i < all; i++) {
+		store_vm_unlock(batch.clones[i].reservation);
+		batch.clones[i].reservation = NULL;
 	}
 	if (rc)
-		clones_free(clones, options->count);
+		clones_free(batch.clones, all);
 	else
-		*out = clones;
+		*out = batch.clones;
 	return rc;
 }
 
 int clone_template(const char *store_path, const char *checkpoint, const char *name, const char *rules_what,
 		   const char *rules, char id[STORE_ID_BYTES], struct err *err)
 {
-	struct origin origin;
-	int rc = origin_open(&origin, store_path, NULL, checkpoint, rules_what ? rules_what : "no rules",
-			     rules ? rules : "", err);
+	struct store *store = NULL;
+	struct origin origin = {0};
+	int rc = store_open(store_path, false, &store, err);
 
 	if (!rc)
-		rc = clone_rules_check(origin.rules, &origin.config, 2, err);
+		rc = origin_open(&origin, store, checkpoint, rules_what ? rules_what : "no rules", rules ? rules : "", err);
+	const struct machine_config *config = &origin.config;
 	if (!rc)
-		rc = store_template_put(origin.store, origin.checkpoint.id, name, rules ? rules : "", err);
+		rc = clone_rules_check_names(origin.rules, &config, 1, err);
+	if (!rc)
+		rc = clone_rules_check(origin.rules, config, 2, err);
+	if (!rc)
+		rc = store_template_put(store, origin.checkpoint.id, name, rules ? rules : "", err);
 	if (!rc)
 		snprintf(id, STORE_ID_BYTES, "%s", origin.checkpoint.id);
 	else if (origin.checkpoint.id[0])
 		err_prefix(err, "template %s", name);
 	origin_close(&origin);
+	store_close(store);
 	return rc;
 }

@@ -155,11 +155,26 @@ static void default_ips(struct machine_config *config)
 			config->nets[i].ip_length = 32;
 }
 
-/* A rule about something that is not there is a mistake. */
-static int check_names(const struct clone_rules *rules, const struct store_resource *list, size_t resources,
-		       struct err *err)
+/* All that VMs of this configuration may have. */
+static void list_all(const struct machine_config *config, struct store_resource **list, size_t *count)
 {
-	for (unsigned i = 0; i < rules->count; i++) {
+	struct machine_config copy = *config; /* the list gives addresses to cards that have none */
+
+	if (copy.vsock_cid)
+		default_hostname(copy.name, copy.hostname);
+	default_ips(&copy);
+	identity_list(&copy, "", "", list, count);
+}
+
+int clone_rules_check_names(const struct clone_rules *rules, const struct machine_config *const *configs, unsigned config_count, struct err *err)
+{
+	struct store_resource *list = NULL;
+	size_t resources = 0;
+	int rc = 0;
+
+	for (unsigned i = 0; i < config_count; i++)
+		list_all(configs[i], &list, &resources);
+	for (unsigned i = 0; !rc && i < rules->count; i++) {
 		const struct clone_rule *rule = &rules->list[i];
 		bool found = !*rule->name;
 
@@ -168,25 +183,20 @@ static int check_names(const struct clone_rules *rules, const struct store_resou
 		if (found)
 			continue;
 		clone_rules_fail(rules, rule->line, err, "the VM has no %s %s", clone_rules_type_name(rule->type), rule->name);
-		return err_hint(err, "`vmcp show VM --resources` lists what a running VM has");
+		rc = err_hint(err, "`vmcp show VM --resources` lists what a running VM has");
 	}
-	return 0;
+	store_resources_free_list(list, resources);
+	return rc ? -EINVAL : 0;
 }
 
 int clone_rules_check(const struct clone_rules *rules, const struct machine_config *config, unsigned count,
 		      struct err *err)
 {
-	struct machine_config copy = *config; /* the list gives addresses to cards that have none */
 	struct store_resource *list = NULL;
 	size_t resources = 0;
 
-	if (copy.vsock_cid)
-		default_hostname(copy.name, copy.hostname);
-	default_ips(&copy);
-	identity_list(&copy, "", "", &list, &resources);
-	int rc = check_names(rules, list, resources, err);
-	if (!rc)
-		rc = check_agent(rules, config, err);
+	list_all(config, &list, &resources);
+	int rc = check_agent(rules, config, err);
 	for (size_t i = 0; !rc && i < resources; i++)
 		rc = check_resource(rules, rule_of(rules, config, &list[i]), &list[i], count, err);
 	if (!rc)

@@ -19,8 +19,10 @@ struct clone_rules;
 int clone_rules_read(const char *what, const char *text, struct clone_rules **out, struct err *err);
 void clone_rules_free(struct clone_rules *rules); /* NULL is allowed */
 
-/* Can VMs of this configuration be cloned by these rules, so many at once? ERR_USAGE: a rule names what there is not, or gives all clones the same; a
- * pool is too small; a resource can be neither shared nor virtualised: it is named. */
+/* A rule about what none of these VMs has is a mistake: ERR_USAGE. */
+int clone_rules_check_names(const struct clone_rules *rules, const struct machine_config *const *configs, unsigned config_count, struct err *err);
+/* After that. Can VMs of this configuration be cloned by these rules, so many at once? ERR_USAGE: a rule gives all clones the same; a pool is too small; a
+ * resource can be neither shared nor virtualised: it is named. */
 int clone_rules_check(const struct clone_rules *rules, const struct machine_config *config, unsigned count,
 		      struct err *err);
 

@@ -41,6 +41,9 @@ static int make(const char *config, const char *text, unsigned number, unsigned 
 	*err = ERR_INIT;
 	read_config(config, &made->config);
 	int rc = clone_rules_read("my.rules", text, &rules, err);
+	const struct machine_config *of = &made->config;
+	if (!rc)
+		rc = clone_rules_check_names(rules, &of, 1, err);
 	if (!rc)
 		rc = clone_rules_check(rules, &made->config, count, err);
 	snprintf(made->config.name, sizeof(made->config.name), "web-7");

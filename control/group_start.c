@@ -220,9 +220,9 @@ static int release_clones(const char *store_path, const struct clone *clones, si
 
 int group_clone(const struct store_group *group, const struct clone_options *options, struct clone **out, size_t *count, struct err *err)
 {
+	const char *checkpoints[STORE_GROUP_MAX];
 	char (*suffixes)[CLONE_NETWORK_BYTES];
-	struct clone_options one = *options;
-	size_t all = (size_t)group->count * options->count;
+	struct clone_options all = *options;
 	int rc = store_group_check_whole(group, err);
 
 	if (rc)
@@ -231,24 +231,18 @@ int group_clone(const struct store_group *group, const struct clone_options *opt
 		free(suffixes);
 		return err_set(err, ERR_HOST, EIO, "clone: the kernel gives no random numbers");
 	}
-	one.held = one.same_addresses = true;
-	one.networks = (const char (*)[CLONE_NETWORK_BYTES])suffixes;
-	*out = xcalloc(all, sizeof(**out));
-	*count = 0;
-	for (unsigned i = 0; !rc && i < group->count; i++) {
-		struct clone *some;
-
-		one.checkpoint = group->members[i].checkpoint;
-		rc = clones_start(&one, &some, err);
-		if (rc)
-			break;
-		memcpy(*out + *count, some, options->count * sizeof(*some));
-		*count += options->count;
-		free(some);
-	}
-	if (!rc)
-		rc = release_clones(options->store_path, *out, *count, err);
+	for (unsigned i = 0; i < group->count; i++)
+		checkpoints[i] = group->members[i].checkpoint;
+	all.checkpoints = checkpoints;
+	all.checkpoint_count = group->count;
+	all.held = all.same_addresses = true;
+	all.networks = (const char (*)[CLONE_NETWORK_BYTES])suffixes;
+	rc = clones_start(&all, out, err);
 	free(suffixes);
+	if (rc)
+		return rc;
+	*count = (size_t)group->count * options->count;
+	rc = release_clones(options->store_path, *out, *count, err);
 	if (!rc)
 		return 0;
 	clones_undo(options->store_path, *out, *count);

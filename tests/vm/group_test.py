@@ -13,6 +13,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import vmcp_test  # noqa: E402
+from tiny_test import free_ports  # noqa: E402
 from vmcp_test import check, check_equal  # noqa: E402
 
 NET = "[net lan]\nmode = group\nnetwork = backend\n"
@@ -229,6 +230,43 @@ def test_back_from_nothing_and_clones(env):
     check_equal([one["name"] for one in env.vmcp_json("ps")["vms"] if one["name"].startswith("late") and one["state"] == "running"], [], "half a group")
     env.vmcp("revert", "both")
     check_equal(hears(env.attach_tiny("db"))["behind"], 0, "frames that were got before they were sent")
+
+
+def resources(env, vm, kind):
+    return [one for one in env.vmcp_json("show", vm, "--resources")["resources"] if one["type"] == kind]
+
+
+def test_copies_of_a_group(env):
+    """Those of one copy have one number and one network; rules are about all of the group; what is refused is refused before anything starts."""
+    port, other, shared = free_ports(3)
+    start(env, "web", network=NET + f"[net out]\nmode = user\nforward = tcp:{port}:80\n")
+    start(env, "db")
+    take(env, "web", "db", "--tag", "both")
+    single = env.vmcp_json("show", "both")["checkpoints"][1]["id"]
+    env.vmcp("clone", single, "--name", "db-2")
+    for name in ("web", "db", "db-2"):
+        env.vmcp("kill", name)
+    known = sorted(one["name"] for one in env.vmcp_json("ps")["vms"])
+    # The second member's, or the second copy's, turn to fail.
+    for text, count, status, what in ((f"port:out any set {other}\n", 2, 2, "rules:1: port out/tcp/80"), ("port:out any drop\nport:in any drop\n", 1, 2, "rules:2: the VM has no port in"),
+                                      ("bridge:lan any share\n", 1, 2, "rules:1: the VM has no bridge lan"),
+                                      ("hostname any set <VM>\n", 1, 2, "rules:1: nobody would tell the guest"),
+                                      (f"port any allocate {other}-{other}\n", 2, 2, "rules:1: the pool"), ("mac any set 52:54:00:00:00:0<N>\n", 10, 2, "rules:1")):
+        done = env.vmcp("clone", "both", "--count", count, "--rules", env.write("rules", text), status=status)
+        check(what in done.err, f"{text!r}: {done}")
+        check_equal(sorted(one["name"] for one in env.vmcp_json("ps")["vms"]), known, f"what {text!r} has left")
+    env.vmcp("clone", "both", "--name", "db-2-<VM>", "--count", "2", status=2)
+    env.vmcp("clone", "both", "--name", "same", status=4)  # for both members
+    check_equal(sorted(one["name"] for one in env.vmcp_json("ps")["vms"]), known, "known VMs")
+    # The second number has gone for one of them: it has gone for both.
+    rules = env.write("rules", f"port:out/tcp/80 any multiplex {shared}\n")
+    clones = env.vmcp_json("clone", "both", "--count", "2", "--rules", rules)["vms"]
+    check_equal([one["name"] for one in clones], ["web-1", "web-3", "db-1", "db-3"], "names")
+    networks = {one["name"]: resources(env, one["name"], "network")[0]["host"] for one in clones}
+    check_equal((networks["web-1"], networks["web-3"]), (networks["db-1"], networks["db-3"]), "networks")
+    check(networks["web-1"] != networks["web-3"], f"one network for two copies: {networks}")
+    check_equal([one["host"] for name in ("web-1", "web-3") for one in resources(env, name, "mux")], [f"tcp:127.0.0.1:{shared}:round-robin"] * 2, "what is multiplexed")
+    expect_all_go_on([env.attach_tiny(one["name"]) for one in clones])
 
 
 if __name__ == "__main__":
