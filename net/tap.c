@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -21,6 +22,7 @@
 
 #define TUN_DEVICE "/dev/net/tun"
 #define DROP_MOST  4096u /* frames; the kernel's queue holds 1000 by default */
+#define TURN_MOST_MS 1000u
 
 struct tap;
 struct tap_lane {
@@ -296,14 +298,23 @@ static bool has_carrier(int control, const char *name)
 	return ioctl(control, SIOCETHTOOL, &request) == 0 && link.data;
 }
 
+/* To look whether a device has a user and to become its user are two steps: no other vmcp of this host does either meanwhile. The end of the turn is an unlock, or
+ * that of the descriptor. Anybody may lock the file, so whoever does it for long is not waited for. */
+static void take_turn(int fd)
+{
+	for (unsigned i = 0; i < TURN_MOST_MS && flock(fd, LOCK_EX | LOCK_NB) < 0 && errno == EWOULDBLOCK; i++)
+		usleep(1000);
+}
+
 static int attach_first(struct tap *tap, int control, const char *name, bool own, struct err *err)
 {
-	bool taken = !own && has_carrier(control, name);
 	int header = NET_HEADER_BYTES, little = 1;
 	int ret = open_tun(&tap->lanes[0], err);
 
 	if (ret < 0)
 		return ret;
+	take_turn(tap->lanes[0].fd);
+	bool taken = !own && has_carrier(control, name);
 	tap->multi_queue = tap->count > 1;
 	ret = attach(tap, &tap->lanes[0], name);
 	if (ret == -EINVAL && !tap->multi_queue) {
@@ -315,6 +326,7 @@ static int attach_first(struct tap *tap, int control, const char *name, bool own
 	if (ret < 0)
 		return attach_fails(tap, name, own, -ret, err);
 	int fd = tap->lanes[0].fd;
+	flock(fd, LOCK_UN);
 	if (ioctl(fd, TUNSETVNETHDRSZ, &header) < 0 || ioctl(fd, TUNSETVNETLE, &little) < 0 || ioctl(fd, TUNSETOFFLOAD, 0ul) < 0)
 		return err_sys(err, errno, "tap device %s", tap->net.interface);
 	return 0;

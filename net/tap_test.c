@@ -9,6 +9,7 @@
 #include <linux/if_packet.h>
 #include <poll.h>
 #include <stdio.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 
@@ -284,6 +285,46 @@ Test(tap, several_queues)
 	exchange(card);
 	card_destroy(card);
 	cr_expect(run("ip link show vmtap0 >/dev/null"));
+}
+
+static void *try_to_start(void *opaque)
+{
+	struct net_config config = config_of(NET_TAP, "vmtap0");
+	pthread_barrier_t *together = opaque;
+	config.pairs = 2;
+	pthread_barrier_wait(together);
+	return card_create(&config, NULL);
+}
+
+/* To the kernel all of them may have some of the device's queues. */
+Test(tap, one_of_many_has_a_device_of_several_queues)
+{
+	enum { MANY = 6, ROUNDS = 30 };
+	pthread_barrier_t together;
+	if (!own_namespace())
+		return;
+	cr_assert(run("ip tuntap add vmtap0 mode tap multi_queue"));
+	pthread_barrier_init(&together, NULL, MANY);
+	for (unsigned round = 0; round < ROUNDS; round++) {
+		pthread_t threads[MANY];
+		void *cards[MANY];
+		unsigned have = 0;
+		for (unsigned i = 0; i < MANY; i++)
+			cr_assert_eq(pthread_create(&threads[i], NULL, try_to_start, &together), 0);
+		for (unsigned i = 0; i < MANY; i++) {
+			pthread_join(threads[i], &cards[i]);
+			have += cards[i] != NULL;
+		}
+		cr_assert_eq(have, 1, "round %u: %u have it", round, have);
+		for (unsigned i = 0; i < MANY; i++)
+			if (cards[i])
+				card_destroy(cards[i]);
+	}
+	/* Who keeps the turn for long is in nobody's way. */
+	int fd = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
+	cr_assert_eq(flock(fd, LOCK_EX), 0);
+	card_destroy(start_with(NET_TAP, "vmtap0", 2));
+	close(fd);
 }
 
 Test(tap, devices_of_one_queue)
