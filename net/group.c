@@ -7,7 +7,7 @@
  * short and the one that empties it may be waiting for a processor. One that did not empty it in that time is not waited for again before it does.
  *
  *     <folder>/.lock                 held while sockets come and go
- *     <folder>/<network>/<port>      the socket of a card; one that nobody listens to was left by a process that was killed, and goes with the next start here
+ *     <folder>/<network>/<port>      the socket of a card; one that nobody listens to was left by a process that was killed, and goes with the next start here, or by gc
  */
 #include <dirent.h>
 #include <errno.h>
@@ -26,6 +26,7 @@
 #include "base/buf.h"
 #include "base/bytes.h"
 #include "base/clock.h"
+#include "base/dead_sockets.h"
 #include "base/log.h"
 #include "net/net_internal.h"
 #include "net/segment.h"
@@ -359,39 +360,21 @@ static int open_folder(struct group *g, struct err *err)
 	return g->dir < 0 ? err_sys(err, errno, "%s", path) : 0;
 }
 
-/* What processes left in one network that were killed. */
-static void remove_dead_in(int parent, const char *network, int probe)
-{
-	CLEANUP_CLOSE int dir = openat(parent, network, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-	int copy = dir >= 0 ? openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
-	struct dirent *entry;
-
-	while (stream && (entry = readdir(stream))) {
-		struct sockaddr_un address;
-
-		if (!is_port(entry))
-			continue;
-		set_address(dir, entry->d_name, &address);
-		if (connect(probe, (const struct sockaddr *)&address, sizeof(address)) && errno == ECONNREFUSED)
-			unlinkat(dir, entry->d_name, 0);
-	}
-	if (stream)
-		closedir(stream);
-	unlinkat(parent, network, AT_REMOVEDIR); /* if it is empty by now */
-}
-
-/* In all networks. The lock is held. */
+/* What processes left in all networks that were killed. The lock is held. */
 static void remove_dead(const char *folder)
 {
-	CLEANUP_CLOSE int probe = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 	int parent = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	DIR *stream = parent >= 0 ? fdopendir(parent) : NULL;
 	struct dirent *entry;
 
-	while (probe >= 0 && stream && (entry = readdir(stream)))
-		if (entry->d_name[0] != '.')
-			remove_dead_in(parent, entry->d_name, probe);
+	while (stream && (entry = readdir(stream))) {
+		CLEANUP_CLOSE int dir = entry->d_name[0] != '.' ? openat(parent, entry->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW) : -1;
+
+		if (dir < 0)
+			continue;
+		dead_sockets_remove(dir);
+		unlinkat(parent, entry->d_name, AT_REMOVEDIR); /* if it is empty by now */
+	}
 	if (stream)
 		closedir(stream);
 }

@@ -1,13 +1,18 @@
 /* See resources.h. hosts.refs is the number of rows of `resources` that name the host resource: both change in one transaction only. */
 #include "checkpoint/store/resources.h"
 
+#include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <unistd.h>
 
+#include "base/dead_sockets.h"
 #include "base/fault.h"
+#include "base/file.h"
 #include "checkpoint/store/store_internal.h"
 
 #define UUID_TYPE "uuid"
@@ -262,6 +267,44 @@ int store_resources_list(struct store *store, const char *vm, struct store_resou
 	return rc;
 }
 
+/* --- what is left of processes that were killed --- */
+
+/* In each folder of a folder of the store. `skip` may be NULL. */
+static void remove_sockets(struct store *store, int parent, bool (*skip)(struct store *store, const char *name), bool empty_too)
+{
+	int copy = openat(parent, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
+	struct dirent *entry;
+
+	while (stream && (entry = readdir(stream))) {
+		if (entry->d_name[0] == '.' || (skip && skip(store, entry->d_name)))
+			continue;
+		CLEANUP_CLOSE int dir = openat(parent, entry->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+		if (dir < 0)
+			continue;
+		dead_sockets_remove(dir);
+		if (empty_too)
+			unlinkat(parent, entry->d_name, AT_REMOVEDIR);
+	}
+	if (stream)
+		closedir(stream);
+	else if (copy >= 0)
+		close(copy);
+}
+
+/* Sockets of VMs, of networks of mode group, and of multiplexers. A VM that starts opens none before its own transaction, and those of networks have a lock. */
+static void remove_sockets_locked(struct store *store)
+{
+	remove_sockets(store, store->vms_dir, store_vm_is_held, false);
+	CLEANUP_CLOSE int networks = file_open_dir(store->dir, "networks", 0, NULL);
+	CLEANUP_CLOSE int lock = networks < 0 ? -1 : openat(networks, ".lock", O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+	if (lock >= 0 && !store_try_lock(lock))
+		remove_sockets(store, networks, NULL, true);
+	CLEANUP_CLOSE int multiplexers = file_open_dir(store->dir, "mux", 0, NULL);
+	if (multiplexers >= 0)
+		dead_sockets_remove(multiplexers);
+}
+
 static int collect_locked(struct store *store, uint64_t *freed, struct err *err)
 {
 	struct store_resource *list = NULL;
@@ -276,6 +319,8 @@ static int collect_locked(struct store *store, uint64_t *freed, struct err *err)
 			rc = release_locked(store, list[i].vm, err);
 	}
 	store_resources_free_list(list, count);
+	if (!rc)
+		remove_sockets_locked(store);
 	return rc;
 }
 

@@ -3,10 +3,13 @@
 
 #include <criterion/criterion.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -255,6 +258,49 @@ Test(resources, names_are_reserved_once)
 	cr_expect_eq(store_vm_reserve(store_test_store, "../a", &second, &err), -EINVAL);
 	hold(&a, "a");
 	die(&a);
+}
+
+static void leave_socket(const char *folder, const char *name)
+{
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	char path[200], command[300];
+	snprintf(path, sizeof(path), "%s/%s", store_test_folder, folder);
+	snprintf(command, sizeof(command), "mkdir -p %s", path);
+	cr_assert_eq(system(command), 0);
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), dir = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	snprintf(address.sun_path, sizeof(address.sun_path), "/proc/self/fd/%d/%s", dir, name);
+	cr_assert_eq(bind(fd, (struct sockaddr *)&address, sizeof(address)), 0);
+	close(fd);
+	close(dir);
+}
+static bool is_there(const char *name)
+{
+	char path[200];
+	snprintf(path, sizeof(path), "%s/%s", store_test_folder, name);
+	return access(path, F_OK) == 0;
+}
+
+Test(resources, sockets_of_the_dead)
+{
+	struct vm a = {0};
+	struct err err = ERR_INIT;
+	uint64_t freed;
+	hold(&a, "a"); /* it may be opening its own just now */
+	leave_socket("vms/a", "control.sock");
+	leave_socket("vms/dead", "control.sock");
+	leave_socket("networks/lan", "dead.1");
+	leave_socket("mux", "tcp.sock");
+	cr_assert_eq(store_resources_collect(store_test_store, &freed, &err), 0, "%s", err.message);
+	cr_expect(is_there("vms/a/control.sock") && is_there("vms/dead") && !is_there("vms/dead/control.sock") && !is_there("mux/tcp.sock"));
+	cr_expect(is_there("networks/lan"), "whoever has no lock there is left alone");
+	char command[300];
+	snprintf(command, sizeof(command), "touch %s/networks/.lock", store_test_folder);
+	cr_assert_eq(system(command), 0);
+	cr_assert_eq(store_resources_collect(store_test_store, &freed, &err), 0, "%s", err.message);
+	cr_expect(!is_there("networks/lan"));
+	die(&a);
+	cr_assert_eq(store_resources_collect(store_test_store, &freed, &err), 0, "%s", err.message);
+	cr_expect(!is_there("vms/a/control.sock"));
 }
 
 /* Processes at once: nobody gets what another one has, and all of them get something. */
