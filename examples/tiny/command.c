@@ -104,7 +104,7 @@ static void run_bench(struct tiny *tiny, const char *text)
 static void print_help(struct tiny *tiny)
 {
 	line_start(&tiny->line,
-		   "help: check status gap sum balloon net epoch=N rate=N mode=uniform|zipf|hot|seq disk=0|1 disk_rate=N "
+		   "help: check status gap sum balloon net random epoch=N rate=N mode=uniform|zipf|hot|seq disk=0|1 disk_rate=N "
 		   "report_rate=N beat=N stream=N report=MS "
 		   "bench=KIND BYTES DEPTH REQUESTS MS pause go crash quit help (a space does for the =)");
 	tiny_print(tiny);
@@ -124,6 +124,8 @@ static bool run_word(struct tiny *tiny, const char *text)
 		report_balloon(tiny);
 	else if (text_equal(text, "net"))
 		report_net(tiny);
+	else if (text_equal(text, "random"))
+		report_random(tiny);
 	else if (text_equal(text, "pause"))
 		set_running(tiny, false);
 	else if (text_equal(text, "go"))

@@ -114,7 +114,7 @@ static void start_work(struct tiny *tiny)
 
 	clock_start(&tiny->clock, options->tsc_khz);
 	if (options->idle) {
-		if (options->disks || options->bench || options->balloon || options->net)
+		if (options->disks || options->bench || options->balloon || options->net || options->random_rate)
 			tiny_fail(tiny, "idle-and-devices", NULL); /* these are polled */
 		idle_start();
 	}
@@ -138,6 +138,11 @@ static void start_work(struct tiny *tiny)
 		if (wrong)
 			tiny_fail(tiny, wrong, NULL);
 	}
+	if (options->random_rate) {
+		wrong = rng_start(&tiny->rng, &tiny->ram);
+		if (wrong)
+			tiny_fail(tiny, wrong, NULL);
+	}
 	if (!mem_start(&tiny->mem, &tiny->ram, options))
 		tiny_fail(tiny, "no-memory-for-the-set", NULL);
 	mem_fill(&tiny->mem, &tiny->stamps);
@@ -147,6 +152,7 @@ static void start_work(struct tiny *tiny)
 	pace_set(&tiny->disk_pace, &tiny->clock, options->disk_rate);
 	pace_set(&tiny->balloon_pace, &tiny->clock, options->report_rate);
 	pace_set(&tiny->beat_pace, &tiny->clock, options->beat_rate);
+	pace_set(&tiny->random_pace, &tiny->clock, options->random_rate);
 	tiny->running = !options->paused;
 	tiny->image_sum = image_sum();
 	report_ready(tiny);
@@ -194,6 +200,12 @@ static void work_net(struct tiny *tiny, uint64_t now)
 		pace_take(&tiny->beat_pace, now);
 	}
 	net_turn(&tiny->net, &tiny->clock, now);
+}
+
+static void work_random(struct tiny *tiny, uint64_t now)
+{
+	if (rng_turn(&tiny->rng, tiny->running && pace_due(&tiny->random_pace, now)))
+		pace_take(&tiny->random_pace, now);
 }
 
 static void work_serial(struct tiny *tiny, bool look)
@@ -246,6 +258,8 @@ static _Noreturn void run(struct tiny *tiny)
 			work_balloon(tiny, now, look);
 		if (tiny->net.there)
 			work_net(tiny, now);
+		if (tiny->rng.there)
+			work_random(tiny, now);
 		work_serial(tiny, look);
 		work_report(tiny, now);
 	}

@@ -100,6 +100,8 @@ static bool parse_word(struct options *o, const char *word)
 		return parse_limited(value, 0, NET_PAIRS, &o->net);
 	if ((value = text_after(word, "beat=")))
 		return parse_limited(value, 0, 1000000, &o->beat_rate);
+	if ((value = text_after(word, "random=")))
+		return parse_limited(value, 0, 100000, &o->random_rate);
 	if ((value = text_after(word, "spare=")))
 		return parse_limited(value, 256u << 10, 1ull << 36, &o->spare_bytes);
 	if ((value = text_after(word, "report_rate=")))

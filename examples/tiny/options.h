@@ -20,6 +20,7 @@ struct options {
 	bool balloon;
 	uint64_t net; /* pairs of queues of the card, 0: it is not used */
 	uint64_t beat_rate; /* frames to everybody per second */
+	uint64_t random_rate; /* numbers of the entropy device per second, 0: it is not used */
 	uint64_t spare_bytes; /* for the balloon to give back */
 	uint64_t report_rate; /* chunks of it reported as free or filled again per second */
 	bool disk_fill;	      /* write the whole area once at boot */

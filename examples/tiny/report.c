@@ -143,6 +143,18 @@ void report_balloon(struct tiny *tiny)
 	tiny_print(tiny);
 }
 
+void report_random(struct tiny *tiny)
+{
+	const struct rng *rng = &tiny->rng;
+	struct line *line = &tiny->line;
+
+	line_start(line, "random");
+	line_number(line, "count", rng->there ? rng->log->count : 0);
+	line_number(line, "kept", RNG_KEPT);
+	line_hex(line, "gpa", (uintptr_t)rng->log);
+	tiny_print(tiny);
+}
+
 void report_bench(struct tiny *tiny, const struct bench_run *run)
 {
 	struct line *line = &tiny->line;

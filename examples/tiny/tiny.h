@@ -14,6 +14,7 @@
 #include "options.h"
 #include "pattern.h"
 #include "ram.h"
+#include "rng.h"
 #include "serial.h"
 
 /* Lets something happen so many times a second. What it falls behind by more than 20 ms is forgotten. */
@@ -49,10 +50,12 @@ struct tiny {
 	struct bench bench;
 	struct balloon balloon;
 	struct net net;
+	struct rng rng;
 	struct pace mem_pace;
 	struct pace disk_pace;
 	struct pace balloon_pace;
 	struct pace beat_pace;
+	struct pace random_pace;
 	bool running; /* pause and go */
 	uint64_t image_sum;
 	uint64_t look_tsc;   /* when to look for input next */
@@ -81,6 +84,7 @@ void report_sum(struct tiny *tiny);
 void report_check(struct tiny *tiny);
 void report_balloon(struct tiny *tiny);
 void report_net(struct tiny *tiny);
+void report_random(struct tiny *tiny);
 void report_bench(struct tiny *tiny, const struct bench_run *run);
 
 /* command.c: carries out one line from the serial port. */

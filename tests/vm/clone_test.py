@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Whole VMs with the tiny guest: identity, templates, clones, and what is left of them in the store's table of resources."""
 
+import collections
 import hashlib
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import sqlite3
+import stat
+import struct
 import subprocess
 import sys
 import time
@@ -45,10 +49,19 @@ def files_of(env, checkpoint):
     return sums
 
 
-def generation_in_memory(env, checkpoint):
-    memory, wanted = store_memory.Memory(env.store, checkpoint), vmcp_test.GENERATION_PAGE
-    page = next(data[(wanted - first) * 4096:][:4096] for first, data in memory.runs() if first <= wanted < first + len(data) // 4096)
+def in_memory(env, checkpoint, wanted, count=1):
+    """So many pages from number `wanted` on of what a checkpoint has as memory."""
+    memory, pages = store_memory.Memory(env.store, checkpoint), bytearray(count * 4096)
+    for first, data in memory.runs():
+        for page in range(max(first, wanted), min(first + len(data) // 4096, wanted + count)):
+            at, place = (page - first) * 4096, (page - wanted) * 4096
+            pages[place:place + 4096] = data[at:at + 4096]
     memory.close()
+    return bytes(pages)
+
+
+def generation_in_memory(env, checkpoint):
+    page = in_memory(env, checkpoint, vmcp_test.GENERATION_PAGE)
     check_equal(page[:16], GENERATION_MARK, "what the page of the generation id begins with")
     return page[16:32].hex()
 
@@ -67,8 +80,8 @@ def start_origin(env, **kwargs):
 def has_ended(pid):
     """What it has open is closed when the last of its threads has gone, even if nobody waited for it yet."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1
     except (FileNotFoundError, ProcessLookupError):
         return True
 
@@ -172,6 +185,40 @@ def test_identity(env):
     check_equal((stopped["uuid"], stopped["resources"], stopped["generation_id"]), (seen["uuid"], [], None), "of a VM that does not run")
 
 
+def drawn(env, checkpoint, gpa, kept):
+    """The random numbers that a tiny guest had drawn by then (examples/tiny/rng.h), and how many: one more where the next has come, and is not yet taken note of."""
+    count, *numbers = struct.unpack(f"<{kept + 1}Q", in_memory(env, checkpoint, gpa // 4096, (kept + 1) * 8 // 4096))
+    check(0 < count < kept, f"{count} numbers of {kept}")
+    return numbers, count + (numbers[count] != 0)
+
+
+def test_nothing_random_is_repeated(env):
+    """Clones of a template that was made of a clone: none has a generation id, or a random number of its first 40 ms, in common with another, or with where it comes from."""
+    guest = env.start_tiny(memory="32M", cmdline="set=4M rate=500 report=0 random=500", extra="rng = yes")
+    told = guest.ask("random", "random")
+    place = (int(told["gpa"], 16), int(told["kept"]))
+    env.vmcp("checkpoint", "--live", "tiny", "--tag", "first")
+    env.vmcp("clone", "first", "--name", "one")
+    origin = env.vmcp_json("checkpoint", "--live", "one", "--tag", "second")["id"]
+    env.vmcp("template", "second", "worker")
+    before, first = drawn(env, origin, *place)
+    seen, ids = {number for number in before if number}, {generation_in_memory(env, origin)}
+    clones = env.vmcp_json("clone", "worker", "--count", "4")["vms"]
+    for one in clones:
+        guest = env.attach_tiny(one["name"])
+        wait_for("numbers of 40 ms, at 500 a second", lambda guest=guest: int(guest.ask("random", "random")["count"]) >= first + 20)
+        taken = env.vmcp_json("checkpoint", "--live", one["name"])["id"]
+        numbers, count = drawn(env, taken, *place)
+        check_equal(numbers[:first], before[:first], f"what {one['name']} has of its origin")
+        check(count >= first + 20, f"only {count - first} numbers of {one['name']}")
+        check(not seen & set(numbers[first:count]), f"{one['name']} has drawn what another one has")
+        seen.update(numbers[first:count])
+        check_equal(generation_in_memory(env, taken), one["identity"]["generation_id"], "its generation id")
+        ids.add(one["identity"]["generation_id"])
+    check_equal(len(ids), len(clones) + 1, "generation ids")
+    check(0 not in seen, "a number that was not drawn")
+
+
 def test_nothing_of_the_host_in_the_guest(env):
     """Ports, paths and sockets of the host are in no state, index or memory that a checkpoint holds."""
     _, origin, port = start_origin(env)
@@ -250,6 +297,57 @@ def test_killed_at_allocation_and_release(env):
     # All that they had can be had.
     clones = env.vmcp_json("clone", "origin", "--count", "3")["vms"]
     check_equal(len(clones), 3, "clones")
+
+
+def sockets_of(env):
+    """Every socket that lies in the store."""
+    return [path for folder, _, names in os.walk(env.store) for path in (os.path.join(folder, name) for name in names) if stat.S_ISSOCK(os.lstat(path).st_mode)]
+
+
+def living(env):
+    return {vm["name"]: vm["pid"] for vm in env.vmcp_json("ps")["vms"] if vm["state"] in ("running", "paused", "suspended")}
+
+
+def test_random_operations(env):
+    """Clones by all sorts of rules, ends, kills, sleep and gc in a random order, commands and VMs killed at random points: the table is right after each, and empty at the end.
+    VMCP_TEST_OPERATIONS says how many, VMCP_TEST_SEED in which order."""
+    seed = int(os.environ.get("VMCP_TEST_SEED", "1"))
+    rng, done = random.Random(seed), collections.Counter()
+    shared, pool = free_ports(2)
+    env.vmcp("run", "--detach", env.tiny_config(memory="16M", cmdline="set=1M rate=100 report=0 idle=1", extra="vsock_cid = 3\n[net lan]\nmode = user\nforward = tcp:0.0.0.0:%d:80\n"
+                                                "[net back]\nmode = group\nnetwork = backend\n" % free_ports(1)[0]))
+    env.vmcp("checkpoint", "--live", "tiny", "--tag", "origin")
+    rules = ["", f"port any multiplex {shared}:least\n", f"port any allocate {pool}-{pool}\n", "hostname any allocate web:1-3\n", "ip:back any allocate 10.0.0.1-10.0.0.3/24\n"]
+    for number in range(int(os.environ.get("VMCP_TEST_OPERATIONS", "40"))):
+        vms = living(env)
+        vms.pop("tiny", None)
+        what = rng.choice(["clone"] * 3 + ["kill", "kill -9", "suspend", "resume", "gc"]) if len(vms) < 5 else rng.choice(["kill", "kill -9"])
+        fault = {"VMCP_FAULT": f"{rng.choice((360, 361))}:{rng.randrange(1, 5)}"} if rng.random() < 0.3 else None
+        victim = rng.choice(sorted(vms) or ["nobody"])
+        if what == "clone":
+            words = ["--count", rng.randrange(1, 3), "--rules", env.write("rules", rng.choice(rules))]
+            status = env.vmcp("clone", "origin", *words, status=None, env=fault).status
+        elif what == "kill -9":
+            status = kill_9(vms[victim]) if victim in vms else 3
+        else:
+            status = env.vmcp(what, *([] if what == "gc" else [victim]), status=None, env=fault).status
+        done[what, "well" if not status else "killed" if status == -9 else "not"] += 1
+        check(status in (None, 0, 1, 2, 3, 4, -9), f"seed {seed}, operation {number}, {what}: exit status {status}")
+        held = {row[0] for row in table(env)}
+        check(not {name for name in living(env)} - held, f"seed {seed}, operation {number}, {what}: a VM that runs has nothing")
+    print(f"  {dict(sorted((' '.join(key), count) for key, count in done.items()))}", flush=True)
+    for number, (name, pid) in enumerate(living(env).items()):
+        if number % 2:
+            kill_9(pid)
+        else:
+            env.vmcp("kill", name)
+    wait_for("the end of all VMs", lambda: not living(env))
+    wait_for("the end of multiplexers", lambda: not multiplexers(env))
+    env.vmcp("gc")
+    check_equal((table(env), sockets_of(env)[:5]), ([], []), f"seed {seed}: what is left")
+    for port in (shared, pool):
+        socket.create_server(("127.0.0.1", port)).close()
+    env.vmcp("verify")
 
 
 def multiplexers(env):
