@@ -10,6 +10,7 @@
 #include "checkpoint/store/resources.h"
 #include "cli/cli.h"
 #include "control/client.h"
+#include "control/mux.h"
 
 /* --- disk layers that nothing names any more --- */
 
@@ -237,6 +238,8 @@ static int run_gc(struct cli *cli, struct err *err)
 	result.forgotten += first.forgotten;
 	if (!rc)
 		rc = store_resources_collect(store, &resources, err);
+	if (!rc)
+		mux_remove_dead(store);
 	store_close(store);
 	if (rc)
 		return rc;

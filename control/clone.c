@@ -5,13 +5,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/buf.h"
 #include "base/clock.h"
+#include "base/log.h"
 #include "control/client.h"
 #include "control/clone_rules.h"
 #include "control/splice.h"
+
+#define END_POLL_NS 5000000
+#define END_NS	    10000000000u
 
 /* What some clones of one call come from. */
 struct origin {
@@ -224,17 +229,47 @@ void clones_free(struct clone *clones, size_t count)
 	free(clones);
 }
 
+/* A VM that was told to end may take a moment. */
+static void wait_for_end(struct store *store, const char *vm)
+{
+	const struct timespec moment = {.tv_nsec = END_POLL_NS};
+	uint64_t end = clock_now_ns() + END_NS;
+
+	while (store_vm_is_alive(store, vm) && clock_now_ns() < end)
+		nanosleep(&moment, NULL);
+}
+
+/* Of one that ran: they are its own, wherever they are. */
+static void remove_overlays(const struct clone *clone)
+{
+	struct machine_config config;
+
+	if (!clone->result.pid || config_read_text(clone->name, clone->config_text, &config, NULL))
+		return;
+	for (unsigned i = 0; i < config.disk_count; i++)
+		if (!config.disks[i].readonly)
+			unlink(config.disks[i].path);
+	config_free(&config);
+}
+
 void clones_undo(const char *store_path, struct clone *clones, size_t count)
 {
 	struct store *store;
+	struct err err = ERR_INIT;
 
 	if (store_open(store_path, false, &store, NULL))
 		return;
-	for (size_t i = 0; i < count; i++) {
+	for (size_t i = 0; i < count; i++)
 		if (clones[i].result.pid)
 			json_decref(control_ask(store, clones[i].name, "vm.kill"));
-		else if (clones[i].reservation)
-			store_resources_free(store, clones[i].name, NULL);
+	for (size_t i = 0; i < count; i++) {
+		if (!clones[i].result.pid && !clones[i].reservation)
+			continue;
+		wait_for_end(store, clones[i].name);
+		if (store_vm_forget(store, clones[i].name, clones[i].uuid, &err) == 0)
+			remove_overlays(&clones[i]);
+		else
+			log_warn("clone %s: %s", clones[i].name, err.message);
 	}
 	store_close(store);
 }

@@ -44,7 +44,7 @@ struct clone {
 
 /* On success *out is an array of clones that run, options->count of each checkpoint, for clones_free. Must be called before the program has other threads. */
 int clones_start(const struct clone_options *options, struct clone **out, struct err *err);
-/* Those that run are ended, those that were to be have nothing any more. */
+/* They never were: those that run are ended, and their disks, records and folders are removed. */
 void clones_undo(const char *store_path, struct clone *clones, size_t count);
 void clones_free(struct clone *clones, size_t count); /* the VMs run on. NULL is allowed */
 

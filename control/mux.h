@@ -27,5 +27,7 @@ int mux_ensure(const char *store_path, const struct machine_config *config, stru
 int mux_serve(const char *store_path, const char *place, int report_fd, struct err *err);
 /* What each multiplexer of the store says: a new reference to an array. */
 int mux_list(struct store *store, json_t **out, struct err *err);
+/* Removes the sockets of those that were killed. */
+void mux_remove_dead(struct store *store);
 
 #endif

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -138,11 +139,30 @@ static json_t *ask(int dir, const char *place)
 	return text.data ? json_loadb((char *)text.data, text.length, 0, NULL) : NULL;
 }
 
+/* The next place of which there is a socket; false: there is none. */
+static bool next_place(DIR *dir, char place[256])
+{
+	const struct dirent *entry;
+	struct sockaddr_in address;
+	enum config_sharing sharing;
+
+	while ((entry = readdir(dir)) != NULL) {
+		size_t length = strlen(entry->d_name);
+
+		if (length < 6 || strcmp(entry->d_name + length - 5, ".sock"))
+			continue;
+		snprintf(place, 256, "%.*s", (int)(length - 5), entry->d_name);
+		if (mux_parse_place(place, &address, &sharing))
+			return true;
+	}
+	return false;
+}
+
 int mux_list(struct store *store, json_t **out, struct err *err)
 {
 	CLEANUP_FREE char *folder = xasprintf("%s/" MUX_FOLDER, store_path(store));
 	DIR *dir = opendir(folder);
-	const struct dirent *entry;
+	char place[256];
 
 	*out = json_array();
 	if (!dir && errno == ENOENT)
@@ -153,19 +173,29 @@ int mux_list(struct store *store, json_t **out, struct err *err)
 		json_decref(*out);
 		return err_sys(err, number, "%s", folder);
 	}
-	while ((entry = readdir(dir)) != NULL) {
-		size_t length = strlen(entry->d_name);
-		char place[256];
-		struct sockaddr_in address;
-		enum config_sharing sharing;
+	while (next_place(dir, place)) {
+		json_t *one = ask(dirfd(dir), place);
 
-		if (length < 6 || strcmp(entry->d_name + length - 5, ".sock"))
-			continue;
-		snprintf(place, sizeof(place), "%.*s", (int)(length - 5), entry->d_name);
-		json_t *one = mux_parse_place(place, &address, &sharing) ? ask(dirfd(dir), place) : NULL;
 		if (one)
 			json_array_append_new(*out, one);
 	}
 	closedir(dir);
 	return 0;
+}
+
+void mux_remove_dead(struct store *store)
+{
+	CLEANUP_FREE char *folder = xasprintf("%s/" MUX_FOLDER, store_path(store));
+	DIR *dir = opendir(folder);
+	char place[256];
+
+	while (dir && next_place(dir, place)) {
+		CLEANUP_FREE char *lock = xasprintf("%s.lock", place), *told = xasprintf("%s.sock", place);
+		CLEANUP_CLOSE int fd = openat(dirfd(dir), lock, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+
+		if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0)
+			unlinkat(dirfd(dir), told, 0);
+	}
+	if (dir)
+		closedir(dir);
 }

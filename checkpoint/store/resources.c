@@ -292,7 +292,7 @@ static void remove_sockets(struct store *store, int parent, bool (*skip)(struct 
 		close(copy);
 }
 
-/* Sockets of VMs, of networks of mode group, and of multiplexers. A VM that starts opens none before its own transaction, and those of networks have a lock. */
+/* Sockets of VMs, and of networks of mode group. A VM that starts opens none before its own transaction, and those of networks have a lock. */
 static void remove_sockets_locked(struct store *store)
 {
 	remove_sockets(store, store->vms_dir, store_vm_is_held, false);
@@ -300,9 +300,6 @@ static void remove_sockets_locked(struct store *store)
 	CLEANUP_CLOSE int lock = networks < 0 ? -1 : openat(networks, ".lock", O_RDWR | O_CLOEXEC | O_NOFOLLOW);
 	if (lock >= 0 && !store_try_lock(lock))
 		remove_sockets(store, networks, NULL, true);
-	CLEANUP_CLOSE int multiplexers = file_open_dir(store->dir, "mux", 0, NULL);
-	if (multiplexers >= 0)
-		dead_sockets_remove(multiplexers);
 }
 
 static int collect_locked(struct store *store, uint64_t *freed, struct err *err)

@@ -54,7 +54,7 @@ int store_resources_free(struct store *store, const char *vm, struct err *err);
 /* Of one VM, or of all (NULL), by VM, type and name. */
 int store_resources_list(struct store *store, const char *vm, struct store_resource **list, size_t *count,
 			 struct err *err);
-/* Frees what VMs have that nobody runs or has reserved, and removes sockets in the store that killed processes left. *freed: how many resources. */
+/* Frees what VMs have that nobody runs or has reserved, and removes sockets in the store that their processes left. *freed: how many resources. */
 int store_resources_collect(struct store *store, uint64_t *freed, struct err *err);
 
 /*

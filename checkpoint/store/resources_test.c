@@ -260,6 +260,33 @@ Test(resources, names_are_reserved_once)
 	die(&a);
 }
 
+Test(resources, a_vm_that_never_was)
+{
+	static const char other[] = "5dea22b3-1d52-d8f3-2516-782e98ab3fa0";
+	struct store_vm_lock *lock;
+	struct err err = ERR_INIT;
+	char uuid[37], path[200];
+	struct vm a = {.name = "a"};
+	snprintf(path, sizeof(path), "%s/vms/a/disk.qcow2", store_test_folder);
+	cr_assert_eq(store_test_put_vm(store_test_store, "a", NULL), 0);
+	cr_assert_eq(store_vm_lock(store_test_store, "a", &lock, &err), 0);
+	fclose(fopen(path, "w"));
+	add(&a, "port", "lan", "tcp:1", true);
+	cr_assert_eq(bind_all(&a, &err), 0);
+	cr_expect_eq(store_vm_forget(store_test_store, "a", VM_UUID, &err), -EBUSY, "it runs");
+	store_vm_unlock(lock);
+	cr_expect_eq(store_vm_forget(store_test_store, "a", other, &err), -EEXIST, "another one");
+	cr_expect(access(path, F_OK) == 0 && count_of("a") == 1);
+	cr_assert_eq(store_vm_uuid(store_test_store, "a", "", uuid, &err), 0);
+	cr_expect_str_eq(uuid, VM_UUID);
+	cr_assert_eq(store_vm_forget(store_test_store, "a", VM_UUID, &err), 0, "%s", err.message);
+	cr_expect(access(path, F_OK) != 0 && count_of("a") == 0);
+	*strrchr(path, '/') = '\0';
+	cr_expect(access(path, F_OK) != 0, "its folder");
+	cr_expect_eq(store_vm_forget(store_test_store, "a", VM_UUID, &err), 0, "what is not there");
+	store_resources_free_list(a.list, a.count);
+}
+
 static void leave_socket(const char *folder, const char *name)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -289,9 +316,8 @@ Test(resources, sockets_of_the_dead)
 	leave_socket("vms/a", "control.sock");
 	leave_socket("vms/dead", "control.sock");
 	leave_socket("networks/lan", "dead.1");
-	leave_socket("mux", "tcp.sock");
 	cr_assert_eq(store_resources_collect(store_test_store, &freed, &err), 0, "%s", err.message);
-	cr_expect(is_there("vms/a/control.sock") && is_there("vms/dead") && !is_there("vms/dead/control.sock") && !is_there("mux/tcp.sock"));
+	cr_expect(is_there("vms/a/control.sock") && is_there("vms/dead") && !is_there("vms/dead/control.sock"));
 	cr_expect(is_there("networks/lan"), "whoever has no lock there is left alone");
 	char command[300];
 	snprintf(command, sizeof(command), "touch %s/networks/.lock", store_test_folder);

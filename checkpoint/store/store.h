@@ -83,6 +83,9 @@ struct store_vm_lock;
 /* Takes the VM's name for this process: an OFD lock on vms/<name>/lock, held until release or death. Taken: -EBUSY, ERR_STATE, naming the pid. */
 int store_vm_lock(struct store *store, const char *name, struct store_vm_lock **out, struct err *err);
 void store_vm_unlock(struct store_vm_lock *lock);
+/* The VM was never there: its record, what it has of the host, and its folder with all that is in it are removed. -EBUSY: it runs; -EEXIST: the one of that name has
+ * another uuid. */
+int store_vm_forget(struct store *store, const char *name, const char *uuid, struct err *err);
 /* True if some process holds it. */
 bool store_vm_is_alive(struct store *store, const char *name);
 /* Folder of the VM (made by store_vm_lock), as a descriptor to be closed by the caller. The control socket is `control.sock` in it. */

@@ -109,6 +109,43 @@ static bool is_locked(struct store *store, const char *name, const char *file)
 	return fd >= 0 && fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
+static int forget_row(struct store *store, const char *name, const char *uuid, struct err *err)
+{
+	sqlite3_stmt *s;
+
+	pthread_mutex_lock(&store->lock);
+	int rc = catalog_prepare_locked(store, "DELETE FROM vms WHERE name = ? AND uuid = ?", &s, err);
+	if (!rc) {
+		sqlite3_bind_text(s, 1, name, -1, SQLITE_STATIC);
+		sqlite3_bind_text(s, 2, uuid, -1, SQLITE_STATIC);
+		rc = catalog_step_locked(store, s, err);
+		sqlite3_finalize(s);
+	}
+	pthread_mutex_unlock(&store->lock);
+	return rc;
+}
+
+int store_vm_forget(struct store *store, const char *name, const char *uuid, struct err *err)
+{
+	struct store_vm_lock *lock;
+	struct store_vm vm;
+	int rc = store_vm_lock(store, name, &lock, err);
+
+	if (rc)
+		return rc;
+	rc = forget_row(store, name, uuid, err);
+	if (!rc && store_vm_get(store, name, &vm, NULL) == 0) {
+		store_vm_free(&vm);
+		rc = err_set(err, ERR_STATE, EEXIST, "VM %s: is another one", name);
+	}
+	if (!rc)
+		rc = store_resources_free(store, name, err);
+	if (!rc)
+		rc = file_remove_tree(store->vms_dir, name, err);
+	store_vm_unlock(lock);
+	return rc;
+}
+
 bool store_vm_is_alive(struct store *store, const char *name) { return is_locked(store, name, "lock"); }
 
 bool store_vm_is_held(struct store *store, const char *name) { return store_vm_is_alive(store, name) || is_locked(store, name, RESERVED_FILE); }

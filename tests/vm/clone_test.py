@@ -30,6 +30,7 @@ GENERATION_MARK = b"VMCP generation\0"
 def table(env):
     """The rows of the table of resources, and of what of the host they name."""
     database = sqlite3.connect(os.path.join(env.store, "catalog.db"))
+    database.execute("BEGIN")  # both are of one moment
     rows = database.execute("SELECT vm, type, name, guest, host FROM resources").fetchall()
     hosts = database.execute("SELECT type, host, refs FROM hosts").fetchall()
     database.close()
@@ -264,6 +265,15 @@ def test_rules(env):
     check(os.path.exists(env.path("clones/tiny-1-1.qcow2")), "no disk there")
     check_equal(found["mac"]["guest"], next(r["guest"] for r in env.vmcp_json("show", "tiny", "--resources")["resources"] if r["type"] == "mac"), "its address")
     env.attach_tiny("tiny-1").check()
+    # The second one cannot start: nothing is left of the first.
+    os.makedirs(env.path("own/1"))
+    known, rows = sorted(os.listdir(os.path.join(env.store, "vms"))), table(env)
+    own = env.write("own.rules", f"disk:data rw copy {env.path('own')}/<N>/data.qcow2\n")
+    for _ in range(2):
+        done = env.vmcp("clone", "origin", "--name", "other-<N>", "--count", "2", "--rules", own, status=None)
+        check(done.status not in (0, 2) and "other-2" in done.err, str(done))
+        check_equal((sorted(os.listdir(os.path.join(env.store, "vms"))), table(env), os.listdir(env.path("own/1"))), (known, rows, []), "what is left of the first")
+        check("other" not in str(env.vmcp_json("ps")), "a VM that never was is known")
     # A file that is there is nobody's overlay.
     precious = env.write("precious.qcow2", "precious")
     done = env.vmcp("clone", "origin", "--name", "three", "--rules", env.write("place.rules", f"disk:data rw copy {precious}\n"), status=4)
@@ -431,8 +441,12 @@ def test_multiplexed_port(env):
     check_reset(asked.pop("nobody").values(), "who asks for nobody")
     check_equal({name: list(translation(env, named, one).values())[0] for name, one in asked.items()},
                 {"web-2.example.org": "web-2", "web-1:8443": "web-1", "WEB-2": "web-2"}, "whom names lead to")
-    # The next VM brings back a multiplexer that was killed.
+    # The next VM brings back a multiplexer that was killed, and gc removes what it has left, nothing else.
+    told = [path for path in sockets_of(env) if "/mux/" in path]
     kill_9(multiplexers(env)[f"127.0.0.1:{named}"]["pid"])
+    check_equal([path for path in sockets_of(env) if "/mux/" in path], told, "sockets of multiplexers")
+    env.vmcp("gc")
+    check_equal([path for path in sockets_of(env) if "/mux/" in path], [path for path in told if f":{named}:" not in path], "sockets of multiplexers after gc")
     env.vmcp("clone", "origin", "--name", "web-3", "--rules", rules)
     again = call(named, 1, b"GET / HTTP/1.0\r\nhost: web-1\r\n\r\n")
     check_equal(list(translation(env, named, again).values()), ["web-1"], "after a new start")
