@@ -9,7 +9,9 @@
 #include "base/file.h"
 #include "cowdisk/image_internal.h"
 
-#define CONVERT_HINT "write it out anew first: vmcp disk export SRC DST, or qemu-img convert -O qcow2 SRC DST"
+#define CONVERT_HINT "write it out anew first: qemu-img convert -O qcow2 SRC DST"
+#define EXPORT_HINT  "write it out anew first: vmcp disk export SRC DST"
+enum { CRYPT_AES = 1, CRYPT_LUKS = 2 };
 
 static int damaged(struct err *err, const char *what)
 {
@@ -20,6 +22,24 @@ static int unsupported(struct err *err, const char *what)
 {
 	err_set(err, ERR_FAILED, ENOTSUP, "%s is not supported", what);
 	err_hint(err, CONVERT_HINT);
+	return -ENOTSUP;
+}
+
+/* What has other readers: of the first two kinds `vmcp disk export` is one (legacy.h). */
+static int unsupported_kind(const struct qcow2_header *h, struct err *err)
+{
+	const char *what = h->crypt == CRYPT_LUKS ? "LUKS" : h->crypt == CRYPT_AES ? "AES" : "an unknown method";
+	if (h->version == 1)
+		err_set(err, ERR_FAILED, ENOTSUP, "a qcow image of version 1 is not supported");
+	else
+		err_set(err, ERR_FAILED, ENOTSUP, "an image that is encrypted (%s) is not supported", what);
+	if (h->version == 1)
+		err_hint(err, EXPORT_HINT);
+	else if (h->version == 2 && h->crypt == CRYPT_AES)
+		err_hint(err, EXPORT_HINT " --key-file FILE");
+	else
+		err_hint(err, "write it out anew first: qemu-img convert --object secret,id=k,file=FILE --image-opts "
+			      "driver=qcow2,encrypt.key-secret=k,file.filename=SRC -O qcow2 DST");
 	return -ENOTSUP;
 }
 
@@ -207,12 +227,14 @@ int qcow2_read_header(int fd, uint64_t file_bytes, struct qcow2_header *out, str
 	if (get_be32(raw) != QCOW2_MAGIC)
 		return err_set(err, ERR_DAMAGED, EINVAL, "not a qcow2 image");
 	decode_v2(raw, out);
+	if (out->version == 1)
+		return unsupported_kind(out, err);
 	if (out->version != 2 && out->version != 3)
-		return unsupported(err, out->version == 1 ? "a qcow image of version 1" : "this version of qcow2");
+		return unsupported(err, "this version of qcow2");
 	if (out->cluster_bits < QCOW2_MIN_CLUSTER_BITS || out->cluster_bits > QCOW2_MAX_CLUSTER_BITS)
 		return damaged(err, "cluster_bits");
 	if (out->crypt)
-		return unsupported(err, "an encrypted image");
+		return unsupported_kind(out, err);
 	if (out->version == 3) {
 		if (file_bytes < QCOW2_HEADER_V3_BYTES)
 			return damaged(err, "the file ends within it");
