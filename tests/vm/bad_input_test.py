@@ -19,7 +19,7 @@ WRONG_KEYS = [
     ("[vm]\nconsole = vga\n", "console"), ("[vm]\nrng = maybe\n", "rng"), ("[vm]\nballoon = 7\n", "balloon"), ("[vm]\nvsock_cid = 2\n", "vsock_cid"),
     ("[disk a]\npath = nothere.qcow2\n", "nothere.qcow2"), ("[disk a]\nbase = nothere.qcow2\n", "nothere.qcow2"), ("[disk a]\nreadonly = yes\n", "disk a"),
     ("[disk a]\npth = x\n", "pth"), ("[disk a/b]\npath = x\n", "a/b"), ("[net n]\nmode = smoke\n", "mode"), ("[net n]\nmac = 52:54:00:12:34\n", "mac"),
-    ("[net n]\nmac = 53:54:00:12:34:56\n", "mac"), ("[net n]\nforward = tcp:99999:1\n", "forward"), ("[net n]\ntap = a/b\n", "tap"),
+    ("[net n]\nmac = 53:54:00:12:34:56\n", "mac"), ("[net n]\nforward = tcp:99999:1\n", "forward"), ("[net n]\nforward = tcp:[::1]:8080:80\n", "forward"), ("[net n]\ntap = a/b\n", "tap"),
     ("[checkpoint]\nevery = soon\n", "every"), ("[checkpoint]\nkeep = 0\n", "keep"), ("[vmm]\nname = x\n", "vmm"), ("memory = 1G\n", "memory"), ("[vm\n", "cfg"),
 ]
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import time
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import store_memory  # noqa: E402
 import vmcp_test  # noqa: E402
-from tiny_test import compare_images, image_check  # noqa: E402
+from tiny_test import compare_images, free_ports, image_check, ip, own_network  # noqa: E402
 from vmcp_test import check, check_equal  # noqa: E402
 
 LOAD = "set=32M rate=5000 disk=1 disk_blocks=1024 qd=4 report=0"
@@ -168,6 +169,56 @@ def test_move_to_another_host(env):
     finally:
         if names:
             drop_netns(names)
+
+
+def streamed():
+    """What the guest's TCP service sends, and the address that the host knows it by."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            with socket.create_connection(("10.0.2.15", 5002), timeout=5) as caller:
+                got = caller.recv(65536)
+        except OSError:
+            check(time.monotonic() < end, "the guest's service does not answer")
+            time.sleep(0.2)
+            continue
+        said = subprocess.run(["ip", "neigh", "show", "10.0.2.15"], capture_output=True, check=True, text=True).stdout.split()
+        return len(got), said[said.index("lladdr") + 1]
+
+
+def test_a_clone_moves_to_another_network(env):
+    """A checkpoint of a clone, in another store in another network namespace, with a tap device of another name and another port: its TCP service answers, and is who it was."""
+    ports = free_ports(3)
+    rules = env.write("rules", f"tap:lan rw set vmtap1\nport:out any set {ports[1]}\n")
+    with own_network():
+        ip("link set lo up")
+        ip("tuntap add vmtap1 mode tap")
+        ip("addr add 10.0.2.1/24 dev vmtap1")
+        env.start_tiny(memory="32M", cmdline="set=4M rate=500 report=0 net=1",
+                       extra=f"[net lan]\nmode = tap\ntap = vmtap0\n[net out]\nmode = user\nforward = tcp:{ports[0]}:80\n")
+        env.vmcp("checkpoint", "--live", "tiny", "--tag", "origin")
+        clone = env.vmcp_json("clone", "origin", "--name", "one", "--rules", rules)["vms"][0]
+        env.attach_tiny("one").epoch(9)
+        size, mac = streamed()
+        check(size > 0, "nothing came")
+        taken_of_it = env.vmcp_json("checkpoint", "--live", "one")["id"]
+        env.vmcp("export", taken_of_it, env.path("one.vmcp"))
+        for name in ("tiny", "one"):
+            env.vmcp("kill", name)
+    with own_network():
+        ip("link set lo up")
+        ip("tuntap add elsewhere mode tap")
+        ip("addr add 10.0.2.1/24 dev elsewhere")
+        env.store = env.path("other")
+        env.vmcp("import", env.path("one.vmcp"))
+        env.vmcp("run", "--detach", "--from", taken_of_it, "--name", "moved", "--net", f"lan:mode=tap,lan:tap=elsewhere,out:forward=tcp:{ports[2]}:80")
+        check_equal(streamed()[1], mac, "whom the service's host is")
+        check_equal(env.attach_tiny("moved").check()["epoch"], "9", "its epoch")
+        bound = {(one["type"], one["name"]): one["host"] for one in env.vmcp_json("show", "moved", "--resources")["resources"]}
+        check_equal((bound["tap", "lan"], bound["port", "out/tcp/80"]), ("elsewhere", f"tcp:127.0.0.1:{ports[2]}"), "what it has of this host")
+        known = {one["name"]: one["guest"] for one in clone["identity"]["resources"] if one["type"] == "mac"}
+        check_equal({one["name"]: one["guest"] for one in env.vmcp_json("show", "moved", "--resources")["resources"] if one["type"] == "mac"}, known, "addresses of its cards")
+        env.vmcp("kill", "moved")
 
 
 def contents(env, store, reference, name):
