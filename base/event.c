@@ -392,6 +392,7 @@ void loop_remove_poller(struct loop *loop, struct loop_poller *poller)
 }
 
 void loop_set_spare(struct loop *loop, unsigned processors) { loop->polling.spare = processors; }
+unsigned loop_spare(const struct loop *loop) { return loop->polling.spare; }
 
 /* --- running --- */
 

@@ -56,6 +56,7 @@ void loop_poller_heat(struct loop_poller *poller);
  * they find nothing. 1: the loop looks, but sleeps while its pollers are helped. Before loop_run.
  */
 void loop_set_spare(struct loop *loop, unsigned processors);
+unsigned loop_spare(const struct loop *loop);
 
 /* Runs until loop_stop; returns 0, or -errno of a failing epoll_wait. Tasks posted but not yet run stay for the next
  * loop_run. */

@@ -3,6 +3,7 @@
 #define VMCP_BASE_EVENT_INTERNAL_H
 
 #include "base/event.h"
+#include "base/spin.h"
 
 struct loop_poller {
 	struct polling *polling;
@@ -23,10 +24,7 @@ struct polling {
 	bool paid;		/* in this phase: something came that was not there at the look before */
 	uint64_t budget_ns;	/* of looking in vain */
 	uint64_t since_ns;	/* the last work, or the beginning of the phase */
-	unsigned vain, skipped; /* phases */
-	uint64_t spun_ns;	/* looked in vain for so long ... */
-	long waits;		/* ... since there were so many involuntary switches */
-	uint64_t crowded_until_ns;
+	struct spin spin;
 };
 
 struct loop_poller *polling_add(struct polling *p, const struct loop_poller_ops *ops, void *opaque);

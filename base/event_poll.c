@@ -6,20 +6,12 @@
  * more than being told.
  */
 #include <stdlib.h>
-#include <sys/resource.h>
 
 #include "base/buf.h"
-#include "base/bytes.h"
 #include "base/clock.h"
 #include "base/event_internal.h"
 
-#define POLL_NS	    50000u /* so long after the last work */
-#define LOOK_NS	    50000u /* so often descriptors and tasks have their turn meanwhile */
-#define VAIN_PHASES 8u	   /* then polling is the exception */
-#define TRY_EACH    16u	   /* one phase in so many */
-#define SPIN_NS	    5000000u
-#define SPIN_WAITS  3u /* so often off the processor against its will in SPIN_NS of looking in vain: others need it */
-#define CROWDED_NS  200000000u
+#define LOOK_NS 50000u /* so often descriptors and tasks have their turn meanwhile */
 
 struct loop_poller *polling_add(struct polling *p, const struct loop_poller_ops *ops, void *opaque)
 {
@@ -51,47 +43,20 @@ void loop_poller_heat(struct loop_poller *poller)
 	poller->hot = true;
 }
 
-static long involuntary_waits(void)
-{
-	struct rusage usage;
-	return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_nivcsw : 0;
-}
-
 static void begin_phase(struct polling *p, uint64_t now)
 {
-	bool worth = p->vain < VAIN_PHASES || ++p->skipped >= TRY_EACH;
-	if (worth)
-		p->skipped = 0;
 	p->in_phase = true;
 	p->in_vain = p->paid = false;
 	p->since_ns = now;
-	p->budget_ns = worth && p->spare > 0 && now >= p->crowded_until_ns ? POLL_NS : 0;
+	uint64_t budget_ns = spin_begin(&p->spin, now);
+	p->budget_ns = p->spare > 0 ? budget_ns : 0;
 }
 
 static void end_phase(struct polling *p)
 {
 	p->in_phase = false;
-	if (p->budget_ns == 0)
-		return;
-	if (p->paid)
-		p->vain = 0;
-	else if (p->vain < VAIN_PHASES)
-		p->vain++;
-}
-
-/* Looking in vain takes the processor from nobody, or it ends for a while. */
-static void count_spin(struct polling *p, uint64_t spun_ns, uint64_t now)
-{
-	p->spun_ns += min_u64(spun_ns, LOOK_NS); /* the loop may have been parked */
-	if (p->spun_ns < SPIN_NS)
-		return;
-	long waits = involuntary_waits();
-	if (waits - p->waits >= (long)SPIN_WAITS) {
-		p->crowded_until_ns = now + CROWDED_NS;
-		p->budget_ns = 0;
-	}
-	p->waits = waits;
-	p->spun_ns = 0;
+	if (p->budget_ns > 0)
+		spin_end(&p->spin, p->paid);
 }
 
 static bool look_once(const struct polling *p)
@@ -144,8 +109,8 @@ bool polling_look(struct polling *p)
 		if (found) {
 			p->paid |= p->in_vain;
 			p->since_ns = now;
-		} else {
-			count_spin(p, now - before, now);
+		} else if (spin_in_vain(&p->spin, now - before, now)) {
+			p->budget_ns = 0;
 		}
 		p->in_vain = !found;
 		if (found)
