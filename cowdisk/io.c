@@ -230,6 +230,13 @@ void cow_io_start(struct cow_io *io, struct io_op *op)
 	begin(io, op);
 }
 
+int cow_io_read_now(const struct cow_io *io, const struct io_op *op)
+{
+	if (io->hook) /* it wants to be asked, and perhaps to hold it */
+		return 0;
+	return preadv2(op->fd, op->iov, (int)op->iov_count, (off_t)op->offset, RWF_NOWAIT) == (ssize_t)op->length;
+}
+
 void cow_io_later(struct cow_io *io, struct io_task *task)
 {
 	task->next = NULL;

@@ -62,6 +62,8 @@ typedef int io_hook_fn(void *opaque, const struct io_op *op);
 int cow_io_create_kind(struct loop *loop, bool threads, struct cow_io **out, struct err *err);
 
 void cow_io_start(struct cow_io *io, struct io_op *op);
+/* A read of what is in the page cache, at once: 1; else 0, and nothing was done (its buffers may have changed). */
+int cow_io_read_now(const struct cow_io *io, const struct io_op *op);
 void cow_io_later(struct cow_io *io, struct io_task *task);
 
 /* Waits at most timeout_ms (-1: no limit) until something ends or is due, and runs its callbacks. May be called from

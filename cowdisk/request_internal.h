@@ -94,6 +94,8 @@ unsigned cow_req_slice_iov(const struct iovec *iov, unsigned count, uint64_t ski
 
 /* request_read.c */
 void cow_chain_read(struct chain_read *read);
+/* Without waiting for storage. False: it cannot be, or it failed; then it is to be read the other way. Never calls done. */
+bool cow_chain_read_now(const struct chain_read *read);
 void cow_req_read(struct work *work);
 
 /* request_write.c */

@@ -6,6 +6,8 @@
 #include "base/bytes.h"
 #include "cowdisk/request_internal.h"
 
+enum { NOW_IOV = 4 };
+
 struct read_part {
 	struct io_op op;
 	struct chain_read *read;
@@ -192,6 +194,42 @@ void cow_chain_read(struct chain_read *read)
 		read->task.run = end_task;
 		cow_io_later(read->image->io, &read->task);
 	}
+}
+
+/* One run, now. 1: it is done; 0: it may have to wait for storage; or -errno. */
+static int read_run_now(const struct chain_read *read, uint64_t at, uint64_t *length)
+{
+	struct image *owner;
+	struct mapping m;
+	uint64_t offset = read->offset + at, left = read->length - at;
+	int rc = cow_chain_map(read->image, offset, left, &owner, &m);
+	if (rc == 0 && m.kind == MAP_DATA)
+		rc = extend_run(read->image, owner, offset, left, &m);
+	if (rc < 0 || m.kind == MAP_COMPRESSED)
+		return rc;
+	*length = m.length;
+	if (m.kind != MAP_DATA) {
+		copy_out(read, at, NULL, m.length);
+		return 1;
+	}
+	struct iovec iov[NOW_IOV];
+	if (cow_req_slice_iov(read->iov, read->iov_count, at, m.length, NULL) > NOW_IOV)
+		return 0;
+	unsigned count = cow_req_slice_iov(read->iov, read->iov_count, at, m.length, iov);
+	return cow_io_read_now(read->image->io, &(struct io_op){.kind = IO_READ,
+								.fd = owner->fd,
+								.offset = m.host,
+								.length = m.length,
+								.iov = iov,
+								.iov_count = count});
+}
+
+bool cow_chain_read_now(const struct chain_read *read)
+{
+	for (uint64_t at = 0, length = 0; at < read->length; at += length)
+		if (read_run_now(read, at, &length) <= 0)
+			return false;
+	return true;
 }
 
 static void request_read_done(struct chain_read *read, int result)

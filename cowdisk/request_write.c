@@ -238,14 +238,14 @@ static int plan_side(struct alloc *a, uint64_t start, uint64_t end, bool fresh, 
 }
 
 /*
- * Both sides by one read, the little between them included (which follows the head in its buffer). Less than a page: whatever of it cannot be read spoils a
- * side as well.
+ * Both sides by one read, the little between them included (which follows the head in its buffer). No page that is all between them: whatever cannot be read
+ * spoils a side as well.
  */
 static int join_sides(struct alloc *a)
 {
 	struct chain_read *head = &a->head_read, *tail = &a->tail_read;
 	size_t bytes = (size_t)(a->data_end - a->start);
-	if (!head->length || !tail->length || a->data_end - a->data_start >= PAGE_BYTES)
+	if (!head->length || !tail->length || a->data_end / PAGE_BYTES - (a->data_start - 1) / PAGE_BYTES > 1)
 		return 0;
 	uint8_t *buffer = realloc(a->head, bytes);
 	if (!buffer)
@@ -261,8 +261,11 @@ static int join_sides(struct alloc *a)
 static void start_alloc(struct alloc *a)
 {
 	struct chain_read *reads[2] = {&a->head_read, &a->tail_read};
-	for (int i = 0; i < 2; i++)
+	for (int i = 0; i < 2; i++) {
+		if (reads[i]->length && cow_chain_read_now(reads[i]))
+			reads[i]->length = 0;
 		a->reading += reads[i]->length != 0;
+	}
 	if (a->reading == 0) {
 		alloc_write(a);
 		return;
