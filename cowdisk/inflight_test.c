@@ -27,6 +27,7 @@ struct fixture {
 	int fail;	       /* errno for writes, 0: none */
 	int fail_sync;	       /* errno for the next sync of the layer */
 	unsigned layer_syncs;
+	unsigned joined_syncs;	/* of writes that take their sync with them */
 	unsigned stable_writes; /* that are made so by themselves */
 	unsigned reads;
 };
@@ -61,6 +62,7 @@ static int hook(void *opaque, const struct io_op *op)
 	}
 	f->reads += op->kind == IO_READ;
 	f->stable_writes += op->kind == IO_WRITE && op->stable;
+	f->joined_syncs += op->kind == IO_WRITE && op->syncs;
 	if (f->fail && op->kind == IO_WRITE)
 		return -f->fail;
 	if (!(f->hold & KIND(op->kind)) || (f->hold_name && !names_file(op, f->hold_name)))
@@ -358,6 +360,28 @@ Test(inflight, a_small_write_copies_up_with_one_read)
 	cr_expect(disk_holds(&f, 0, 5 * 512, 0x11));
 	cr_expect(disk_holds(&f, 5 * 512, 512, 0x22));
 	cr_expect(disk_holds(&f, 6 * 512, CLUSTER - 6 * 512, 0x11));
+	f.reads = 0;
+	cr_assert_eq(run_one(&f, COW_WRITE, 4096 + 512, 4096, 0x33), 0);
+	cr_expect_eq(f.reads, 1, "a page between, of which both sides have some");
+	cr_expect(disk_holds(&f, 6 * 512, 3 * 512, 0x11));
+	cr_expect(disk_holds(&f, 9 * 512, 4096, 0x33));
+	cr_expect(disk_holds(&f, 17 * 512, CLUSTER - 17 * 512, 0x11));
+	teardown(&f);
+}
+
+/* Counts, then links: each is one write here, which takes its sync with it. */
+Test(inflight, a_flush_of_a_new_cluster_waits_twice)
+{
+	struct fixture f;
+	setup(&f);
+	write_and_flush(&f, 2);
+	for (unsigned i = 1; i < 4; i++) {
+		f.layer_syncs = f.joined_syncs = 0;
+		cr_assert_eq(run_one(&f, COW_WRITE, i * CLUSTER, 4096, 0x12), 0);
+		cr_assert_eq(run_one(&f, COW_FLUSH, 0, 0, 0), 0);
+		cr_expect_eq(f.joined_syncs, i == 1 ? 0 : 2, "seen after four");
+		cr_expect_eq(f.layer_syncs, i == 1 ? 2 : 0);
+	}
 	teardown(&f);
 }
 

@@ -43,6 +43,8 @@ struct io_op {
 	const struct iovec *iov; /* sum of lengths == length; stays valid and unchanged until done */
 	unsigned iov_count;
 	bool stable; /* IO_WRITE: when it ends well its data are on stable storage (RWF_DSYNC) */
+	bool syncs;  /* IO_WRITE: the file is to be synced behind it, if that needs no wait more; `synced` says that it was. An error may be the sync's */
+	bool synced;
 	void (*done)(struct io_op *op, int result); /* 0 or -errno; the op may be freed */
 	void *opaque;
 	/* private to io.c and io_threads.c */

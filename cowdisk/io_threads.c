@@ -66,7 +66,7 @@ static void list_append(struct op_list *list, struct op_list more)
 	list->last = more.last;
 }
 
-static int run_op(const struct io_op *op)
+static int run_op(struct io_op *op)
 {
 	unsigned count;
 	const struct iovec *iov = io_op_iov(op, &count);
@@ -78,6 +78,10 @@ static int run_op(const struct io_op *op)
 		break;
 	case IO_WRITE:
 		n = pwritev2(op->fd, iov, (int)count, offset, op->stable ? RWF_DSYNC : 0);
+		if (op->syncs && n >= 0 && (uint64_t)n == op->length - op->transferred) {
+			op->synced = fdatasync(op->fd) == 0;
+			n = op->synced ? n : -1;
+		}
 		break;
 	case IO_SYNC:
 		n = fdatasync(op->fd);

@@ -8,8 +8,8 @@
  *     LINKS   L2 and L1 entries                                         then sync
  *     end     what the round unlinked may be freed
  *
- * Empty phases and their syncs are left out. I1: COUNTS and TABLE before LINKS. I2: a sync before LINKS covers the
- * data. I3: frees at the end. I4: a flush waits for a round that began after it. If anything fails, all that the
+ * Empty phases and their syncs are left out. A phase that is one write takes its sync with it, where the guest flushes after each of its writes. I1: COUNTS
+ * and TABLE before LINKS. I2: a sync before LINKS covers the data. I3: frees at the end. I4: a flush waits for a round that began after it. If anything fails, all that the
  * round took is dirty again. One round per image at a time; whoever comes meanwhile shares the next.
  */
 #include <errno.h>
@@ -198,14 +198,19 @@ static const enum fault_point written_fault[PHASES] = {
 	FAULT_COW_LINKS_WRITTEN,
 };
 
-static void sync_done(struct io_op *op, int result)
+static void synced(struct round *r, int result)
 {
-	struct round *r = container_of(op, struct round, sync);
 	if (result == 0)
 		result = fault_check(FAULT_COW_SYNCED, NULL);
 	r->unsynced = false;
 	if (r->result == 0)
 		r->result = result;
+}
+
+static void sync_done(struct io_op *op, int result)
+{
+	struct round *r = container_of(op, struct round, sync);
+	synced(r, result);
 	advance(r);
 }
 
@@ -227,6 +232,8 @@ static void item_done(struct io_op *op, int result)
 	if (r->result == 0)
 		r->result = fault_check(written_fault[r->phase], NULL);
 	r->phase++;
+	if (op->synced && r->result == 0)
+		synced(r, 0);
 	advance(r);
 }
 
@@ -235,6 +242,9 @@ static void write_phase(struct round *r)
 	r->unsynced = true;
 	for (struct item *item = r->items[r->phase]; item; item = item->next)
 		r->outstanding++;
+	/* What was written before has ended, so the sync may follow at once. But writes to the file wait for it then. */
+	const struct cow_disk *disk = r->image->disk;
+	r->items[r->phase]->op.syncs = r->outstanding == 1 && disk && disk->flushed_alone == FLUSHED_ALONE;
 	for (struct item *item = r->items[r->phase]; item; item = item->next) {
 		item->op.done = item_done;
 		cow_io_start(r->image->io, &item->op);

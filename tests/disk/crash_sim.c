@@ -77,7 +77,7 @@ static struct sim {
 	enum cow_op last; /* issued */
 	struct cow_overlay *sealing;
 	char top[64];
-	uint64_t crashes, failures, seed, stable;
+	uint64_t crashes, failures, seed, stable, joined;
 } sim;
 
 static uint64_t pick(uint64_t below) { return next_random(&sim.random) % below; }
@@ -257,7 +257,7 @@ static void make_stable(struct sim_file *f, const struct io_op *op, uint8_t *dat
 
 static int carry_out(const struct taken *t)
 {
-	const struct io_op *op = t->op;
+	struct io_op *op = t->op;
 	struct sim_file *f = file_of(op->fd);
 	uint8_t *data;
 	switch (op->kind) {
@@ -271,6 +271,11 @@ static int carry_out(const struct taken *t)
 			make_stable(f, op, data);
 		else
 			note(f, op->offset, op->length, data);
+		op->synced = op->syncs && pick(2);
+		if (op->synced) {
+			settle(f, f->count);
+			sim.joined++;
+		}
 		return (int)op->length;
 	case IO_SYNC:
 		settle(f, t->covers);
@@ -658,7 +663,7 @@ int main(int argc, char **argv)
 		sim.random = sim.seed;
 		run(image, (unsigned)atoi(argv[5]));
 	}
-	printf("crashes %" PRIu64 " failures %" PRIu64 " stable %" PRIu64 "\n", sim.crashes, sim.failures, sim.stable);
+	printf("crashes %" PRIu64 " failures %" PRIu64 " stable %" PRIu64 " joined %" PRIu64 "\n", sim.crashes, sim.failures, sim.stable, sim.joined);
 	free(image);
 	return sim.failures != 0;
 }

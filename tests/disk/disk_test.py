@@ -747,7 +747,7 @@ def test_kill_random():
 
 def test_crash_sim():
     """Power cuts, simulated: unsynced writes dropped, torn, turned around. See crash_sim.c."""
-    crashes = stable = 0
+    crashes = stable = joined = 0
     images = ["compat=1.1", "compat=0.10,cluster_size=4k", "compat=1.1,cluster_size=512", "compat=1.1,cluster_size=512,refcount_bits=64",
               "compat=1.1,cluster_size=4k,refcount_bits=1", "compat=1.1,cluster_size=4k,preallocation=metadata"]
     shapes = [["depth=16"], ["depth=32", "switch=50"], ["depth=2"], ["depth=8", "switch=200"], ["depth=2", "pairs=1", "switch=100"]]
@@ -759,11 +759,12 @@ def test_crash_sim():
             seed = SEED * 1000000 + index * 10000 + number * 1000
             process = run(os.path.join(os.path.dirname(TOOL), "disk_crash_sim"), "a.qcow2", "sim", seed, max(1, int(2 * SCALE)), 50, *shape)
             words = process.stdout.split()
-            crashes, stable = crashes + int(words[1]), stable + int(words[5])
+            crashes, stable, joined = crashes + int(words[1]), stable + int(words[5]), joined + int(words[7])
             for image in os.listdir("sim/crash"):
                 qemu_check(f"sim/crash/{image}", leaks=True)
     check(stable > 0, "no write was made stable by itself")
-    print(f"crashes: {crashes}, writes that were stable by themselves: {stable}")
+    check(joined > 0, "no write of metadata took its sync with it")
+    print(f"crashes: {crashes}, writes that were stable by themselves: {stable}, that took their sync with them: {joined}")
 
 
 def test_errors():
