@@ -23,8 +23,8 @@
 #include "cowdisk/request_internal.h"
 
 enum phase { PHASE_COUNTS, PHASE_TABLE, PHASE_HEADER, PHASE_LINKS, PHASES };
-#define WRITEBACK_BYTES (1u << 20) /* dirty: start a round */
-#define THROTTLE_BYTES	(4u << 20) /* dirty: hold up what would make more */
+#define WRITEBACK_BYTES (4u << 20) /* dirty: start a round */
+#define THROTTLE_BYTES	(8u << 20) /* dirty: hold up what would make more */
 #define WRITEBACK_FREES 65536u
 
 /* A piece of metadata on its way. */
