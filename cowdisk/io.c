@@ -143,13 +143,18 @@ static void prepare_sqe(struct io_uring_sqe *sqe, struct io_op *op)
 	io_uring_sqe_set_data(sqe, op);
 }
 
+static int create_threads(struct cow_io *io, struct err *err)
+{
+	return io_threads_create(io->event_fd, io->loop && loop_spare(io->loop) > 1, &io->threads, err);
+}
+
 static bool for_threads(struct cow_io *io, const struct io_op *op)
 {
 	if (!io->have_ring)
 		return true;
 	if (op->kind != IO_WRITE)
 		return false;
-	if (!io->threads && io_threads_create(io->event_fd, &io->threads, NULL) == 0)
+	if (!io->threads && create_threads(io, NULL) == 0)
 		io_threads_arm(io->threads, io->armed);
 	return io->threads != NULL;
 }
@@ -503,7 +508,7 @@ int cow_io_create_kind(struct loop *loop, bool threads, struct cow_io **out, str
 	if (rc < 0) {
 		if (!threads)
 			log_info("io_uring cannot be used (%s): disk I/O by threads", strerror(-rc));
-		rc = io_threads_create(io->event_fd, &io->threads, err);
+		rc = create_threads(io, err);
 		if (rc < 0)
 			goto fail;
 	}

@@ -94,7 +94,8 @@ void cow_io_count_disk(struct cow_io *io, int change);
  * Writes to one file are made in the order in which they were submitted, by one thread at a time, as file systems make writes to a file wait for each
  * other anyway; so a file that does not answer holds up no other.
  */
-int io_threads_create(int event_fd, struct io_threads **out, struct err *err);
+/* spin: there are processors for who looks for the next operation instead of sleeping, and for the I/O thread beside it. */
+int io_threads_create(int event_fd, bool spin, struct io_threads **out, struct err *err);
 void io_threads_destroy(struct io_threads *threads); /* nothing is with them */
 /* io_threads_go gives what was added to the threads, all of it at once. */
 void io_threads_add(struct io_threads *threads, struct io_op *op);

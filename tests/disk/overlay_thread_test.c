@@ -183,6 +183,7 @@ static void run(const char *folder)
 	struct cow_create create = {.size_bytes = LANES * (uint64_t)LANE_BYTES};
 	CHECK(cow_create(path, &create, NULL) == 0);
 	CHECK(loop_create(&loop, NULL) == 0);
+	loop_set_spare(loop, 2);
 	CHECK(cow_io_create(loop, &io, NULL) == 0);
 	CHECK(cow_open(io, path, 0, &t.disk, NULL) == 0);
 	CHECK(pthread_create(&thread, NULL, io_thread, loop) == 0);
