@@ -215,10 +215,12 @@ static void stand(struct loop *loop)
 	loop->parked = false;
 }
 
+bool loop_is_to_park(const struct loop *loop) { return atomic_load_explicit(&loop->park_count, memory_order_acquire) > 0; }
+
 /* Every place between two callbacks. */
 void loop_park_point(struct loop *loop)
 {
-	if (__builtin_expect(atomic_load_explicit(&loop->park_count, memory_order_acquire) == 0, 1))
+	if (__builtin_expect(!loop_is_to_park(loop), 1))
 		return;
 	pthread_mutex_lock(&loop->lock);
 	stand(loop);
@@ -393,6 +395,12 @@ void loop_remove_poller(struct loop *loop, struct loop_poller *poller)
 
 void loop_set_spare(struct loop *loop, unsigned processors) { loop->polling.spare = processors; }
 unsigned loop_spare(const struct loop *loop) { return loop->polling.spare; }
+
+bool loop_may_glance(const struct loop *loop, struct loop_glance *glance) { return polling_may_glance(&loop->polling, glance); }
+bool loop_glance(const struct loop *loop, struct loop_glance *glance, bool (*look)(void *opaque), void *opaque)
+{
+	return polling_glance(&loop->polling, glance, look, opaque);
+}
 
 /* --- running --- */
 

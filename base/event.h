@@ -58,6 +58,18 @@ void loop_poller_heat(struct loop_poller *poller);
 void loop_set_spare(struct loop *loop, unsigned processors);
 unsigned loop_spare(const struct loop *loop);
 
+/*
+ * A glance, for an answer that may come within microseconds of what a callback has just done, sooner than this thread would have fallen asleep and been woken:
+ * up to 10 us of looking. Not where no processor is spare, while a poller is hot, or where glances of this kind are in vain more often than they pay: then one of 16.
+ * In the loop's thread.
+ */
+struct loop_glance { /* of one kind; zeroes at first */
+	unsigned vain, skipped;
+};
+bool loop_may_glance(const struct loop *loop, struct loop_glance *glance); /* to be asked once for each */
+/* What `look` said last. Ends at once where the loop is to park. */
+bool loop_glance(const struct loop *loop, struct loop_glance *glance, bool (*look)(void *opaque), void *opaque);
+
 /* Runs until loop_stop; returns 0, or -errno of a failing epoll_wait. Tasks posted but not yet run stay for the next
  * loop_run. */
 int loop_run(struct loop *loop, struct err *err);

@@ -34,7 +34,11 @@ void polling_clear(struct polling *p);
 /* Looks until nothing comes any more, or others must have their turn. True: a poller is hot, and the loop must not sleep; else all will be told. */
 bool polling_look(struct polling *p);
 
+bool polling_may_glance(const struct polling *p, struct loop_glance *glance);
+bool polling_glance(const struct polling *p, struct loop_glance *glance, bool (*look)(void *opaque), void *opaque);
+
 /* event.c */
+bool loop_is_to_park(const struct loop *loop);
 void loop_park_point(struct loop *loop); /* a place between two callbacks */
 bool loop_is_stopping(struct loop *loop);
 

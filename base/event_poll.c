@@ -11,7 +11,10 @@
 #include "base/clock.h"
 #include "base/event_internal.h"
 
-#define LOOK_NS 50000u /* so often descriptors and tasks have their turn meanwhile */
+#define LOOK_NS	    50000u /* so often descriptors and tasks have their turn meanwhile */
+#define GLANCE_NS   10000u
+#define VAIN_MOST   8u	/* glances; then they are the exception */
+#define TRY_EACH    16u /* one in so many */
 
 struct loop_poller *polling_add(struct polling *p, const struct loop_poller_ops *ops, void *opaque)
 {
@@ -125,4 +128,30 @@ bool polling_look(struct polling *p)
 		return p->hot > 0;
 	}
 	return true;
+}
+
+/* --- glances --- */
+
+bool polling_may_glance(const struct polling *p, struct loop_glance *glance)
+{
+	if (p->spare == 0 || p->hot > 0)
+		return false;
+	if (glance->vain >= VAIN_MOST && ++glance->skipped < TRY_EACH)
+		return false;
+	glance->skipped = 0;
+	return true;
+}
+
+bool polling_glance(const struct polling *p, struct loop_glance *glance, bool (*look)(void *opaque), void *opaque)
+{
+	uint64_t end = clock_now_ns() + GLANCE_NS;
+	bool found;
+
+	while (!(found = look(opaque)) && !loop_is_to_park(p->loop) && clock_now_ns() < end)
+		__builtin_ia32_pause();
+	if (!found && glance->vain < VAIN_MOST)
+		glance->vain++;
+	else if (found && glance->vain > 0)
+		glance->vain--;
+	return found;
 }

@@ -1,5 +1,6 @@
 /* Polling: a plain program, so that it runs under ThreadSanitizer. */
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -203,6 +204,78 @@ static void test_a_polling_loop_parks(void)
 	polled_destroy(&p);
 }
 
+/* Looks `in_vain` times before it finds something. */
+struct looked {
+	struct loop *loop;
+	_Atomic int ready; /* the callback has begun; the loop is to park */
+	unsigned in_vain, looks;
+};
+
+static bool look(void *opaque)
+{
+	struct looked *l = opaque;
+	return l->looks++ >= l->in_vain;
+}
+
+static bool glance(struct looked *l, struct loop_glance *kind, unsigned in_vain)
+{
+	l->in_vain = in_vain;
+	l->looks = 0;
+	return loop_glance(l->loop, kind, look, l);
+}
+
+/* A kind of glance that is in vain time after time is one of 16, until one of these pays. */
+static void test_glances_are_where_they_pay(void)
+{
+	struct looked l = {0};
+	struct loop_glance kind = {0};
+	unsigned may = 0;
+	CHECK(loop_create(&l.loop, NULL) == 0);
+	CHECK(!loop_may_glance(l.loop, &kind)); /* no processor is spare */
+	loop_set_spare(l.loop, 1);
+	for (unsigned i = 0; i < 20; i++)
+		CHECK(loop_may_glance(l.loop, &kind) && glance(&l, &kind, 3) && l.looks == 4);
+	for (unsigned i = 0; i < 8 + 10 * 16; i++) {
+		if (!loop_may_glance(l.loop, &kind))
+			continue;
+		may++;
+		CHECK(!glance(&l, &kind, UINT32_MAX) && l.looks > 1);
+	}
+	CHECK(may == 8 + 10);
+	while (!loop_may_glance(l.loop, &kind))
+		may++;
+	CHECK(may == 8 + 10 + 15 && glance(&l, &kind, 0));
+	for (unsigned i = 0; i < 20; i++)
+		CHECK(loop_may_glance(l.loop, &kind) && glance(&l, &kind, 0));
+	loop_destroy(l.loop);
+}
+
+static void glance_while_parking(void *opaque)
+{
+	struct looked *l = opaque;
+	struct loop_glance kind = {0};
+	atomic_store(&l->ready, 1);
+	while (atomic_load(&l->ready) != 2)
+		sched_yield();
+	CHECK(!glance(l, &kind, UINT32_MAX) && l->looks == 1);
+}
+
+static void test_a_glance_ends_for_a_park(void)
+{
+	struct looked l = {0};
+	CHECK(loop_create(&l.loop, NULL) == 0);
+	pthread_t thread = start(l.loop);
+	CHECK(loop_post(l.loop, glance_while_parking, &l) == 0);
+	while (atomic_load(&l.ready) != 1)
+		sched_yield();
+	loop_park_request(l.loop);
+	atomic_store(&l.ready, 2);
+	loop_park_wait(l.loop);
+	loop_unpark(l.loop);
+	stop(l.loop, thread);
+	loop_destroy(l.loop);
+}
+
 int main(void)
 {
 	alarm(300); /* a lost wakeup is a hang */
@@ -210,5 +283,7 @@ int main(void)
 	test_polling_in_vain_becomes_seldom();
 	test_all_rest_while_one_is_helped();
 	test_a_polling_loop_parks();
+	test_glances_are_where_they_pay();
+	test_a_glance_ends_for_a_park();
 	return check_report();
 }
