@@ -23,6 +23,7 @@ enum { CONFIG_MAC = 0, CONFIG_STATUS = 6, CONFIG_MAX_PAIRS = 8, CONFIG_BYTES = 1
 #define ETHER_ARP	 0x0806u
 #define ETHER_RARP	 0x8035u
 #define ARP_BYTES	 42u
+#define SHORT_BYTES	 512u /* of a frame with its header: no bulk of data */
 #define RUNT_BYTES	 60u /* what an Ethernet frame has at least, without its checksum */
 
 void net_look_later(struct virtio_net *n, uint64_t wait_ns)
@@ -376,13 +377,73 @@ static void serve(struct virtio_net *n, unsigned queue)
 
 static void notify(void *opaque, unsigned queue) { serve(opaque, queue); }
 
+/*
+ * If the next frame is a short one, a question or an acknowledgement: pairs of the lane that have nothing to send. What they send next needs no telling, until
+ * take_answers. Where data comes what the guest says to it had better come late, for many frames at
+ * once.
+ */
+static unsigned expect_answers(struct virtio_net *n, unsigned lane)
+{
+	unsigned pairs = 0;
+
+	if (!fetch(n, lane) || n->lane[lane].frame_bytes > SHORT_BYTES || !loop_may_glance(n->loop, &n->glance))
+		return 0;
+	for (unsigned i = 0; i < n->active; i++) {
+		struct virtqueue *q = virtio_queue(n->vdev, NET_QUEUE_SEND(i));
+		if (lane_of(n, i) != lane || virtq_has_chain(q))
+			continue;
+		virtq_disarm(q);
+		pairs |= 1u << i;
+	}
+	return pairs;
+}
+
+struct expected {
+	struct virtio_net *n;
+	unsigned pairs;
+};
+
+static bool has_answer(void *opaque)
+{
+	const struct expected *e = opaque;
+
+	for (unsigned i = 0; i < e->n->active; i++)
+		if ((e->pairs >> i & 1) && virtq_has_chain(virtio_queue(e->n->vdev, NET_QUEUE_SEND(i))))
+			return true;
+	return false;
+}
+
+static void take_answers(const struct expected *e)
+{
+	struct virtio_net *n = e->n;
+
+	for (unsigned i = 0; i < n->active; i++)
+		if ((e->pairs >> i & 1) && virtio_is_live(n->vdev) && virtq_rearm(virtio_queue(n->vdev, NET_QUEUE_SEND(i))))
+			serve(n, NET_QUEUE_SEND(i));
+}
+
+/* A guest that answers at once is spared an exit, and this thread from falling asleep in between. */
+static void serve_and_expect(struct virtio_net *n, unsigned lane)
+{
+	prepare(n);
+	struct expected expected = {.n = n, .pairs = expect_answers(n, lane)};
+	uint64_t before = n->stats.received_frames;
+
+	serve(n, NET_QUEUE_RECEIVE(lane));
+	if (expected.pairs == 0)
+		return;
+	if (n->stats.received_frames != before)
+		loop_glance(n->loop, &n->glance, has_answer, &expected);
+	take_answers(&expected);
+}
+
 static void readable(void *opaque, unsigned lane)
 {
 	struct virtio_net *n = opaque;
 
 	virtio_lock(n->vdev);
 	if (virtio_is_live(n->vdev))
-		serve(n, NET_QUEUE_RECEIVE(lane));
+		serve_and_expect(n, lane);
 	else
 		net_want(n->net, lane, false); /* a kick comes when the device lives */
 	virtio_unlock(n->vdev);

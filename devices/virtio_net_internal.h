@@ -87,7 +87,8 @@ struct virtio_net {
 	uint64_t look_ns; /* when the timer is set to; 0: it is not */
 	struct virtio_net_stats stats;
 
-	struct virtq_chain chain; /* owner: I/O thread, as the next */
+	struct virtq_chain chain; /* owner: I/O thread, as the next two */
+	struct loop_glance glance; /* at what the guest answers */
 	unsigned first;		  /* pair that has its turn first where there is a limit, modulo how many there are */
 
 	struct net_lane lane[]; /* as many as the backend has */

@@ -333,19 +333,19 @@ Test(net, state_goes_there_and_back)
 }
 
 /* A port of the host's that nobody has. */
-static uint16_t free_port(void)
+static uint16_t free_port(int type)
 {
 	struct sockaddr_in host = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
 	socklen_t length = sizeof(host);
-	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	int fd = socket(AF_INET, type, 0);
 	cr_assert(bind(fd, (struct sockaddr *)&host, length) == 0 && getsockname(fd, (struct sockaddr *)&host, &length) == 0);
 	close(fd);
 	return ntohs(host.sin_port);
 }
-static int connect_to(uint16_t port)
+static int connect_to(int type, uint16_t port)
 {
 	const struct sockaddr_in host = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	int fd = socket(AF_INET, type, 0);
 	cr_assert_eq(connect(fd, (const struct sockaddr *)&host, sizeof(host)), 0, "%s", strerror(errno));
 	return fd;
 }
@@ -354,7 +354,7 @@ static int connect_to(uint16_t port)
  * in between. */
 Test(net, connections_begin_with_the_state)
 {
-	const uint16_t port = free_port();
+	const uint16_t port = free_port(SOCK_STREAM);
 	const struct net_config backend = {.name = "lan",
 					   .mode = NET_USER,
 					   .forward_count = 1,
@@ -365,10 +365,10 @@ Test(net, connections_begin_with_the_state)
 	start(s, F_ALL);
 	park(s);
 	cr_assert_eq(s->component.capture(s->component.opaque, state, &err), 0);
-	int before = connect_to(port);
+	int before = connect_to(SOCK_STREAM, port);
 	cr_assert_eq(s->component.apply(s->component.opaque, state, &err), 0, "%s", err.message);
 	free(state);
-	int behind = connect_to(port);
+	int behind = connect_to(SOCK_STREAM, port);
 	loop_unpark(s->rig.loop);
 	rig_settle(&s->rig);
 	struct pollfd fds[2] = {{.fd = before, .events = POLLIN}, {.fd = behind, .events = POLLIN}};
@@ -378,6 +378,84 @@ Test(net, connections_begin_with_the_state)
 	close(before);
 	close(behind);
 	setup_destroy(s);
+}
+
+/* The driver's wish to tell of one more frame, as the card left it (2.7.10). */
+static bool must_tell(struct rig_queue *q, bool event_idx)
+{
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	const uint8_t *event = mem_at(q->rig->mem, q->used + 4 + 8u * q->size, 2, false);
+	return event_idx ? get_le16(event) == (uint16_t)(q->avail_idx - 1) : wants_to_be_told(q);
+}
+/* The datagram in the next used buffer goes back to where it came from. True: the card had to be told. */
+static bool echo(struct setup *s, uint16_t number, bool event_idx)
+{
+	uint32_t bytes;
+	uint64_t gpa = get_le64(at(s, s->receive.desc + 16 * rig_used_id(&s->receive, number, &bytes), 16));
+	uint8_t *from = at(s, gpa, 2000) + 12, *to = at(s, SEND, 2000) + 12;
+	static const unsigned swapped[][3] = {{0, 6, 6}, {26, 30, 4}, {34, 36, 2}}; /* addresses, and ports */
+
+	cr_assert(bytes > 12 + 42 && bytes < 2000);
+	memset(to - 12, 0, 12);
+	memcpy(to, from, bytes - 12);
+	for (unsigned i = 0; i < ARRAY_LENGTH(swapped); i++) {
+		memcpy(to + swapped[i][0], from + swapped[i][1], swapped[i][2]);
+		memcpy(to + swapped[i][1], from + swapped[i][0], swapped[i][2]);
+	}
+	rig_add(&s->receive, (struct rig_segment[]){{gpa, 1600, true}}, 1);
+	rig_add(&s->send, (struct rig_segment[]){{SEND, bytes, false}}, 1);
+	bool told = must_tell(&s->send, event_idx);
+	if (told)
+		rig_kick(&s->send);
+	return told;
+}
+/* So many round trips at least, and until one of them needed no telling, if `until`: how many needed none. */
+static unsigned answers_untold(struct setup *s, int client, unsigned trips, bool event_idx, bool until)
+{
+	struct pollfd fd = {.fd = client, .events = POLLIN};
+	uint64_t end = clock_now_ns() + 60000000000ull;
+	uint16_t seen = rig_used_idx(&s->receive);
+	unsigned untold = 0;
+
+	for (unsigned i = 0; i < trips || (until && untold == 0 && clock_now_ns() < end); i++, seen++) {
+		unsigned got = 0;
+		cr_assert_eq(send(client, &i, sizeof(i), 0), sizeof(i));
+		while (rig_used_idx(&s->receive) == seen && clock_now_ns() < end)
+			;
+		cr_assert_neq(rig_used_idx(&s->receive), seen, "datagram %u does not come", i);
+		untold += !echo(s, seen, event_idx);
+		cr_assert_eq(poll(&fd, 1, 60000), 1, "answer %u is lost", i);
+		cr_assert(recv(client, &got, sizeof(got), 0) == sizeof(got) && got == i);
+	}
+	return untold;
+}
+
+/* A driver that tells the card of what it sends only where it must loses nothing, and is spared it where a processor is to spare. */
+Test(net, an_answer_at_once_needs_no_telling)
+{
+	const uint16_t port = free_port(SOCK_DGRAM);
+	const struct net_config backend = {.name = "lan",
+					   .mode = NET_USER,
+					   .forward_count = 1,
+					   .forwards = {{.udp = true, .host_address = {127, 0, 0, 1}, .host_port = port, .guest_port = 7}}};
+	for (unsigned spare = 0; spare < 2; spare++) {
+		for (unsigned event_idx = 0; event_idx < 2; event_idx++) {
+			struct virtio_net_config config = {.name = "lan"};
+			memcpy(config.mac, mac, sizeof(mac));
+			struct setup *s = setup_on(&backend, &config);
+			rig_stop(&s->rig);
+			loop_set_spare(s->rig.loop, spare);
+			rig_run(&s->rig);
+			start(s, F_ALL | (event_idx ? VIRTIO_F_EVENT_IDX : 0));
+			offer(s, 16, 1600);
+			ask(s, false); /* so that the address is known */
+			int client = connect_to(SOCK_DGRAM, port);
+			unsigned untold = answers_untold(s, client, 1000, event_idx, spare > 0);
+			cr_expect_eq(untold > 0, spare > 0, "%u", untold);
+			close(client);
+			setup_destroy(s);
+		}
+	}
 }
 
 Test(net, damaged_state_is_refused)
