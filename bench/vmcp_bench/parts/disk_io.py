@@ -17,6 +17,7 @@ TITLE = "the guest's disk, side by side with QEMU"
 LOAD = "set=4M paused=1 bench=1"
 MEMORY = "128M"
 MIB = 1 << 20
+PAGE = 4096
 # What, kind for the guest, bytes, depth.
 CASES = (("4 KiB read", "read", 4096, 1), ("4 KiB read", "read", 4096, 32), ("4 KiB write", "write", 4096, 1), ("4 KiB write", "write", 4096, 32),
          ("1 MiB sequential read", "seqread", MIB, 4), ("1 MiB sequential write", "seqwrite", MIB, 4), ("4 KiB write and flush", "sync", 4096, 1))
@@ -68,19 +69,38 @@ def new_image(folder):
     return path
 
 
-def boot_all(context, make_image):
-    """A guest of each build and of QEMU with each cache mode; all held."""
-    guests = {}
-    for build in context.builds:
-        folder = context.new_folder(f"{build.label}-disk")
-        guests[build.label] = context.boot(build, MEMORY, LOAD, config=f"[disk root]\npath = {make_image(folder)}\n")
-    if context.results.meta.get("qemu"):
-        for cache in CACHES:
-            folder = context.new_folder(f"qemu-{cache}")
-            guest = QemuGuest.boot(folder, MEMORY, LOAD, context.args.shield, disk=make_image(folder), cache=cache)
-            context.stack.callback(guest.close)
-            guest.hold()
-            guests[f"QEMU {cache}"] = guest
+def fill_page_cache(paths):
+    """In single pages, as an advice reads them: what is read ahead in sequence lies there in units so large that a small write to them takes ext4 ten times as
+    long, whoever writes. And a piece of each image in turn, so that their pages lie equally well in memory: of two images that were read at random and one after
+    the other the second one was then read up to 1.26 times as fast, whoever read."""
+    fds = [os.open(path, os.O_RDONLY) for path in paths]
+    sizes = [os.fstat(fd).st_size for fd in fds]
+    for at in range(0, max(sizes), MIB):
+        for fd in fds:
+            os.posix_fadvise(fd, at, MIB, os.POSIX_FADV_WILLNEED)
+    for fd, size in zip(fds, sizes):
+        for at in range(0, size, PAGE):  # the reads have ended
+            os.pread(fd, 1, at)
+        os.close(fd)
+
+
+def boot(context, build, image):
+    return context.boot(build, MEMORY, LOAD, config=f"[disk root]\npath = {image}\n")
+
+
+def boot_all(context, make_image, fill=False):
+    """A guest of each build and of QEMU with each cache mode; all held. `fill`: the images of those that use the page cache are in it."""
+    caches = CACHES if context.results.meta.get("qemu") else ()
+    images = {label: make_image(context.new_folder(f"{label}-disk")) for label in [*(build.label for build in context.builds), *(f"QEMU {cache}" for cache in caches)]}
+    if fill:
+        fill_page_cache([path for label, path in images.items() if label != "QEMU none"])
+    guests = {build.label: boot(context, build, images[build.label]) for build in context.builds}
+    for cache in caches:
+        path = images[f"QEMU {cache}"]
+        guest = QemuGuest.boot(os.path.dirname(path), MEMORY, LOAD, context.args.shield, disk=path, cache=cache)
+        context.stack.callback(guest.close)
+        guest.hold()
+        guests[f"QEMU {cache}"] = guest
     return guests
 
 
@@ -108,12 +128,6 @@ def take(context, label, guest, case, state, number, requests=1 << 40):
         record.add(requests_per_s=rate, **({"data_bytes_per_s": rate * size} if size >= MIB else {}))
 
 
-def warm_up(context, label, guest):
-    """The image comes into the page cache, by small reads at random: what is read ahead in sequence lies there in units so large that a small write to them
-    takes ext4 ten times as long, whoever writes."""
-    take(context, label, guest, CASES[1], "written", 0, disk_bytes(context.args) // 4096)
-
-
 def tell(context, number, state):
     for one in context.results.find(NAME, state=state):
         context.say(f"{state} {number}/{context.rounds}: {one.case['what']}, depth {one.case['depth']}, {one.engine}: "
@@ -122,9 +136,7 @@ def tell(context, number, state):
 
 def run_written(context, full):
     with context.guests():
-        guests = boot_all(context, lambda folder: copy_of(full, folder))
-        for label, guest in guests.items():
-            warm_up(context, label, guest)
+        guests = boot_all(context, lambda folder: copy_of(full, folder), fill=True)
         for number in range(context.rounds + 1):
             for case in CASES:
                 for label, guest in guests.items():
@@ -148,12 +160,9 @@ def run_new(context):
 
 def run_copy_up(context, full):
     with context.guests():
-        guests = {}
-        for build in context.builds:
-            folder = context.new_folder(f"{build.label}-copy-up")
-            guests[build.label] = context.boot(build, MEMORY, LOAD, config=f"[disk root]\npath = {copy_of(full, folder)}\n")
-        for label, guest in guests.items():
-            warm_up(context, label, guest)
+        images = {build.label: copy_of(full, context.new_folder(f"{build.label}-copy-up")) for build in context.builds}
+        fill_page_cache(list(images.values()))
+        guests = {build.label: boot(context, build, images[build.label]) for build in context.builds}
         for number in range(context.rounds + 1):
             for case in NEW_CASES[1:]:
                 for label, guest in guests.items():
