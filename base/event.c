@@ -218,13 +218,14 @@ static void stand(struct loop *loop)
 bool loop_is_to_park(const struct loop *loop) { return atomic_load_explicit(&loop->park_count, memory_order_acquire) > 0; }
 
 /* Every place between two callbacks. */
-void loop_park_point(struct loop *loop)
+bool loop_park_point(struct loop *loop)
 {
 	if (__builtin_expect(!loop_is_to_park(loop), 1))
-		return;
+		return false;
 	pthread_mutex_lock(&loop->lock);
 	stand(loop);
 	pthread_mutex_unlock(&loop->lock);
+	return true;
 }
 
 void loop_park_request(struct loop *loop)
@@ -400,6 +401,12 @@ bool loop_may_glance(const struct loop *loop, struct loop_glance *glance) { retu
 bool loop_glance(const struct loop *loop, struct loop_glance *glance, bool (*look)(void *opaque), void *opaque)
 {
 	return polling_glance(&loop->polling, glance, look, opaque);
+}
+
+void loop_set_aside(struct loop *loop, loop_task_fn *fn, void *opaque)
+{
+	loop->polling.step_aside = fn;
+	loop->polling.aside_opaque = opaque;
 }
 
 /* --- running --- */

@@ -56,6 +56,11 @@ void loop_poller_heat(struct loop_poller *poller);
  * they find nothing. 1: the loop looks, but sleeps while its pollers are helped. Before loop_run.
  */
 void loop_set_spare(struct loop *loop, unsigned processors);
+/*
+ * fn(opaque) moves the calling thread to another processor, if it is on a vCPU's: who looks for work there keeps the vCPU from offering any, and the kernel wakes a
+ * thread where it ran last, or where the vCPU is that woke it, so it would stay. Called where looking was in vain, in the loop's thread, at most each 50 ms. Before loop_run.
+ */
+void loop_set_aside(struct loop *loop, loop_task_fn *fn, void *opaque);
 unsigned loop_spare(const struct loop *loop);
 
 /*

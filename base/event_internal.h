@@ -25,6 +25,9 @@ struct polling {
 	uint64_t budget_ns;	/* of looking in vain */
 	uint64_t since_ns;	/* the last work, or the beginning of the phase */
 	struct spin spin;
+	loop_task_fn *step_aside; /* immutable once the loop runs, as the next */
+	void *aside_opaque;
+	uint64_t aside_from_ns;
 };
 
 struct loop_poller *polling_add(struct polling *p, const struct loop_poller_ops *ops, void *opaque);
@@ -39,7 +42,7 @@ bool polling_glance(const struct polling *p, struct loop_glance *glance, bool (*
 
 /* event.c */
 bool loop_is_to_park(const struct loop *loop);
-void loop_park_point(struct loop *loop); /* a place between two callbacks */
+bool loop_park_point(struct loop *loop); /* a place between two callbacks. True: it was asked to stand */
 bool loop_is_stopping(struct loop *loop);
 
 #endif

@@ -12,6 +12,7 @@
 #include "base/event_internal.h"
 
 #define LOOK_NS	    50000u /* so often descriptors and tasks have their turn meanwhile */
+#define ASIDE_NS    50000000u /* so long between two steps aside */
 #define GLANCE_NS   10000u
 #define VAIN_MOST   8u	/* glances; then they are the exception */
 #define TRY_EACH    16u /* one in so many */
@@ -55,18 +56,29 @@ static void begin_phase(struct polling *p, uint64_t now)
 	p->budget_ns = p->spare > 0 ? budget_ns : 0;
 }
 
-static void end_phase(struct polling *p)
+static void step_aside(struct polling *p, uint64_t now)
 {
-	p->in_phase = false;
-	if (p->budget_ns > 0)
-		spin_end(&p->spin, p->paid);
+	if (p->step_aside == NULL || now < p->aside_from_ns)
+		return;
+	p->aside_from_ns = now + ASIDE_NS;
+	p->step_aside(p->aside_opaque);
 }
 
-static bool look_once(const struct polling *p)
+static void end_phase(struct polling *p, uint64_t now)
+{
+	p->in_phase = false;
+	if (p->budget_ns == 0)
+		return;
+	spin_end(&p->spin, p->paid);
+	if (!p->paid)
+		step_aside(p, now);
+}
+
+static bool look_once(const struct polling *p, bool *stood)
 {
 	bool found = false;
 	for (const struct loop_poller *one = p->pollers; one != NULL; one = one->next) {
-		loop_park_point(p->loop);
+		*stood |= loop_park_point(p->loop);
 		if (one->hot && one->ops->poll(one->opaque))
 			found = true;
 	}
@@ -83,8 +95,11 @@ static void rest(struct polling *p)
 	}
 }
 
-static bool is_helped(const struct polling *p)
+/* There is no processor to look on beside those who work for a poller. */
+static bool makes_room(const struct polling *p)
 {
+	if (p->spare > 1)
+		return false;
 	for (const struct loop_poller *one = p->pollers; one != NULL; one = one->next) {
 		if (one->ops->helped != NULL && one->ops->helped(one->opaque))
 			return true;
@@ -96,7 +111,7 @@ bool polling_look(struct polling *p)
 {
 	if (p->hot == 0) {
 		if (p->in_phase)
-			end_phase(p);
+			end_phase(p, clock_now_ns());
 		return false;
 	}
 	uint64_t now = clock_now_ns(), look = now + LOOK_NS;
@@ -107,24 +122,28 @@ bool polling_look(struct polling *p)
 	p->told = false;
 	while (now < look && !loop_is_stopping(p->loop)) {
 		uint64_t before = now;
-		bool found = look_once(p);
+		bool stood = false, found = look_once(p, &stood), room = !found && makes_room(p);
 		now = clock_now_ns();
 		if (found) {
 			p->paid |= p->in_vain;
 			p->since_ns = now;
-		} else if (spin_in_vain(&p->spin, now - before, now)) {
+		} else if (!stood && !room && spin_in_vain(&p->spin, now - before, now)) {
 			p->budget_ns = 0;
+			step_aside(p, now);
 		}
 		p->in_vain = !found;
 		if (found)
 			continue;
-		if (now - p->since_ns < p->budget_ns && (p->spare > 1 || !is_helped(p))) {
+		bool spent = now - p->since_ns >= p->budget_ns;
+		if (!spent && !room) {
 			__builtin_ia32_pause();
 			continue;
 		}
 		rest(p);
+		if (!spent && !p->paid)
+			p->budget_ns = 0; /* it made room, which tells nothing of whether looking pays */
 		if (p->hot == 0)
-			end_phase(p);
+			end_phase(p, now);
 		return p->hot > 0;
 	}
 	return true;

@@ -8,6 +8,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "base/event.h"
 #include "tests/lib/check.h"
 
@@ -119,6 +120,14 @@ static void wait_until_it_rests(struct polled *p)
 	CHECK(atomic_load(&p->resting));
 }
 
+static bool looks_for_long(struct polled *p)
+{
+	unsigned before = atomic_load(&p->looks);
+	offer(p);
+	wait_until_it_rests(p);
+	return atomic_load(&p->looks) - before > 4;
+}
+
 /* Every offer is taken, told or not, whatever the spare processors and helpers; and when none comes the loop sleeps. */
 static void test_polling_loses_nothing_and_ends(void)
 {
@@ -151,14 +160,48 @@ static void test_polling_in_vain_becomes_seldom(void)
 	pthread_t thread = start(p.loop);
 	unsigned first = 0, later = 0;
 	for (unsigned i = 0; i < 108; i++) {
-		unsigned before = atomic_load(&p.looks);
-		offer(&p);
-		wait_until_it_rests(&p);
-		bool is_long = atomic_load(&p.looks) - before > 4;
+		bool is_long = looks_for_long(&p);
 		first += i < 8 && is_long;
 		later += i >= 8 && is_long;
 	}
 	CHECK(first > 0 && later < 30); /* one of 16 is */
+	stop(p.loop, thread);
+	polled_destroy(&p);
+}
+
+/* Who makes room for helpers has not looked in vain, and looks for long when they are done. */
+static void test_making_room_is_not_in_vain(void)
+{
+	struct polled p;
+	polled_create(&p, 1);
+	atomic_store(&p.helped, true);
+	pthread_t thread = start(p.loop);
+	for (unsigned i = 0; i < 100; i++)
+		looks_for_long(&p);
+	atomic_store(&p.helped, false);
+	unsigned later = 0;
+	for (unsigned i = 0; i < 3; i++)
+		later += looks_for_long(&p);
+	CHECK(later > 0);
+	stop(p.loop, thread);
+	polled_destroy(&p);
+}
+
+static void count_aside(void *opaque) { atomic_fetch_add((_Atomic unsigned *)opaque, 1); }
+
+/* Looking in vain makes the thread step aside, now and then. */
+static void test_who_looks_in_vain_steps_aside(void)
+{
+	struct polled p;
+	_Atomic unsigned asides = 0;
+	polled_create(&p, 1);
+	loop_set_aside(p.loop, count_aside, &asides);
+	uint64_t begun_ns = clock_now_ns();
+	pthread_t thread = start(p.loop);
+	for (unsigned i = 0; i < 100; i++)
+		looks_for_long(&p);
+	loop_call(p.loop, read_taken, &p);
+	CHECK(atomic_load(&asides) > 0 && atomic_load(&asides) <= 1 + (clock_now_ns() - begun_ns) / 50000000);
 	stop(p.loop, thread);
 	polled_destroy(&p);
 }
@@ -281,6 +324,8 @@ int main(void)
 	alarm(300); /* a lost wakeup is a hang */
 	test_polling_loses_nothing_and_ends();
 	test_polling_in_vain_becomes_seldom();
+	test_making_room_is_not_in_vain();
+	test_who_looks_in_vain_steps_aside();
 	test_all_rest_while_one_is_helped();
 	test_a_polling_loop_parks();
 	test_glances_are_where_they_pay();

@@ -1,21 +1,14 @@
 #include "base/spin.h"
 
-#include <sys/resource.h>
-
 #include "base/bytes.h"
 
 #define BUDGET_NS   50000u
 #define VAIN_PHASES 8u	     /* then looking is the exception */
 #define TRY_EACH    16u	     /* one phase in so many */
-#define MOST_NS	    50000u   /* of one look: the thread may have stood still */
+#define WAIT_NS	    50000u   /* a look that took longer was one off the processor */
 #define SPIN_NS	    5000000u /* looked in vain for so long, the thread takes stock */
-#define SPIN_WAITS  3u	     /* so often off the processor against its will in SPIN_NS of running: others need it */
+#define SPIN_WAITS  3u	     /* so many waits in SPIN_NS: others need the processor */
 #define CROWDED_NS  200000000u
-
-static uint64_t timeval_ns(const struct timeval *t)
-{
-	return (uint64_t)t->tv_sec * 1000000000u + (uint64_t)t->tv_usec * 1000u;
-}
 
 uint64_t spin_begin(struct spin *s, uint64_t now_ns)
 {
@@ -27,17 +20,14 @@ uint64_t spin_begin(struct spin *s, uint64_t now_ns)
 
 bool spin_in_vain(struct spin *s, uint64_t spun_ns, uint64_t now_ns)
 {
-	struct rusage usage;
-	s->spun_ns += min_u64(spun_ns, MOST_NS);
-	if (s->spun_ns < SPIN_NS || getrusage(RUSAGE_THREAD, &usage) != 0)
+	s->waits += spun_ns > WAIT_NS;
+	s->spun_ns += min_u64(spun_ns, WAIT_NS);
+	if (s->spun_ns < SPIN_NS)
 		return false;
-	uint64_t ran_ns = timeval_ns(&usage.ru_utime) + timeval_ns(&usage.ru_stime);
-	uint64_t lately_ns = max_u64(ran_ns - s->ran_ns, SPIN_NS);
-	bool crowded = (uint64_t)(usage.ru_nivcsw - s->waits) >= SPIN_WAITS * lately_ns / SPIN_NS;
+	bool crowded = s->waits >= SPIN_WAITS;
 	if (crowded)
 		s->crowded_until_ns = now_ns + CROWDED_NS;
-	s->ran_ns = ran_ns;
-	s->waits = usage.ru_nivcsw;
+	s->waits = 0;
 	s->spun_ns = 0;
 	return crowded;
 }

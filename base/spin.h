@@ -2,7 +2,7 @@
  * How long a thread may look for work, awake, instead of sleeping. For threads that have a processor to spare; in one thread.
  *
  * A phase of looking ends when there is work, or with its budget. Where looking was in vain several times in a row it becomes the exception, and it stops for a while
- * when the thread had to wait for its processor: others need it.
+ * when the thread had to wait for its processor: others need it. Involuntary switches do not tell: a helper that the thread wakes takes the processor, too.
  */
 #ifndef VMCP_BASE_SPIN_H
 #define VMCP_BASE_SPIN_H
@@ -14,14 +14,13 @@
 struct spin {
 	unsigned vain, skipped; /* phases */
 	uint64_t spun_ns;	/* looked in vain for so long ... */
-	uint64_t ran_ns;	/* ... since the thread had run for so long, */
-	long waits;		/* with so many involuntary switches */
+	unsigned waits;		/* ... and so many looks took so long that the thread was off its processor */
 	uint64_t crowded_until_ns;
 };
 
 /* A phase begins. Returns its budget: ns to look after the last work; 0: not at all. */
 uint64_t spin_begin(struct spin *spin, uint64_t now_ns);
-/* Looked in vain for spun_ns, until now. True: others need the processor, and the phase is to end. */
+/* One look, in vain, took spun_ns, until now. True: others need the processor, and the phase is to end. */
 bool spin_in_vain(struct spin *spin, uint64_t spun_ns, uint64_t now_ns);
 /* A phase that had a budget ends. paid: something came while it looked. */
 void spin_end(struct spin *spin, bool paid);

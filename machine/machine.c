@@ -16,6 +16,7 @@
 #include "base/clock.h"
 #include "base/event.h"
 #include "base/log.h"
+#include "checkpoint/scheduling.h"
 #include "devices/acpi_pm.h"
 #include "devices/pci.h"
 #include "devices/rtc.h"
@@ -325,6 +326,20 @@ static unsigned spare_processors(unsigned cpus)
 	return count > cpus ? count - cpus : 0;
 }
 
+/* The I/O thread. Then it may run anywhere again, and be moved by the kernel as any other. */
+static void leave_vcpus(void *opaque)
+{
+	struct machine *machine = opaque;
+	cpu_set_t busy, before;
+	int here = sched_getcpu();
+
+	vm_busy_processors(machine->vm, &busy);
+	if (here < 0 || here >= CPU_SETSIZE || !CPU_ISSET((unsigned)here, &busy))
+		return;
+	scheduling_leave_vcpus(machine->vm, &before, NULL);
+	scheduling_restore(&before);
+}
+
 static int build(struct machine *machine, struct err *err)
 {
 	struct machine_config *config = machine->options.config;
@@ -345,8 +360,10 @@ static int build(struct machine *machine, struct err *err)
 		rc = vm_create(&vm, &machine->vm, err);
 	if (!rc)
 		rc = loop_create(&machine->loop, err);
-	if (!rc)
+	if (!rc) {
 		loop_set_spare(machine->loop, spare_processors(config->cpus));
+		loop_set_aside(machine->loop, leave_vcpus, machine);
+	}
 	if (!rc)
 		rc = cow_io_create(machine->loop, &machine->io, err);
 	if (!rc)
