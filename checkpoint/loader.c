@@ -8,6 +8,7 @@
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #include "base/bitmap.h"
 #include "base/buf.h"
@@ -15,6 +16,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/priority.h"
+#include "checkpoint/check_turn.h"
 #include "checkpoint/filler.h"
 #include "checkpoint/restore.h"
 #include "checkpoint/scheduling.h"
@@ -34,6 +36,11 @@
 /* What the guest touched so long after its start is recorded; of a run that ended sooner, if it lasted half a second. */
 #define RECORD_AFTER_NS 2000000000u
 #define RECORD_LEAST_NS 500000000u
+/* For so long after its first instruction others that start are probably on their way. */
+#define YOUNG_NS 1000000000u
+#define PIECE_REST_MAX_NS 2000000u
+/* How often is looked whether another VM's check is over. */
+#define TURN_EACH_NS 50000000u
 
 struct loader {
 	struct vm *vm;
@@ -48,6 +55,7 @@ struct loader {
 	uint64_t words;
 	uint64_t *mapped, *copied; /* bitmaps: pages that are to be checked, and those that are copied in */
 	struct filler *filler;	   /* copies them, NULL: they are there */
+	struct check_turn turn;
 	struct priority_room room;
 	pthread_t thread;
 	bool started;
@@ -174,27 +182,66 @@ static void read_ahead(struct loader *l, const uint64_t *set)
 	}
 }
 
+/* Or until the loader is to end. */
+static void wait_until(struct loader *l, uint64_t until_ns)
+{
+	struct timespec until = clock_timespec(until_ns);
+	pthread_mutex_lock(&l->lock);
+	while (!l->stop && pthread_cond_timedwait(&l->changed, &l->lock, &until) != ETIMEDOUT)
+		;
+	pthread_mutex_unlock(&l->lock);
+}
+
+/* VMs often start by the dozen: then the check takes no more than a quarter of a processor, in short pieces. */
+static void make_room(struct loader *l, uint64_t worked_ns)
+{
+	uint64_t entry_ns = vm_first_entry_ns(l->vm);
+	if (entry_ns != 0 && clock_now_ns() - entry_ns > YOUNG_NS)
+		priority_give_way_each(SCHEDULING_ROOM_EACH_NS, &l->room);
+	else
+		wait_until(l, clock_now_ns() + min_u64(3 * worked_ns, PIECE_REST_MAX_NS));
+}
+
 static int check_pages(struct loader *l, const uint64_t *which, struct err *err)
 {
 	CLEANUP_FREE uint8_t *chunk = restore_alloc_chunk(err);
 	uint64_t pages = l->index.page_count;
 	int r = chunk ? 0 : -ENOMEM;
 	for (uint64_t first = 0; first < pages && r == 0; first += SLICE_PAGES) {
+		uint64_t begun_ns = clock_now_ns();
 		r = l->stop ? -ECANCELED : restore_verify(&l->layers, which, first, min_u64(first + SLICE_PAGES, pages), chunk, err);
-		priority_give_way_each(SCHEDULING_ROOM_EACH_NS, &l->room);
+		make_room(l, clock_now_ns() - begun_ns);
 	}
 	return r;
 }
 
-/* Until the guest has run for so long, or the loader is to end. */
-static void wait_for_run(struct loader *l)
+/* What is mapped, and of which layers. */
+static uint64_t hash_mapped(const struct loader *l)
 {
-	uint64_t entry_ns = vm_first_entry_ns(l->vm), until_ns = (entry_ns ? entry_ns : clock_now_ns()) + RECORD_AFTER_NS;
-	struct timespec until = clock_timespec(until_ns);
-	pthread_mutex_lock(&l->lock);
-	while (!l->stop && pthread_cond_timedwait(&l->changed, &l->lock, &until) != ETIMEDOUT)
-		;
-	pthread_mutex_unlock(&l->lock);
+	uint64_t layers = XXH3_64bits(l->index.layers, l->index.layer_count * sizeof(*l->index.layers));
+	return XXH3_64bits_withSeed(l->mapped, l->words * sizeof(*l->mapped), layers);
+}
+
+/* Whether this VM is to check. Not if another one did, or the loader is to end. */
+static bool wait_for_turn(struct loader *l)
+{
+	uint64_t key = hash_mapped(l);
+	while (!l->stop) {
+		enum check_turn_answer answer = check_turn_take(&l->turn, key);
+		if (answer != CHECK_TURN_WAIT)
+			return answer == CHECK_TURN_MINE;
+		wait_until(l, clock_now_ns() + TURN_EACH_NS);
+	}
+	return false;
+}
+
+/* Those of `set` first, which may be NULL. */
+static int check_mapped(struct loader *l, uint64_t *set, struct err *err)
+{
+	int r = set ? check_pages(l, set, err) : 0;
+	for (uint64_t w = 0; set && w < l->words; w++)
+		set[w] = l->mapped[w] & ~set[w];
+	return r == 0 ? check_pages(l, set ? set : l->mapped, err) : r;
 }
 
 static void record_working_set(struct loader *l)
@@ -243,18 +290,19 @@ static void *loader_main(void *opaque)
 		fill_scattered(l);
 	priority_background();
 	scheduling_leave_vcpus(l->vm, NULL, NULL);
-	if (set)
-		r = check_pages(l, set, &err);
-	for (uint64_t w = 0; set && w < l->words; w++)
-		set[w] = l->mapped[w] & ~set[w];
-	if (r == 0)
-		r = check_pages(l, set ? set : l->mapped, &err);
+	if (wait_for_turn(l)) {
+		r = check_mapped(l, set, &err);
+		if (r == 0)
+			check_turn_passed(&l->turn);
+		check_turn_close(&l->turn);
+	}
 	if (r != 0 && r != -ECANCELED) {
 		err_prefix(&err, "checkpoint %.8s, from which this VM was started", l->checkpoint);
 		l->damaged(l->opaque, &err);
 		vm_fail(l->vm, &err);
 	} else if (!set && !store_is_encrypted(l->store)) {
-		wait_for_run(l);
+		uint64_t entry_ns = vm_first_entry_ns(l->vm);
+		wait_until(l, (entry_ns ? entry_ns : clock_now_ns()) + RECORD_AFTER_NS);
 		record_working_set(l);
 	}
 	store_unpin(l->pin);
@@ -268,6 +316,7 @@ static struct loader *new_loader(const struct loader_config *config, struct page
 	l->vm = config->vm;
 	l->mem = vm_memory(config->vm);
 	l->store = config->store;
+	l->turn.fd = -1;
 	snprintf(l->checkpoint, sizeof(l->checkpoint), "%s", config->checkpoint);
 	l->damaged = config->damaged;
 	l->opaque = config->opaque;
@@ -287,8 +336,10 @@ int loader_start(const struct loader_config *config, struct page_index *index, s
 	int r = restore_init(&l->layers, l->store, &l->index, err);
 	if (r == 0)
 		r = store_pin(l->store, l->checkpoint, &l->pin, err);
-	if (r == 0)
+	if (r == 0) {
+		check_turn_open(&l->turn, l->store, l->checkpoint);
 		r = fill_memory(l, err);
+	}
 	l->filling = l->filler != NULL;
 	if (l->filling)
 		mem_hold_discards(l->mem); /* what was given back must not be filled again */
@@ -326,6 +377,7 @@ void loader_destroy(struct loader *l)
 	pthread_mutex_unlock(&l->lock);
 	if (l->started)
 		pthread_join(l->thread, NULL);
+	check_turn_close(&l->turn);
 	filler_destroy(l->filler);
 	restore_close(&l->layers);
 	store_unpin(l->pin);

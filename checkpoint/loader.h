@@ -7,7 +7,8 @@
  * A thread of low priority then reads every mapped page and checks it against its checksum: first those that an earlier start
  * touched (working_set.h), which are read ahead before the guest asks for them, then the rest. A page that does not check stops the VM: the
  * guest may have seen it. A page that cannot be read stops it as well: vmm/memory_guard.h for the VMM's accesses, KVM's error for the guest's.
- * A start that finds no working set records one.
+ * A start that finds no working set records one. Of several VMs that start from one checkpoint at about the same time only one checks at a time, and the
+ * others go by it if it began after they had mapped their memory (check_turn.h).
  *
  * What is encrypted cannot be mapped: all of it is copied in while the guest runs, as short runs are, and no working set is recorded.
  *

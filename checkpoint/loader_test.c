@@ -258,6 +258,14 @@ static void test_end_at_any_time(struct rig *rig)
 	}
 }
 
+static void wait_for_damage(struct vm *vm)
+{
+	uint64_t until = clock_now_ns() + 60000000000ull;
+	while (vm->failures == 0 && clock_now_ns() < until)
+		usleep(1000);
+	CHECK(vm->failures == 1);
+}
+
 /* A changed page that is mapped: the VM is stopped, with an error that names it. */
 static void test_changed_page(struct rig *rig)
 {
@@ -268,10 +276,8 @@ static void test_changed_page(struct rig *rig)
 	char number[32];
 	flip(rig, page);
 	CHECK(start(rig, &vm, &loader, &err) == 0);
-	uint64_t until = clock_now_ns() + 60000000000ull;
-	while (vm.failures == 0 && clock_now_ns() < until)
-		usleep(1000);
-	CHECK(vm.failures == 1 && vm.damages == 1);
+	wait_for_damage(&vm);
+	CHECK(vm.damages == 1);
 	loader_destroy(loader);
 	snprintf(number, sizeof(number), "page %u ", page);
 	CHECK(vm.why.class == ERR_DAMAGED && strstr(vm.why.message, number));
@@ -297,6 +303,106 @@ static void test_changed_scattered_page(struct rig *rig)
 	int status = 0;
 	CHECK(pid > 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 1);
 	flip(rig, page);
+}
+
+static int open_checks(const struct rig *rig)
+{
+	char path[256];
+	snprintf(path, sizeof(path), "%s/checkpoints/%s/checks", rig->dir, rig->id);
+	int fd = open(path, O_RDWR | O_CLOEXEC);
+	CHECK(fd >= 0);
+	return fd;
+}
+
+/* Until its check is over: what it touched is recorded after that. */
+static void start_and_wait(struct rig *rig, struct vm *vm, struct loader **loader)
+{
+	char path[256];
+	struct err err = ERR_INIT;
+	uint64_t until = clock_now_ns() + 60000000000ull;
+	snprintf(path, sizeof(path), "%s/checkpoints/%s/working-set", rig->dir, rig->id);
+	unlink(path);
+	CHECK(start(rig, vm, loader, &err) == 0);
+	while (!has_working_set(rig) && clock_now_ns() < until)
+		usleep(1000);
+	CHECK(has_working_set(rig));
+}
+
+/*
+ * VMs that start while another one's check is under way wait for it, and do not go by it: it may have read a page before they mapped it. By one that began
+ * after that they go, however many they are, and by none that found damage or never ended.
+ */
+static void test_turns(struct rig *rig)
+{
+	enum { VMS = 5 };
+	const struct flock held = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+	struct vm vm[VMS], first;
+	struct loader *loader[VMS], *first_loader;
+	struct err err = ERR_INIT;
+	unsigned page = find_page(rig, 20);
+	start_and_wait(rig, &first, &first_loader);
+	CHECK(first.failures == 0);
+	int fd = open_checks(rig);
+	struct {
+		uint64_t begun, passed;
+	} before, after;
+	CHECK(pread(fd, &before, sizeof(before), 24) == sizeof(before) && before.begun == before.passed);
+	/* Somebody checks: nobody else does. */
+	CHECK(fcntl(fd, F_OFD_SETLK, &held) == 0);
+	for (unsigned i = 0; i < VMS; i++)
+		CHECK(start(rig, &vm[i], &loader[i], &err) == 0);
+	flip(rig, page);
+	usleep(300000);
+	for (unsigned i = 0; i < VMS; i++)
+		CHECK(vm[i].failures == 0);
+	/* It ends, as by kill -9. What it would have found each finds by itself, as no check passes. */
+	close(fd);
+	for (unsigned i = 0; i < VMS; i++) {
+		wait_for_damage(&vm[i]);
+		loader_destroy(loader[i]);
+		mem_destroy(vm[i].mem);
+	}
+	flip(rig, page);
+	fd = open_checks(rig);
+	CHECK(pread(fd, &after, sizeof(after), 24) == sizeof(after));
+	CHECK(after.begun == before.begun + VMS && after.passed == before.passed);
+	/* The same, and all is whole: one of them checks for all. */
+	CHECK(fcntl(fd, F_OFD_SETLK, &held) == 0);
+	for (unsigned i = 0; i < VMS; i++)
+		CHECK(start(rig, &vm[i], &loader[i], &err) == 0);
+	close(fd);
+	fd = open_checks(rig);
+	uint64_t until = clock_now_ns() + 60000000000ull;
+	do {
+		usleep(1000);
+		CHECK(pread(fd, &after, sizeof(after), 24) == sizeof(after) && clock_now_ns() < until);
+	} while (after.passed == before.passed);
+	flip(rig, page); /* those that would check now see it */
+	usleep(300000);
+	CHECK(pread(fd, &after, sizeof(after), 24) == sizeof(after));
+	CHECK(after.begun == before.begun + VMS + 1 && after.passed == after.begun);
+	for (unsigned i = 0; i < VMS; i++) {
+		loader_destroy(loader[i]);
+		CHECK(vm[i].failures == 0);
+		mem_destroy(vm[i].mem);
+	}
+	/* One that comes later does not go by it. */
+	CHECK(start(rig, &vm[0], &loader[0], &err) == 0);
+	wait_for_damage(&vm[0]);
+	loader_destroy(loader[0]);
+	mem_destroy(vm[0].mem);
+	flip(rig, page);
+	/* A file that is not what it should be is nobody's check. */
+	CHECK(pwrite(fd, "nonsense", 8, 32) == 8);
+	close(fd);
+	flip(rig, page);
+	CHECK(start(rig, &vm[0], &loader[0], &err) == 0);
+	wait_for_damage(&vm[0]);
+	loader_destroy(loader[0]);
+	mem_destroy(vm[0].mem);
+	flip(rig, page);
+	loader_destroy(first_loader);
+	mem_destroy(first.mem);
 }
 
 static void test_missing_layer(struct rig *rig)
@@ -327,10 +433,12 @@ int main(void)
 		rig_make(rig, longest);
 		test_content(rig);
 		test_end_at_any_time(rig);
-		if (longest > 8)
+		if (longest > 8) {
 			test_changed_page(rig);
-		else
+			test_turns(rig);
+		} else {
 			test_changed_scattered_page(rig);
+		}
 		test_missing_layer(rig);
 		rig_free(rig);
 		free(rig);

@@ -433,6 +433,18 @@ int store_hint_get(struct store *store, const char *id, const char *name, size_t
 	return rc;
 }
 
+int store_hint_open(struct store *store, const char *id, const char *name, int *fd, struct err *err)
+{
+	int dir = open_checkpoint_dir(store, id, err);
+
+	if (dir < 0)
+		return dir;
+	*fd = openat(dir, name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
+	int rc = *fd < 0 ? err_sys(err, errno, "checkpoint %.8s: %s", id, name) : 0;
+	close(dir);
+	return rc;
+}
+
 static int open_layer(struct store *store, const char *layer, const char *suffix, struct err *err)
 {
 	char name[STORE_ID_BYTES + 8];

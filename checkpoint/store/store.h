@@ -233,6 +233,8 @@ int store_disk_layer_path(struct store *store, const char *layer, const char *fo
  * what it reads is nobody's promise. */
 int store_hint_put(struct store *store, const char *id, const char *name, const void *data, size_t length, struct err *err);
 int store_hint_get(struct store *store, const char *id, const char *name, size_t limit, struct buf *out, struct err *err);
+/* For one that is changed in place, under a lock of its own. Made, empty, if there is none. *fd: the caller's. */
+int store_hint_open(struct store *store, const char *id, const char *name, int *fd, struct err *err);
 
 /* --- removing --- */
 
