@@ -198,7 +198,7 @@ static int read_words(struct clone_rules *rules, struct clone_rule *rule, char *
 	if (type < 0) {
 		clone_rules_fail(rules, rule->line, err, "'%s' is no type of resource", what);
 		return err_hint(err,
-				"port, mac, ip, tap, bridge, cid, disk, hostname or memory; uuid and generation id are always new");
+				"port, mac, ip, tap, bridge, cid, disk, hostname or memory; uuid and generation id are always new, PCI addresses stay");
 	}
 	int mode = access ? find_name(access_names, ARRAY_LENGTH(access_names), access) : -1;
 	int does = action ? find_name(action_names, ACTIONS, action) : -1;

@@ -6,6 +6,7 @@
 
 #include "base/buf.h"
 #include "machine/machine.h"
+#include "machine/slots.h"
 
 void identity_own_disks(struct machine_config *config, const char *store_path, const char *vm)
 {
@@ -125,6 +126,25 @@ static void list_disk(const struct config_disk *disk, const char *store_path, co
 		store_resources_add(list, count, "base", disk->name, "", disk->base, false);
 }
 
+static void list_pci(const struct machine_config *config, struct store_resource **list, size_t *count)
+{
+	struct slot slots[SLOTS_MAX];
+	unsigned slot_count = slots_list(config, slots);
+
+	for (unsigned i = 0; i < slot_count; i++) {
+		const struct slot *slot = &slots[i];
+		CLEANUP_FREE char *name = slot->kind == SLOT_DISK      ? xasprintf("disk/%s", config->disks[slot->index].name)
+					  : slot->kind == SLOT_NET     ? xasprintf("net/%s", config->nets[slot->index].name)
+					  : slot->kind == SLOT_RNG     ? xstrdup("rng")
+					  : slot->kind == SLOT_BALLOON ? xstrdup("balloon")
+								       : xstrdup("vsock");
+		char address[16];
+
+		snprintf(address, sizeof(address), "0000:00:%02x.0", slot->number);
+		store_resources_add(list, count, "pci", name, address, "", false);
+	}
+}
+
 void identity_list(struct machine_config *config, const char *store_path, const char *uuid,
 		   struct store_resource **list, size_t *count)
 {
@@ -141,6 +161,7 @@ void identity_list(struct machine_config *config, const char *store_path, const 
 		list_ip(&config->nets[i], list, count);
 	for (unsigned i = 0; i < config->disk_count; i++)
 		list_disk(&config->disks[i], store_path, config->name, list, count);
+	list_pci(config, list, count);
 	snprintf(cid, sizeof(cid), "%u", config->vsock_cid);
 	if (config->hostname[0])
 		store_resources_add(list, count, "hostname", "vm", config->hostname, config->hostname, false);

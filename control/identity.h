@@ -14,6 +14,8 @@
  *     cid      vsock             CID         path of the UNIX socket                  exclusive
  *     disk     DISK              serial      path of the image (which has a lock of its own)
  *     base     DISK                          path of the read-only base
+ *     pci      disk/DISK, net/CARD, rng, balloon, vsock
+ *                                PCI address nothing: it follows from the configuration, and stays in each clone
  *     socket   control                       path of the control socket               exclusive
  */
 #ifndef VMCP_CONTROL_IDENTITY_H

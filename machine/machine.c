@@ -26,6 +26,7 @@
 #include "devices/virtio_rng.h"
 #include "devices/virtio_vsock.h"
 #include "machine/machine_internal.h"
+#include "machine/slots.h"
 #include "vmm/acpi.h"
 #include "vmm/boot.h"
 #include "vmm/memory_guard.h"
@@ -218,6 +219,25 @@ void machine_generation(struct machine *machine, char out[MACHINE_GENERATION_BYT
 
 /* --- building --- */
 
+static int create_pci_device(struct machine *machine, const struct slot *slot, struct err *err)
+{
+	struct machine_config *config = machine->options.config;
+
+	switch (slot->kind) {
+	case SLOT_DISK:
+		return open_disk(machine, &config->disks[slot->index], err);
+	case SLOT_RNG:
+		return virtio_rng_create(machine->pci, vm_memory(machine->vm), machine->loop, &machine->rng, err);
+	case SLOT_BALLOON:
+		return virtio_balloon_create(machine->pci, vm_memory(machine->vm), machine->loop, &machine->balloon, err);
+	case SLOT_NET:
+		return open_net(machine, &config->nets[slot->index], err);
+	case SLOT_VSOCK:
+		return open_vsock(machine, err);
+	}
+	return 0;
+}
+
 static int create_devices(struct machine *machine, struct err *err)
 {
 	struct machine_config *config = machine->options.config;
@@ -235,17 +255,10 @@ static int create_devices(struct machine *machine, struct err *err)
 		rc = acpi_pm_create(&isa, false, &machine->pm, err); /* the reset port lies in the PCI bus's ports */
 	if (!rc)
 		acpi_pm_on_apply(machine->pm, renew_generation, machine);
-	for (unsigned i = 0; !rc && i < config->disk_count; i++)
-		rc = open_disk(machine, &config->disks[i], err);
-	if (!rc && config->rng)
-		rc = virtio_rng_create(machine->pci, vm_memory(machine->vm), machine->loop, &machine->rng, err);
-	if (!rc && config->balloon)
-		rc = virtio_balloon_create(machine->pci, vm_memory(machine->vm), machine->loop, &machine->balloon, err);
-	for (unsigned i = 0; !rc && i < config->net_count; i++)
-		if (config->nets[i].mode != NET_NONE)
-			rc = open_net(machine, &config->nets[i], err);
-	if (!rc && config->vsock_cid)
-		rc = open_vsock(machine, err);
+	struct slot slots[SLOTS_MAX];
+	unsigned count = slots_list(config, slots);
+	for (unsigned i = 0; !rc && i < count; i++)
+		rc = create_pci_device(machine, &slots[i], err);
 	return rc;
 }
 

@@ -150,7 +150,10 @@ def test_identity(env):
     guest, origin, port = start_origin(env)
     seen = env.vmcp_json("show", "tiny", "--resources")
     kinds = {(r["type"], r["name"]): r for r in seen["resources"]}
-    check_equal(sorted(kinds), [("cid", "vsock"), ("disk", "data"), ("mac", "lan"), ("port", "lan/udp/7"), ("socket", "control"), ("uuid", "vm")], "resources")
+    devices = {name: r["guest"] for (kind, name), r in kinds.items() if kind == "pci"}
+    check_equal(sorted(key for key in kinds if key[0] != "pci"),
+                [("cid", "vsock"), ("disk", "data"), ("mac", "lan"), ("port", "lan/udp/7"), ("socket", "control"), ("uuid", "vm")], "resources")
+    check_equal(devices, {"disk/data": "0000:00:01.0", "net/lan": "0000:00:02.0", "vsock": "0000:00:03.0"}, "PCI devices")
     check_equal((kinds["port", "lan/udp/7"]["guest"], kinds["port", "lan/udp/7"]["host"]), ("udp:7", f"udp:127.0.0.1:{port}"), "the port")
     check_equal((kinds["cid", "vsock"]["guest"], kinds["disk", "data"]["host"]), ("3", env.path("disk.qcow2")), "CID and disk")
     back = {(h["type"], h["host"]): h for h in seen["hosts"]}
@@ -166,6 +169,7 @@ def test_identity(env):
     check_equal(len(ids), 4, "generation ids after three reverts")
     guest.check()
     clone = env.vmcp_json("clone", "--live", "tiny", "--name", "one")["vms"][0]
+    check_equal({r["name"]: r["guest"] for r in clone["identity"]["resources"] if r["type"] == "pci"}, devices, "the clone's PCI devices")
     check_equal(clone["name"], "one", "its name")
     second = env.vmcp_json("checkpoint", "--live", "one", "--tag", "of-one")["id"]
     check_equal(generation_in_memory(env, second), clone["identity"]["generation_id"], "the clone's generation id in its memory")

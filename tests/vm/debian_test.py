@@ -204,6 +204,18 @@ def told_of_lives(env, name, console):
     return sum(int(count) for count in console.check("grep ACPI:Ged /proc/interrupts").split() if count.isdigit())
 
 
+def check_pci(env, name, console):
+    """The devices are at the addresses that the table of resources has."""
+    table = {one["name"]: one["guest"] for one in env.vmcp_json("show", name, "--resources")["resources"] if one["type"] == "pci"}
+    check({"disk/root", "vsock", "net/lan"} <= set(table), f"{sorted(table)}")
+    devices = console.check("for d in /sys/bus/pci/devices/*/virtio*; do echo $(basename $(dirname $d)) $(cat $d/device) $(cat $d/block/*/serial 2> /dev/null) $(ls $d/net 2> /dev/null); done")
+    kinds = {"0x0001": "net/lan", "0x0004": "rng", "0x0005": "balloon", "0x0013": "vsock"}
+    found = {}
+    for address, kind, *more in (line.split() for line in devices.splitlines() if line.startswith("0000:")):
+        found[f"disk/{more[0]}" if kind == "0x0002" else kinds[kind]] = address
+    check_equal(found, table, "PCI addresses in the guest and in the table")
+
+
 def wait_ended(console):
     """How the guest's client lost its connection, which was open at the checkpoint."""
     return console.check("for i in $(seq 60); do [ -s /run/ended ] && break; sleep 0.5; done; cat /run/ended", 120).strip()
@@ -217,6 +229,7 @@ def test_network(env):
     console.check(DHCP, 90)
     check("10.0.2.15/24" in console.check("busybox ip addr show eth0"), "no address")
     check("52:56:" in console.check("cat /sys/class/net/eth0/address"), "the address is not the VM's own")
+    check_pci(env, "debian", console)
     console.check(SERVER + "\n" + VSOCK_SERVER + " sleep 2")
     console.check("for i in $(seq 120); do grep -q ':1F90 ' /proc/net/tcp && break; sleep 0.5; done; grep ':1F90 ' /proc/net/tcp || ! cat /run/server /run/vserver", 90)
     Caller(port).echo("first")
