@@ -2,9 +2,12 @@
 
 #include <errno.h>
 #include <netinet/in.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -129,6 +132,40 @@ static int reserve_name(const struct origin *origin, const char *pattern, unsign
 
 /* --- resources --- */
 
+/*
+ * A port is bound by the clone's own process, behind the starts of those before it: until then nobody else may take it for free, who may choose for another store.
+ * So its number is held by a name that is once in a network namespace, as the port is (unix(7), abstract sockets); `held` has the descriptors. False: somebody holds it.
+ * Where there is no descriptor any more it goes unheld.
+ */
+static bool hold_port(struct buf *held, const char *host, uint32_t number)
+{
+	struct sockaddr_un name = {.sun_family = AF_UNIX};
+	int length = snprintf(name.sun_path + 1, sizeof(name.sun_path) - 1, "vmcp port %.3s:%u", host, number);
+	int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+
+	if (fd < 0)
+		return true;
+	if (bind(fd, (const struct sockaddr *)&name, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)length)) < 0) {
+		bool taken = errno == EADDRINUSE;
+
+		close(fd);
+		return !taken;
+	}
+	buf_append(held, &fd, sizeof(fd), NULL);
+	return true;
+}
+
+static void release_ports(struct buf *held)
+{
+	for (size_t at = 0; at < held->length; at += sizeof(int)) {
+		int fd;
+
+		memcpy(&fd, held->data + at, sizeof(fd));
+		close(fd);
+	}
+	buf_free(held);
+}
+
 static bool port_is_free(const char *host, uint32_t number)
 {
 	unsigned a, b, c, d;
@@ -145,9 +182,8 @@ static bool port_is_free(const char *host, uint32_t number)
 /* A port that nobody listens at; a tap device that is there; of host names and IP addresses the table knows all. */
 static bool is_free(void *opaque, const struct store_resource *resource, uint32_t number)
 {
-	(void)opaque;
 	if (!strcmp(resource->type, "port"))
-		return port_is_free(resource->host, number);
+		return hold_port(opaque, resource->host, number) && port_is_free(resource->host, number);
 	if (strcmp(resource->type, "tap"))
 		return true;
 	CLEANUP_FREE char *path = xasprintf("/sys/class/net/%s%u/tun_flags", resource->host, number);
@@ -170,7 +206,7 @@ static int check_places(const struct origin *origin, const struct machine_config
 	return 0;
 }
 
-static int reserve_resources(const struct origin *origin, const struct clone_variables *variables, struct clone *clone,
+static int reserve_resources(const struct origin *origin, const struct clone_variables *variables, struct buf *held, struct clone *clone,
 			     struct machine_config *config, struct err *err)
 {
 	struct buf text = BUF_INIT;
@@ -182,7 +218,7 @@ static int reserve_resources(const struct origin *origin, const struct clone_var
 		rc = check_places(origin, config, err);
 	if (rc)
 		return rc;
-	rc = store_resources_bind(origin->store, clone->name, clone->resources, clone->resource_count, is_free, NULL,
+	rc = store_resources_bind(origin->store, clone->name, clone->resources, clone->resource_count, is_free, held,
 				  &failed, err);
 	if (rc == -EBUSY || rc == -ENOSPC)
 		clone_rules_blame(origin->rules, &clone->resources[failed], err);
@@ -196,8 +232,8 @@ static int reserve_resources(const struct origin *origin, const struct clone_var
 	return rc;
 }
 
-static int reserve(const struct origin *origin, const struct clone_options *options, unsigned index, unsigned number, struct clone *clone,
-		   struct err *err)
+static int reserve(const struct origin *origin, const struct clone_options *options, unsigned index, unsigned number, struct buf *held,
+		   struct clone *clone, struct err *err)
 {
 	struct machine_config config = {0};
 	int rc = store_vm_uuid(origin->store, clone->name, "", clone->uuid, err);
@@ -211,7 +247,7 @@ static int reserve(const struct origin *origin, const struct clone_options *opti
 						  .same_addresses = options->same_addresses,
 						  .network = options->networks ? options->networks[index] : NULL};
 	if (!rc)
-		rc = reserve_resources(origin, &variables, clone, &config, err);
+		rc = reserve_resources(origin, &variables, held, clone, &config, err);
 	config_free(&config);
 	return rc ? err_prefix(err, "clone %s", clone->name) : 0;
 }
@@ -310,6 +346,7 @@ struct batch {
 	struct store *store;
 	struct origin *origins;
 	struct clone *clones;
+	struct buf held; /* hold_port */
 };
 
 static int open_origins(struct batch *batch, struct err *err)
@@ -370,7 +407,7 @@ static int reserve_names(const struct batch *batch, unsigned copy, unsigned *num
 	}
 }
 
-static int reserve_all(const struct batch *batch, struct err *err)
+static int reserve_all(struct batch *batch, struct err *err)
 {
 	const struct clone_options *options = batch->options;
 	unsigned number = 1;
@@ -379,7 +416,7 @@ static int reserve_all(const struct batch *batch, struct err *err)
 	for (unsigned i = 0; !rc && i < options->count; i++, number++) {
 		rc = reserve_names(batch, i, &number, err);
 		for (unsigned o = 0; !rc && o < options->checkpoint_count; o++)
-			rc = reserve(&batch->origins[o], options, i, number, &batch->clones[o * options->count + i], err);
+			rc = reserve(&batch->origins[o], options, i, number, &batch->held, &batch->clones[o * options->count + i], err);
 	}
 	return rc;
 }
@@ -417,6 +454,7 @@ int clones_start(const struct clone_options *options, struct clone **out, struct
 		rc = reserve_all(&batch, err);
 	if (!rc)
 		rc = start_all(&batch, err);
+	release_ports(&batch.held);
 	store_close(batch.store);
 	if (rc)
 		clones_undo(options->store_path, batch.clones, all);

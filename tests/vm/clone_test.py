@@ -3,6 +3,7 @@
 
 import collections
 import hashlib
+import json
 import os
 import random
 import re
@@ -241,6 +242,32 @@ def test_nothing_of_the_host_in_the_guest(env):
     # What is looked for would be found: the manifest names the bindings of the VM.
     with open(os.path.join(env.store, "checkpoints", origin, "manifest"), "rb") as file:
         check(words[2] in file.read(), "the manifest does not name the port")
+
+
+def test_ports_of_two_stores(env):
+    """Commands of two stores that choose ports at the same time choose others, and each clone has its own."""
+    _, origin, _ = start_origin(env)
+    env.vmcp("kill", "tiny")
+    stores = [env.store, env.path("other")]
+    shutil.copytree(*stores, ignore=lambda _, names: [name for name in names if name.endswith(".sock")])
+    for turn in range(2):
+        argv = [env.vmcp_bin, "--json", "clone", origin, "--count", "2", "--name", f"t{turn}-<N>"]
+        commands = [subprocess.Popen([*argv, "--store", store], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for store in stores]
+        said = [(command, *command.communicate(timeout=120)) for command in commands]
+        check(all(command.returncode == 0 for command, _, _ in said), f"turn {turn}: {said}")
+        clones = [(store, one) for store, (_, out, _) in zip(stores, said) for one in json.loads(out)["vms"]]
+        ports = [r["host"] for _, one in clones for r in one["identity"]["resources"] if r["type"] == "port"]
+        check_equal(len(set(ports)), 4, f"different ports: {ports}")
+        for store, one in clones:
+            env.vmcp("kill", one["name"], store=store)
+    # A number is held as long as a command that chose it is at work.
+    free = free_ports(1)[0]
+    rules = env.write("one.rules", f"port any allocate {free}-{free}\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as holder:
+        holder.bind(f"\0vmcp port udp:{free}")
+        refused = env.vmcp("clone", "origin", "--name", "held", "--rules", rules, status=4)
+        check("one.rules:1" in refused.err, str(refused))
+    env.vmcp("clone", "origin", "--name", "held", "--rules", rules)
 
 
 def test_rules(env):
