@@ -244,22 +244,28 @@ def test_nothing_of_the_host_in_the_guest(env):
         check(words[2] in file.read(), "the manifest does not name the port")
 
 
+def ports_of_clones(env, checkpoint, stores, name):
+    """Two clones in each store, by commands that run at the same time."""
+    argv = [env.vmcp_bin, "--json", "clone", checkpoint, "--count", "2", "--name", name]
+    commands = [subprocess.Popen([*argv, "--store", store], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for store in stores]
+    said = [(command.communicate(timeout=120), command.returncode) for command in commands]
+    check(all(status == 0 for _, status in said), str(said))
+    return [r["host"] for (out, _), _ in said for one in json.loads(out)["vms"] for r in one["identity"]["resources"] if r["type"] == "port"]
+
+
 def test_ports_of_two_stores(env):
     """Commands of two stores that choose ports at the same time choose others, and each clone has its own."""
     _, origin, _ = start_origin(env)
     env.vmcp("kill", "tiny")
     stores = [env.store, env.path("other")]
     shutil.copytree(*stores, ignore=lambda _, names: [name for name in names if name.endswith(".sock")])
-    for turn in range(2):
-        argv = [env.vmcp_bin, "--json", "clone", origin, "--count", "2", "--name", f"t{turn}-<N>"]
-        commands = [subprocess.Popen([*argv, "--store", store], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for store in stores]
-        said = [(command, *command.communicate(timeout=120)) for command in commands]
-        check(all(command.returncode == 0 for command, _, _ in said), f"turn {turn}: {said}")
-        clones = [(store, one) for store, (_, out, _) in zip(stores, said) for one in json.loads(out)["vms"]]
-        ports = [r["host"] for _, one in clones for r in one["identity"]["resources"] if r["type"] == "port"]
-        check_equal(len(set(ports)), 4, f"different ports: {ports}")
-        for store, one in clones:
-            env.vmcp("kill", one["name"], store=store)
+    try:
+        for turn in range(2):
+            ports = ports_of_clones(env, origin, stores, f"t{turn}-<N>")
+            check_equal(len(set(ports)), 4, f"different ports: {ports}")
+    finally:
+        for vm in env.vmcp_json("ps", store=stores[1])["vms"]:
+            env.vmcp("kill", vm["name"], status=None, store=stores[1])
     # A number is held as long as a command that chose it is at work.
     free = free_ports(1)[0]
     rules = env.write("one.rules", f"port any allocate {free}-{free}\n")
