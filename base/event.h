@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "base/err.h"
+#include "base/spin.h"
 
 struct loop;
 struct loop_source;
@@ -69,7 +70,7 @@ unsigned loop_spare(const struct loop *loop);
  * In the loop's thread.
  */
 struct loop_glance { /* of one kind; zeroes at first */
-	unsigned vain, skipped;
+	struct tries tries;
 };
 bool loop_may_glance(const struct loop *loop, struct loop_glance *glance); /* to be asked once for each */
 /* What `look` said last. Ends at once where the loop is to park. */

@@ -3,7 +3,6 @@
 #define VMCP_BASE_EVENT_INTERNAL_H
 
 #include "base/event.h"
-#include "base/spin.h"
 
 struct loop_poller {
 	struct polling *polling;

@@ -14,8 +14,6 @@
 #define LOOK_NS	    50000u /* so often descriptors and tasks have their turn meanwhile */
 #define ASIDE_NS    50000000u /* so long between two steps aside */
 #define GLANCE_NS   10000u
-#define VAIN_MOST   8u	/* glances; then they are the exception */
-#define TRY_EACH    16u /* one in so many */
 
 struct loop_poller *polling_add(struct polling *p, const struct loop_poller_ops *ops, void *opaque)
 {
@@ -153,12 +151,7 @@ bool polling_look(struct polling *p)
 
 bool polling_may_glance(const struct polling *p, struct loop_glance *glance)
 {
-	if (p->spare == 0 || p->hot > 0)
-		return false;
-	if (glance->vain >= VAIN_MOST && ++glance->skipped < TRY_EACH)
-		return false;
-	glance->skipped = 0;
-	return true;
+	return p->spare > 0 && p->hot == 0 && tries_worth(&glance->tries);
 }
 
 bool polling_glance(const struct polling *p, struct loop_glance *glance, bool (*look)(void *opaque), void *opaque)
@@ -168,9 +161,9 @@ bool polling_glance(const struct polling *p, struct loop_glance *glance, bool (*
 
 	while (!(found = look(opaque)) && !loop_is_to_park(p->loop) && clock_now_ns() < end)
 		__builtin_ia32_pause();
-	if (!found && glance->vain < VAIN_MOST)
-		glance->vain++;
-	else if (found && glance->vain > 0)
-		glance->vain--;
+	if (!found)
+		tries_in_vain(&glance->tries);
+	else if (glance->tries.vain > 0)
+		glance->tries.vain--;
 	return found;
 }

@@ -10,9 +10,18 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* Tries of one kind, in a row: those that are mostly in vain become the exception, one of 16. {0} at first. */
+struct tries {
+	unsigned vain, skipped;
+};
+
+/* To be asked once for each. */
+bool tries_worth(struct tries *tries);
+void tries_in_vain(struct tries *tries);
+
 /* {0} at first. */
 struct spin {
-	unsigned vain, skipped; /* phases */
+	struct tries phases;
 	uint64_t spun_ns;	/* looked in vain for so long ... */
 	unsigned waits;		/* ... and so many looks took so long that the thread was off its processor */
 	uint64_t crowded_until_ns;
