@@ -363,20 +363,10 @@ static int open_folder(struct group *g, struct err *err)
 /* What processes left in all networks that were killed. The lock is held. */
 static void remove_dead(const char *folder)
 {
-	int parent = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	DIR *stream = parent >= 0 ? fdopendir(parent) : NULL;
-	struct dirent *entry;
+	CLEANUP_CLOSE int parent = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 
-	while (stream && (entry = readdir(stream))) {
-		CLEANUP_CLOSE int dir = entry->d_name[0] != '.' ? openat(parent, entry->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW) : -1;
-
-		if (dir < 0)
-			continue;
-		dead_sockets_remove(dir);
-		unlinkat(parent, entry->d_name, AT_REMOVEDIR); /* if it is empty by now */
-	}
-	if (stream)
-		closedir(stream);
+	if (parent >= 0)
+		dead_sockets_remove_below(parent, NULL, NULL, true);
 }
 
 static int create_timer(struct group *g, struct err *err)

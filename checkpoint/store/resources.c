@@ -1,7 +1,6 @@
 /* See resources.h. hosts.refs is the number of rows of `resources` that name the host resource: both change in one transaction only. */
 #include "checkpoint/store/resources.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -269,37 +268,16 @@ int store_resources_list(struct store *store, const char *vm, struct store_resou
 
 /* --- what is left of processes that were killed --- */
 
-/* In each folder of a folder of the store. `skip` may be NULL. */
-static void remove_sockets(struct store *store, int parent, bool (*skip)(struct store *store, const char *name), bool empty_too)
-{
-	int copy = openat(parent, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	DIR *stream = copy >= 0 ? fdopendir(copy) : NULL;
-	struct dirent *entry;
-
-	while (stream && (entry = readdir(stream))) {
-		if (entry->d_name[0] == '.' || (skip && skip(store, entry->d_name)))
-			continue;
-		CLEANUP_CLOSE int dir = openat(parent, entry->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-		if (dir < 0)
-			continue;
-		dead_sockets_remove(dir);
-		if (empty_too)
-			unlinkat(parent, entry->d_name, AT_REMOVEDIR);
-	}
-	if (stream)
-		closedir(stream);
-	else if (copy >= 0)
-		close(copy);
-}
+static bool is_held(void *store, const char *name) { return store_vm_is_held(store, name); }
 
 /* Sockets of VMs, and of networks of mode group. A VM that starts opens none before its own transaction, and those of networks have a lock. */
 static void remove_sockets_locked(struct store *store)
 {
-	remove_sockets(store, store->vms_dir, store_vm_is_held, false);
+	dead_sockets_remove_below(store->vms_dir, is_held, store, false);
 	CLEANUP_CLOSE int networks = file_open_dir(store->dir, "networks", 0, NULL);
 	CLEANUP_CLOSE int lock = networks < 0 ? -1 : openat(networks, ".lock", O_RDWR | O_CLOEXEC | O_NOFOLLOW);
 	if (lock >= 0 && !store_try_lock(lock))
-		remove_sockets(store, networks, NULL, true);
+		dead_sockets_remove_below(networks, NULL, NULL, true);
 }
 
 static int collect_locked(struct store *store, uint64_t *freed, struct err *err)
