@@ -109,15 +109,16 @@ static bool is_locked(struct store *store, const char *name, const char *file)
 	return fd >= 0 && fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
-static int forget_row(struct store *store, const char *name, const char *uuid, struct err *err)
+/* A statement about a value and a VM's name, in this order. */
+static int change_row(struct store *store, const char *sql, const char *name, const char *value, struct err *err)
 {
 	sqlite3_stmt *s;
 
 	pthread_mutex_lock(&store->lock);
-	int rc = catalog_prepare_locked(store, "DELETE FROM vms WHERE name = ? AND uuid = ?", &s, err);
+	int rc = catalog_prepare_locked(store, sql, &s, err);
 	if (!rc) {
-		sqlite3_bind_text(s, 1, name, -1, SQLITE_STATIC);
-		sqlite3_bind_text(s, 2, uuid, -1, SQLITE_STATIC);
+		sqlite3_bind_text(s, 1, value, -1, SQLITE_STATIC);
+		sqlite3_bind_text(s, 2, name, -1, SQLITE_STATIC);
 		rc = catalog_step_locked(store, s, err);
 		sqlite3_finalize(s);
 	}
@@ -133,7 +134,7 @@ int store_vm_forget(struct store *store, const char *name, const char *uuid, str
 
 	if (rc)
 		return rc;
-	rc = forget_row(store, name, uuid, err);
+	rc = change_row(store, "DELETE FROM vms WHERE uuid = ? AND name = ?", name, uuid, err);
 	if (!rc && store_vm_get(store, name, &vm, NULL) == 0) {
 		store_vm_free(&vm);
 		rc = err_set(err, ERR_STATE, EEXIST, "VM %s: is another one", name);
@@ -174,30 +175,14 @@ int store_vm_put(struct store *store, const struct store_vm *vm, struct err *err
 	return rc;
 }
 
-static int set_column(struct store *store, const char *sql, const char *name, const char *value, struct err *err)
-{
-	sqlite3_stmt *s;
-
-	pthread_mutex_lock(&store->lock);
-	int rc = catalog_prepare_locked(store, sql, &s, err);
-	if (!rc) {
-		sqlite3_bind_text(s, 1, value, -1, SQLITE_STATIC);
-		sqlite3_bind_text(s, 2, name, -1, SQLITE_STATIC);
-		rc = catalog_step_locked(store, s, err);
-		sqlite3_finalize(s);
-	}
-	pthread_mutex_unlock(&store->lock);
-	return rc;
-}
-
 int store_vm_set_state(struct store *store, const char *name, const char *state, struct err *err)
 {
-	return set_column(store, "UPDATE vms SET state = ? WHERE name = ?", name, state, err);
+	return change_row(store, "UPDATE vms SET state = ? WHERE name = ?", name, state, err);
 }
 
 int store_vm_set_note(struct store *store, const char *name, const char *note, struct err *err)
 {
-	return set_column(store, "UPDATE vms SET note = ? WHERE name = ?", name, note, err);
+	return change_row(store, "UPDATE vms SET note = ? WHERE name = ?", name, note, err);
 }
 
 static void read_row(struct store *store, sqlite3_stmt *s, struct store_vm *vm)
