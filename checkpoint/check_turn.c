@@ -18,12 +18,12 @@ enum {
 	AT_KEY = 16,	/* what is checked */
 	AT_BEGUN = 24,	/* number of the last check that began */
 	AT_PASSED = 32, /* of the last one that found all whole */
-	AT_SUM = 48, /* XXH3 of what is before it */
+	AT_SUM = 48,	/* XXH3 of what is before it */
 };
 
-static int lock(int fd, short type)
+static int lock(int fd)
 {
-	struct flock lock = {.l_type = type, .l_whence = SEEK_SET};
+	struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
 	return fcntl(fd, F_OFD_SETLK, &lock);
 }
 
@@ -42,26 +42,26 @@ static uint64_t boot_hash(void)
 	return n > 0 ? XXH3_64bits(id, (size_t)n) : 0;
 }
 
-static bool is_of(const uint8_t *record, uint64_t boot, uint64_t key)
+static bool is_ours(const struct check_turn *turn, const uint8_t *record)
 {
-	return get_le64(record + AT_BOOT) == boot && get_le64(record + AT_KEY) == key;
+	return get_le64(record + AT_BOOT) == turn->boot && get_le64(record + AT_KEY) == turn->key;
 }
 
 /* A check with this number or a lower one may have begun before memory was mapped. */
-static uint64_t last_before(const struct check_turn *turn, uint64_t boot)
+static uint64_t last_before(const struct check_turn *turn)
 {
 	if (turn->before_bytes == 0)
 		return 0;
 	if (turn->before_bytes != CHECK_TURN_RECORD_BYTES || !is_whole(turn->before))
 		return UINT64_MAX; /* read while it was written */
-	return is_of(turn->before, boot, turn->key) ? get_le64(turn->before + AT_BEGUN) : 0;
+	return is_ours(turn, turn->before) ? get_le64(turn->before + AT_BEGUN) : 0;
 }
 
-static int write_record(const struct check_turn *turn, uint64_t boot, uint64_t passed)
+static int write_record(const struct check_turn *turn, uint64_t passed)
 {
 	uint8_t record[CHECK_TURN_RECORD_BYTES] = {0};
 	memcpy(record, MAGIC, AT_BOOT);
-	put_le64(record + AT_BOOT, boot);
+	put_le64(record + AT_BOOT, turn->boot);
 	put_le64(record + AT_KEY, turn->key);
 	put_le64(record + AT_BEGUN, turn->number);
 	put_le64(record + AT_PASSED, passed);
@@ -85,24 +85,25 @@ enum check_turn_answer check_turn_take(struct check_turn *turn, uint64_t key)
 	uint8_t record[CHECK_TURN_RECORD_BYTES];
 	if (turn->fd < 0)
 		return CHECK_TURN_MINE;
-	if (lock(turn->fd, F_WRLCK) != 0) {
+	if (lock(turn->fd) != 0) {
 		if (errno == EAGAIN || errno == EACCES)
 			return CHECK_TURN_WAIT;
 		check_turn_close(turn);
 		return CHECK_TURN_MINE;
 	}
-	uint64_t boot = boot_hash(), begun = 0, passed = 0;
+	uint64_t begun = 0, passed = 0;
+	turn->boot = boot_hash();
 	turn->key = key;
-	if (pread(turn->fd, record, sizeof(record), 0) == (ssize_t)sizeof(record) && is_whole(record) && is_of(record, boot, key)) {
+	if (pread(turn->fd, record, sizeof(record), 0) == (ssize_t)sizeof(record) && is_whole(record) && is_ours(turn, record)) {
 		begun = get_le64(record + AT_BEGUN);
 		passed = get_le64(record + AT_PASSED);
 	}
-	if (boot != 0 && passed > last_before(turn, boot)) {
+	if (turn->boot != 0 && passed > last_before(turn)) {
 		check_turn_close(turn);
 		return CHECK_TURN_OVER;
 	}
 	turn->number = begun + 1;
-	if (write_record(turn, boot, passed) != 0)
+	if (write_record(turn, passed) != 0)
 		check_turn_close(turn);
 	return CHECK_TURN_MINE;
 }
@@ -110,7 +111,7 @@ enum check_turn_answer check_turn_take(struct check_turn *turn, uint64_t key)
 void check_turn_passed(struct check_turn *turn)
 {
 	if (turn->fd >= 0)
-		write_record(turn, boot_hash(), turn->number);
+		write_record(turn, turn->number);
 }
 
 void check_turn_close(struct check_turn *turn)

@@ -23,7 +23,7 @@
 
 struct check_turn {
 	int fd; /* -1: no turns are taken */
-	uint64_t key, number;
+	uint64_t boot, key, number;
 	uint8_t before[CHECK_TURN_RECORD_BYTES]; /* the file as it was before memory was mapped */
 	int before_bytes;
 };
