@@ -18,29 +18,25 @@ static int damaged(struct err *err, const char *what)
 	return err_set(err, ERR_DAMAGED, EINVAL, "damaged qcow2 header: %s", what);
 }
 
-static int unsupported(struct err *err, const char *what)
+static int unsupported_but(struct err *err, const char *what, const char *hint)
 {
 	err_set(err, ERR_FAILED, ENOTSUP, "%s is not supported", what);
-	err_hint(err, CONVERT_HINT);
+	err_hint(err, "%s", hint);
 	return -ENOTSUP;
 }
 
-/* What has other readers: of the first two kinds `vmcp disk export` is one (legacy.h). */
-static int unsupported_kind(const struct qcow2_header *h, struct err *err)
+static int unsupported(struct err *err, const char *what) { return unsupported_but(err, what, CONVERT_HINT); }
+
+/* Of AES in version 2 `vmcp disk export` is a reader (legacy.h). */
+static int encrypted(const struct qcow2_header *h, struct err *err)
 {
-	const char *what = h->crypt == CRYPT_LUKS ? "LUKS" : h->crypt == CRYPT_AES ? "AES" : "an unknown method";
-	if (h->version == 1)
-		err_set(err, ERR_FAILED, ENOTSUP, "a qcow image of version 1 is not supported");
-	else
-		err_set(err, ERR_FAILED, ENOTSUP, "an image that is encrypted (%s) is not supported", what);
-	if (h->version == 1)
-		err_hint(err, EXPORT_HINT);
-	else if (h->version == 2 && h->crypt == CRYPT_AES)
-		err_hint(err, EXPORT_HINT " --key-file FILE");
-	else
-		err_hint(err, "write it out anew first: qemu-img convert --object secret,id=k,file=FILE --image-opts "
-			      "driver=qcow2,encrypt.key-secret=k,file.filename=SRC -O qcow2 DST");
-	return -ENOTSUP;
+	const char *what = h->crypt == CRYPT_LUKS  ? "an image that is encrypted (LUKS)"
+			   : h->crypt == CRYPT_AES ? "an image that is encrypted (AES)"
+						   : "an image that is encrypted (an unknown method)";
+	return unsupported_but(err, what,
+			       h->version == 2 && h->crypt == CRYPT_AES ? EXPORT_HINT " --key-file FILE"
+									: "write it out anew first: qemu-img convert --object secret,id=k,file=FILE --image-opts "
+									  "driver=qcow2,encrypt.key-secret=k,file.filename=SRC -O qcow2 DST");
 }
 
 static void decode_v2(const uint8_t *raw, struct qcow2_header *h)
@@ -228,13 +224,13 @@ int qcow2_read_header(int fd, uint64_t file_bytes, struct qcow2_header *out, str
 		return err_set(err, ERR_DAMAGED, EINVAL, "not a qcow2 image");
 	decode_v2(raw, out);
 	if (out->version == 1)
-		return unsupported_kind(out, err);
+		return unsupported_but(err, "a qcow image of version 1", EXPORT_HINT);
 	if (out->version != 2 && out->version != 3)
 		return unsupported(err, "this version of qcow2");
 	if (out->cluster_bits < QCOW2_MIN_CLUSTER_BITS || out->cluster_bits > QCOW2_MAX_CLUSTER_BITS)
 		return damaged(err, "cluster_bits");
 	if (out->crypt)
-		return unsupported_kind(out, err);
+		return encrypted(out, err);
 	if (out->version == 3) {
 		if (file_bytes < QCOW2_HEADER_V3_BYTES)
 			return damaged(err, "the file ends within it");

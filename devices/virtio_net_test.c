@@ -342,6 +342,15 @@ static uint16_t free_port(int type)
 	close(fd);
 	return ntohs(host.sin_port);
 }
+/* A card whose guest is reached at a port of the host. */
+static struct net_config forwarding(bool udp, uint16_t host_port, uint16_t guest_port)
+{
+	return (struct net_config){.name = "lan",
+				   .mode = NET_USER,
+				   .forward_count = 1,
+				   .forwards = {{.udp = udp, .host_address = {127, 0, 0, 1}, .host_port = host_port, .guest_port = guest_port}}};
+}
+
 static int connect_to(int type, uint16_t port)
 {
 	const struct sockaddr_in host = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
@@ -355,10 +364,7 @@ static int connect_to(int type, uint16_t port)
 Test(net, connections_begin_with_the_state)
 {
 	const uint16_t port = free_port(SOCK_STREAM);
-	const struct net_config backend = {.name = "lan",
-					   .mode = NET_USER,
-					   .forward_count = 1,
-					   .forwards = {{.host_address = {127, 0, 0, 1}, .host_port = port, .guest_port = 80}}};
+	const struct net_config backend = forwarding(false, port, 80);
 	struct setup *s = setup_on(&backend, &(struct virtio_net_config){.name = "lan"});
 	void *state = xcalloc(1, s->component.table->size);
 	struct err err = ERR_INIT;
@@ -434,10 +440,7 @@ static unsigned answers_untold(struct setup *s, int client, unsigned trips, bool
 Test(net, an_answer_at_once_needs_no_telling)
 {
 	const uint16_t port = free_port(SOCK_DGRAM);
-	const struct net_config backend = {.name = "lan",
-					   .mode = NET_USER,
-					   .forward_count = 1,
-					   .forwards = {{.udp = true, .host_address = {127, 0, 0, 1}, .host_port = port, .guest_port = 7}}};
+	const struct net_config backend = forwarding(true, port, 7);
 	for (unsigned spare = 0; spare < 2; spare++) {
 		for (unsigned event_idx = 0; event_idx < 2; event_idx++) {
 			struct virtio_net_config config = {.name = "lan"};
